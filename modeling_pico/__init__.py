@@ -1,0 +1,78 @@
+"""
+PICO for Hugging Face: image-text retrieval that holds when the style of pictures and sentences changes.
+
+Importing the package registers PICO with `AutoConfig`, `AutoModel` and `AutoProcessor`. Training, data and evaluation
+are imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+from .configuration_pico import PicoConfig
+from .loss_pico import image_text_loss
+from .modeling_pico import PicoFeatures, PicoModel, PicoOutput, PicoPreTrainedModel
+from .processing_pico import PicoProcessor
+from .prototypes_pico import StylePrototypes
+from .scoring_pico import pair_scores
+
+
+if TYPE_CHECKING:
+    from .data import CaptionedImageDataset, PicoDataCollator, load_captioned_images, styled_shapes
+    from .evaluation import ImageTextRecall, RetrievalEvaluator
+    from .training import PicoTrainer, PicoTrainingArguments
+
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "CaptionedImageDataset": "data",
+    "PicoDataCollator": "data",
+    "load_captioned_images": "data",
+    "styled_shapes": "data",
+    "ImageTextRecall": "evaluation",
+    "RetrievalEvaluator": "evaluation",
+    "PicoTrainer": "training",
+    "PicoTrainingArguments": "training",
+}
+
+__all__ = [
+    "CaptionedImageDataset",
+    "ImageTextRecall",
+    "PicoConfig",
+    "PicoDataCollator",
+    "PicoFeatures",
+    "PicoModel",
+    "PicoOutput",
+    "PicoPreTrainedModel",
+    "PicoProcessor",
+    "PicoTrainer",
+    "PicoTrainingArguments",
+    "RetrievalEvaluator",
+    "StylePrototypes",
+    "image_text_loss",
+    "load_captioned_images",
+    "pair_scores",
+    "styled_shapes",
+]
+
+AutoConfig.register(PicoConfig.model_type, PicoConfig, exist_ok=True)
+AutoModel.register(PicoConfig, PicoModel, exist_ok=True)
+AutoProcessor.register(PicoConfig, PicoProcessor, exist_ok=True)
+# `save_pretrained` then writes the code files beside the weights, for `trust_remote_code` without this package.
+PicoConfig.register_for_auto_class()
+PicoModel.register_for_auto_class("AutoModel")
+PicoProcessor.register_for_auto_class("AutoProcessor")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

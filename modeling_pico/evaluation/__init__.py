@@ -1,0 +1,41 @@
+"""Evaluation of image-text retrieval."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .evaluator import EncodedRetrieval, RetrievalEvaluator
+from .retrieval_metrics import (
+    RetrievalRanks,
+    chance_rsum,
+    folded_retrieval_metrics,
+    recall_at_k,
+    retrieval_metrics,
+    retrieval_ranks,
+)
+
+
+if TYPE_CHECKING:
+    from .recall_metric import ImageTextRecall
+
+
+__all__ = [
+    "EncodedRetrieval",
+    "ImageTextRecall",
+    "RetrievalEvaluator",
+    "RetrievalRanks",
+    "chance_rsum",
+    "folded_retrieval_metrics",
+    "recall_at_k",
+    "retrieval_metrics",
+    "retrieval_ranks",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use only: `evaluate` and `datasets` take seconds to import and nothing above needs them.
+    if name == "ImageTextRecall":
+        from .recall_metric import ImageTextRecall
+
+        return ImageTextRecall
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

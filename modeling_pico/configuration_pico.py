@@ -1,0 +1,187 @@
+"""Configuration of PICO: two backbone configurations and every switch of the alignment head."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+
+ALIGNMENT_HEADS = ("pico", "fine_grained", "clip_style")
+POOLINGS = ("mean", "class_token")
+COLUMN_MODES = ("statistics", "quantile", "position")
+PROBABILITY_ESTIMATORS = ("matched", "chance_corrected")
+STYLE_PROBABILITIES = ("learned", "purity", "nearest", "cosine", "global")
+PROBABILITY_COMBINATIONS = ("product", "image", "text")
+LOSS_TYPES = ("infonce", "hinge")
+
+# Mean, standard deviation, maximum and minimum of a column.
+NUM_COLUMN_STATISTICS = 4
+
+_CHOICES = {
+    "alignment_head": ALIGNMENT_HEADS,
+    "pooling": POOLINGS,
+    "column_mode": COLUMN_MODES,
+    "probability_estimator": PROBABILITY_ESTIMATORS,
+    "style_probability": STYLE_PROBABILITIES,
+    "probability_combination": PROBABILITY_COMBINATIONS,
+    "loss_type": LOSS_TYPES,
+}
+# Smallest value allowed, and whether it is allowed itself.
+_LOWER_BOUNDS = {
+    "embedding_dim": (1, True),
+    "num_style_prototypes": (1, True),
+    "comparator_hidden_size": (1, True),
+    "column_length": (2, True),
+    "sharpness": (0.0, False),
+    "negative_slope": (0.0, True),
+    "margin": (0.0, True),
+}
+
+
+@strict
+class PicoConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`PicoModel`]: a vision and a text backbone and the alignment head between them and the score.
+
+    Method: PICO, "Reliable Cross-modal Alignment via Prototype Iterative Construction" (arXiv 2510.11175). Where the
+    paper's formula is not published, the form is our reconstruction; those options are marked *(ours)*.
+
+    Args:
+        vision_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a `ViTConfig`):
+            Configuration of the vision backbone.
+        text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a `BertConfig`):
+            Configuration of the text backbone.
+        embedding_dim (`int`, *optional*, defaults to 512):
+            Number of features (feature columns) of a token embedding.
+        alignment_head (`str`, *optional*, defaults to `"pico"`):
+            `"pico"`: patch-by-word score with every feature column weighted by its semantic probability;
+            `"fine_grained"`: the same score without weights; `"clip_style"`: cosine of two pooled vectors.
+        pooling (`str`, *optional*, defaults to `"mean"`):
+            Pooled vector of a sample: `"mean"` over its tokens, or `"class_token"` (CLS; end of text for CLIP text
+            towers; the mean where the backbone has no such token).
+        vision_special_tokens (`bool`, *optional*, defaults to `True`):
+            Whether CLS and register tokens take part in the fine-grained score.
+        text_special_tokens (`bool`, *optional*, defaults to `True`):
+            Whether the first and the last token of a text (CLS and SEP, begin and end of text) take part.
+        num_style_prototypes (`int`, *optional*, defaults to 16):
+            Style prototypes of each modality.
+        column_mode (`str`, *optional*, defaults to `"statistics"`):
+            How a feature column is described *(ours)*: its mean, standard deviation, maximum and minimum
+            (`"statistics"`); its sorted values at `column_length` points (`"quantile"`); or the values in patch order
+            (`"position"`: images of one fixed grid only, with texts as quantiles).
+        column_length (`int`, *optional*, defaults to 16):
+            Points of a `"quantile"` column; number of patches of a `"position"` column. Not used by `"statistics"`.
+        probability_estimator (`str`, *optional*, defaults to `"matched"`):
+            Pseudo-semantic probability of a column: share of positive products over matched pairs (`"matched"`, the
+            paper's), or that share corrected for the share over mismatched pairs (`"chance_corrected"`, *ours*).
+        style_probability (`str`, *optional*, defaults to `"learned"`):
+            How a column's style probability follows from the prototypes *(all ours)*: `"learned"` (a small comparator
+            network reads the distances), `"purity"` (soft assignment times the prototypes' style rates), `"nearest"`
+            (Gaussian of the distance to the nearest), `"cosine"` (highest cosine), or `"global"` (the pseudo-semantic
+            probability itself, without prototypes).
+        comparator_hidden_size (`int`, *optional*, defaults to 32):
+            Hidden units of the comparator of `style_probability="learned"`.
+        comparator_statistics (`bool`, *optional*, defaults to `False`):
+            Whether that comparator also reads the column's mean, standard deviation, maximum and minimum.
+        probability_combination (`str`, *optional*, defaults to `"product"`):
+            Sides that are weighted: both (`"product"`), `"image"` or `"text"` *(ours)*.
+        probability_gradient (`bool`, *optional*):
+            Whether the gradient flows through the semantic probability into the token embeddings. By default it does
+            for `"learned"` only. (The comparator's own parameters are trained in either case.)
+        sharpness (`float`, *optional*, defaults to 1.0):
+            Power to which the semantic probability is raised before it is rescaled.
+        negative_slope (`float`, *optional*, defaults to 1.0):
+            Slope of the LeakyReLU on patch-word similarities; 1.0 is off (0.1 in LAPS, CVPR 2024).
+        loss_type (`str`, *optional*, defaults to `"infonce"`):
+            `"infonce"` with learned temperature, or `"hinge"` with hardest in-batch negatives.
+        margin (`float`, *optional*, defaults to 0.2):
+            Margin of the hinge loss.
+        logit_scale_init_value (`float`, *optional*, defaults to 2.6592):
+            Initial logarithm of the inverse temperature of InfoNCE; clamped to ln 100 in training.
+
+    Example:
+
+    ```python
+    >>> from transformers import BertConfig, ViTConfig
+    >>> from modeling_pico import PicoConfig, PicoModel
+
+    >>> config = PicoConfig(vision_config=ViTConfig(), text_config=BertConfig(), num_style_prototypes=8)
+    >>> model = PicoModel(config)
+    ```
+    """
+
+    model_type = "pico"
+    # The older form of composite configurations: files on the Hub then load with transformers before 5.20 as well.
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    keys_to_ignore_at_inference = [
+        "image_embeds",
+        "text_embeds",
+        "image_tokens",
+        "text_tokens",
+        "image_mask",
+        "text_mask",
+        "image_semantic_probability",
+        "text_semantic_probability",
+        "vision_model_output",
+        "text_model_output",
+    ]
+
+    vision_config: PreTrainedConfig | dict | None = None
+    text_config: PreTrainedConfig | dict | None = None
+    embedding_dim: int = 512
+    alignment_head: str = "pico"
+    pooling: str = "mean"
+    vision_special_tokens: bool = True
+    text_special_tokens: bool = True
+    num_style_prototypes: int = 16
+    column_mode: str = "statistics"
+    column_length: int = 16
+    probability_estimator: str = "matched"
+    style_probability: str = "learned"
+    comparator_hidden_size: int = 32
+    comparator_statistics: bool = False
+    probability_combination: str = "product"
+    probability_gradient: bool | None = None
+    sharpness: int | float = 1.0
+    negative_slope: int | float = 1.0
+    loss_type: str = "infonce"
+    margin: int | float = 0.2
+    logit_scale_init_value: int | float = 2.6592
+
+    def __post_init__(self, **kwargs):
+        self.vision_config = _backbone_config(self.vision_config, "vision_config", "vit")
+        self.text_config = _backbone_config(self.text_config, "text_config", "bert")
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Checks every option; a wrong one is refused with the values that are allowed."""
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, but got {value!r}.")
+        for name, (bound, inclusive) in _LOWER_BOUNDS.items():
+            value = getattr(self, name)
+            if not (value >= bound if inclusive else value > bound):
+                relation = "at least" if inclusive else "greater than"
+                raise ValueError(f"`{name}` must be {relation} {bound}, but got {value!r}.")
+
+    @property
+    def column_size(self) -> int:
+        """Numbers that describe one feature column."""
+        return NUM_COLUMN_STATISTICS if self.column_mode == "statistics" else self.column_length
+
+    @property
+    def textual_column_mode(self) -> str:
+        """Column mode of texts: they have no fixed grid, so `"position"` becomes `"quantile"`."""
+        return "quantile" if self.column_mode == "position" else self.column_mode
+
+
+def _backbone_config(config: PreTrainedConfig | dict | None, name: str, default_type: str) -> PreTrainedConfig:
+    if config is None:
+        return AutoConfig.for_model(default_type)
+    if isinstance(config, PreTrainedConfig):
+        return config
+    if "model_type" not in config:
+        raise ValueError(f"`{name}` must contain `model_type` (such as {default_type!r}), but has {sorted(config)}.")
+    return AutoConfig.for_model(**config)
+
+
+__all__ = ["PicoConfig"]

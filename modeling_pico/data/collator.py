@@ -1,0 +1,148 @@
+"""From samples to the tensors of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import torch
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+
+# Tokenizers without a limit of their own report an astronomically large one.
+LARGEST_SANE_LENGTH = 10_000
+
+
+class PicoDataCollator:
+    """
+    Makes a batch of tensors of the samples of a [`CaptionedImageDataset`].
+
+    Training samples (with a `caption`) give `pixel_values` `(batch, 3, height, width)`, `input_ids` and
+    `attention_mask` `(batch, tokens)`, `token_type_ids` if the tokenizer makes them, and `image_ids` `(batch,)`.
+
+    Evaluation samples (with all `captions`) give the same, but the text tensors hold all captions of the batch one
+    after another, `(texts, tokens)`; besides there are `text_ids` `(texts,)`, the image id of each caption, and
+    `num_captions` `(batch,)`.
+
+    Texts are padded to the longest of the batch. The attributes `seen_captions` and `truncated_captions` count what
+    this object tokenized; in a data loader with workers each worker counts in its own copy, so use [`count_truncated`]
+    for a report over a data set.
+
+    Args:
+        processor (`ProcessorMixin`):
+            Has an `image_processor` and a `tokenizer`.
+        max_length (`int`, *optional*):
+            Longer texts are cut to this number of tokens. Defaults to the tokenizer's `model_max_length` if that is
+            below 10,000, else nothing is cut.
+        pad_to_multiple_of (`int`, *optional*):
+            Pads texts to a multiple of this number, but never beyond `max_length`.
+
+    Raises:
+        ValueError: for a length that is not positive, an empty batch, or samples of both kinds in one batch.
+    """
+
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+    ) -> None:
+        for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be a positive number of tokens or None, got {value}.")
+        self.processor = processor
+        self.max_length = default_max_length(processor.tokenizer) if max_length is None else max_length
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.seen_captions = 0
+        self.truncated_captions = 0
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Returns the tensors of a batch, on the CPU."""
+        if not samples:
+            raise ValueError("A batch needs at least one sample, got none.")
+        kinds = {"captions" if "captions" in sample else "caption" for sample in samples}
+        if len(kinds) > 1:
+            raise ValueError("A batch mixes training samples ('caption') with evaluation samples ('captions').")
+        image_ids = torch.tensor([sample["image_id"] for sample in samples], dtype=torch.int64)
+        batch = {"pixel_values": self._encode_images([sample["image"] for sample in samples])}
+        if kinds == {"caption"}:
+            batch.update(self._encode_texts([sample["caption"] for sample in samples]), image_ids=image_ids)
+            return batch
+        num_captions = torch.tensor([len(sample["captions"]) for sample in samples], dtype=torch.int64)
+        batch.update(self._encode_texts([text for sample in samples for text in sample["captions"]]))
+        batch.update(
+            image_ids=image_ids,
+            text_ids=torch.repeat_interleave(image_ids, num_captions),
+            num_captions=num_captions,
+        )
+        return batch
+
+    def _encode_images(self, images: list[Any]) -> torch.Tensor:
+        pixel_values = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        if not isinstance(pixel_values, torch.Tensor) or pixel_values.ndim != 4:
+            shape = (
+                tuple(pixel_values.shape) if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
+            )
+            raise ValueError(
+                f"The image processor must give one tensor of shape (batch, 3, height, width), got {shape}. "
+                "Let it resize all images to one size."
+            )
+        return pixel_values
+
+    def _encode_texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        options = {
+            "padding": "longest",
+            "pad_to_multiple_of": self.pad_to_multiple_of,
+            "return_attention_mask": True,
+            "return_tensors": "pt",
+            "verbose": False,
+        }
+        tokenizer = self.processor.tokenizer
+        encoded = tokenizer(texts, truncation=False, **options)
+        self.seen_captions += len(texts)
+        if self.max_length is not None and encoded["input_ids"].shape[1] > self.max_length:
+            # Texts are measured first and cut only if need be: that counts the cut ones, and cutting is rare.
+            self.truncated_captions += int((encoded["attention_mask"].sum(dim=1) > self.max_length).sum())
+            encoded = tokenizer(texts, truncation=True, max_length=self.max_length, **options)
+            # Rounding up to a multiple may pass the limit of the model's positions, with nothing but padding.
+            width = slice(-self.max_length, None) if tokenizer.padding_side == "left" else slice(self.max_length)
+            encoded = {name: tensor[:, width] for name, tensor in encoded.items()}
+        return dict(encoded)
+
+
+def default_max_length(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The tokenizer's own limit in tokens, or `None` if it has none (none below 10,000)."""
+    limit = tokenizer.model_max_length
+    return int(limit) if limit is not None and limit < LARGEST_SANE_LENGTH else None
+
+
+def count_truncated(
+    dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> tuple[int, int, int]:
+    """
+    Counts the captions that `max_length` cuts, to be reported once before a training.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Data with a column `captions`, as [`load_captioned_images`] gives it.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The tokenizer of the model.
+        max_length (`int`, *optional*):
+            Limit in tokens, special tokens included; `None` cuts nothing.
+
+    Returns:
+        `tuple[int, int, int]`: captions that are cut, captions in all, and the longest one's number of tokens.
+    """
+    cut, total, longest = 0, 0, 0
+    for start in range(0, len(dataset), 1000):
+        texts = [text for captions in dataset[start : start + 1000]["captions"] for text in captions]
+        if not texts:
+            continue
+        encoded = tokenizer(texts, truncation=False, return_attention_mask=False, verbose=False)
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        total += len(lengths)
+        longest = max(longest, max(lengths))
+        if max_length is not None:
+            cut += sum(length > max_length for length in lengths)
+    return cut, total, longest

@@ -1,0 +1,189 @@
+"""Losses of image-text retrieval as pure functions of score matrices, for one process or a share of many."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+LOSS_TYPES = ("infonce", "hinge")
+
+
+def exclusion_mask(row_ids: Tensor, column_ids: Tensor, targets: Tensor) -> Tensor:
+    """
+    Marks the columns that mean the same as a row without being its partner: five captions of one image, or one
+    meaning drawn in several styles. They are neither pulled nor pushed.
+
+    Args:
+        row_ids (`torch.Tensor`): Identity of each row's meaning, integers of shape `(rows,)`.
+        column_ids (`torch.Tensor`): Identity of each column's meaning, integers of shape `(columns,)`.
+        targets (`torch.Tensor`): Column of each row's partner, int64 of shape `(rows,)`.
+
+    Returns:
+        `torch.Tensor`: Boolean of shape `(rows, columns)`, `True` where the column is never a negative of the row.
+    """
+    if row_ids.ndim != 1 or column_ids.ndim != 1 or targets.shape != row_ids.shape:
+        raise ValueError(
+            "exclusion_mask needs row_ids (rows,), column_ids (columns,) and targets (rows,), got shapes "
+            f"{tuple(row_ids.shape)}, {tuple(column_ids.shape)} and {tuple(targets.shape)}."
+        )
+    same_meaning = row_ids[:, None] == column_ids[None, :]
+    return same_meaning.scatter(1, targets[:, None], False)
+
+
+def infonce_loss(logits: Tensor, targets: Tensor, exclude: Tensor | None = None) -> Tensor:
+    """
+    InfoNCE in one direction: cross entropy of each row's partner against all columns that are not excluded
+    (CLIP, arXiv 2103.00020). A row without negatives contributes zero.
+
+    Args:
+        logits (`torch.Tensor`):
+            Scores times the inverse temperature, shape `(rows, columns)`: local queries, gallery of all processes.
+        targets (`torch.Tensor`): Column of each row's partner, int64 of shape `(rows,)`.
+        exclude (`torch.Tensor`, *optional*):
+            Boolean of shape `(rows, columns)`, `True` where a column takes no part; a row's partner always does.
+
+    Returns:
+        `torch.Tensor`: Scalar, the mean over rows, in float32 (float64 for float64 input).
+    """
+    _check_rows_and_columns(logits, targets, exclude)
+    logits = _at_least_float32(logits)
+    if exclude is not None:
+        logits = logits.masked_fill(exclude.scatter(1, targets[:, None], False), float("-inf"))
+    return F.cross_entropy(logits, targets)
+
+
+def hinge_loss(
+    scores: Tensor, targets: Tensor, exclude: Tensor | None = None, *, margin: float = 0.2, hardest: bool = True
+) -> Tensor:
+    """
+    Triplet hinge in one direction, `max(0, margin + negative - positive)` (VSE++, arXiv 1707.05612). A row without
+    negatives contributes zero.
+
+    Args:
+        scores (`torch.Tensor`): Scores of shape `(rows, columns)`: local queries, gallery of all processes.
+        targets (`torch.Tensor`): Column of each row's partner, int64 of shape `(rows,)`.
+        exclude (`torch.Tensor`, *optional*):
+            Boolean of shape `(rows, columns)`, `True` where a column takes no part; a row's partner always does.
+        margin (`float`, *optional*, defaults to 0.2): Wanted distance to a negative, in units of the score.
+        hardest (`bool`, *optional*, defaults to `True`):
+            Whether a row counts its hardest negative only, or the sum over all its negatives.
+
+    Returns:
+        `torch.Tensor`: Scalar, the mean over rows, in float32 (float64 for float64 input).
+    """
+    _check_rows_and_columns(scores, targets, exclude)
+    if not margin >= 0:
+        raise ValueError(f"margin must be at least 0, got {margin}.")
+    scores = _at_least_float32(scores)
+    columns = targets[:, None]
+    positives = scores.gather(1, columns)
+    # One matrix says what is no negative: the partner itself and whatever shares its meaning.
+    no_negative = torch.zeros_like(scores, dtype=torch.bool) if exclude is None else exclude
+    negatives = scores.masked_fill(no_negative.scatter(1, columns, True), float("-inf"))
+    if hardest:
+        negatives = negatives.amax(dim=1, keepdim=True)
+    # relu(-inf) is 0 with gradient 0, so neither masked entries nor rows without negatives need a second mask.
+    return F.relu(margin + negatives - positives).sum(dim=1).mean()
+
+
+def image_text_loss(
+    scores_per_image: Tensor,
+    scores_per_text: Tensor,
+    *,
+    image_ids: Tensor | None = None,
+    all_ids: Tensor | None = None,
+    offset: int = 0,
+    loss_type: str = "infonce",
+    logit_scale: Tensor | float | None = None,
+    margin: float = 0.2,
+    hardest: bool = True,
+) -> Tensor:
+    """
+    Loss of matched image-text pairs in both directions. Row `r` of either matrix belongs to pair `offset + r` of the
+    whole batch, and so does column `offset + r`. The PICO paper (arXiv 2510.11175) does not state its loss; both types
+    are those of its field: the directions are averaged for InfoNCE, as CLIP does, and summed for the hinge, as VSE++
+    and its successors do.
+
+    Each direction is a mean over the local rows. With equally many rows in each process and galleries gathered *with*
+    gradient, the mean over processes of the gradients (what data parallelism computes) is therefore the gradient of
+    the loss of the whole batch, with no factor of the number of processes.
+
+    Args:
+        scores_per_image (`torch.Tensor`): Local images against all texts, shape `(local, all)`.
+        scores_per_text (`torch.Tensor`): Local texts against all images, shape `(local, all)`.
+        image_ids (`torch.Tensor`, *optional*):
+            Identity of each local pair's meaning, int64 of shape `(local,)`. Defaults to this process's part of
+            `all_ids`.
+        all_ids (`torch.Tensor`, *optional*):
+            Identity of every pair's meaning, int64 of shape `(all,)`. Pairs of equal identity are not each other's
+            negatives. Defaults to `image_ids`; without either all pairs are distinct.
+        offset (`int`, *optional*, defaults to 0): First local pair's place in the whole batch, rank times local batch.
+        loss_type (`str`, *optional*, defaults to `"infonce"`): `"infonce"` or `"hinge"`.
+        logit_scale (`torch.Tensor` or `float`, *optional*):
+            Inverse temperature that multiplies the scores, not its logarithm; for InfoNCE only, since the margin of
+            the hinge is in units of the score.
+        margin (`float`, *optional*, defaults to 0.2): Margin of the hinge.
+        hardest (`bool`, *optional*, defaults to `True`): Hardest negative of the hinge, or all negatives.
+
+    Returns:
+        `torch.Tensor`: Scalar in float32 (float64 for float64 input).
+
+    Raises:
+        `ValueError`: If `loss_type` is unknown, or shapes, offset and ids do not fit together.
+    """
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"Unknown loss_type {loss_type!r}; allowed are {', '.join(map(repr, LOSS_TYPES))}.")
+    if scores_per_image.ndim != 2 or scores_per_image.shape != scores_per_text.shape:
+        raise ValueError(
+            "scores_per_image and scores_per_text must both be (local pairs, all pairs), got "
+            f"{tuple(scores_per_image.shape)} and {tuple(scores_per_text.shape)}."
+        )
+    rows, columns = scores_per_image.shape
+    if not 0 <= offset <= columns - rows:
+        raise ValueError(f"offset {offset} with {rows} local pairs does not fit into {columns} pairs in all.")
+    targets = torch.arange(offset, offset + rows, device=scores_per_image.device)
+    exclude = _pair_exclusion(image_ids, all_ids, targets, columns)
+    if loss_type == "hinge":
+        return hinge_loss(scores_per_image, targets, exclude, margin=margin, hardest=hardest) + hinge_loss(
+            scores_per_text, targets, exclude, margin=margin, hardest=hardest
+        )
+    scale = 1.0 if logit_scale is None else logit_scale
+    per_image = infonce_loss(_at_least_float32(scores_per_image) * scale, targets, exclude)
+    per_text = infonce_loss(_at_least_float32(scores_per_text) * scale, targets, exclude)
+    return (per_image + per_text) / 2
+
+
+def _pair_exclusion(image_ids: Tensor | None, all_ids: Tensor | None, targets: Tensor, columns: int) -> Tensor | None:
+    """The mask both directions share: pair `r` and pair `c` of equal identity exclude each other either way."""
+    column_ids = image_ids if all_ids is None else all_ids
+    if column_ids is None:
+        return None
+    if column_ids.shape != (columns,):
+        raise ValueError(
+            f"Ids of all {columns} pairs are needed in the shape ({columns},), got {tuple(column_ids.shape)}. In a "
+            "distributed run, gather the image_ids of all processes and pass them as all_ids."
+        )
+    row_ids = column_ids[targets] if image_ids is None else image_ids
+    if row_ids.shape != targets.shape:
+        raise ValueError(
+            f"image_ids must have the shape {tuple(targets.shape)}, one id per local pair, got {tuple(row_ids.shape)}."
+        )
+    return exclusion_mask(row_ids, column_ids, targets)
+
+
+def _check_rows_and_columns(scores: Tensor, targets: Tensor, exclude: Tensor | None) -> None:
+    if scores.ndim != 2 or scores.numel() == 0:
+        raise ValueError(f"Scores must be a non-empty matrix (rows, columns), got the shape {tuple(scores.shape)}.")
+    if targets.shape != scores.shape[:1]:
+        raise ValueError(f"targets must be ({scores.shape[0]},), one per row of scores, got {tuple(targets.shape)}.")
+    if exclude is not None and (exclude.shape != scores.shape or exclude.dtype != torch.bool):
+        raise ValueError(
+            f"exclude must be a boolean mask of shape {tuple(scores.shape)}, got {exclude.dtype} of shape "
+            f"{tuple(exclude.shape)}."
+        )
+
+
+def _at_least_float32(scores: Tensor) -> Tensor:
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))

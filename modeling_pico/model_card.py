@@ -1,0 +1,286 @@
+"""Model cards of trained PICO checkpoints, rendered from `model_card_template.md`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from jinja2 import Environment, StrictUndefined
+from transformers import PreTrainedConfig
+
+
+TAGS = ["pico", "image-text-retrieval", "cross-modal-retrieval", "late-interaction"]
+
+# Task of the metadata and pretty name by metric; also the columns of the recall tables, in this order.
+_METRICS = {
+    **{
+        f"{direction}_recall_at_{k}": (f"{direction.replace('_', '-')}-retrieval", f"{label} R@{k}")
+        for direction, label in (("image_to_text", "Image→text"), ("text_to_image", "Text→image"))
+        for k in (1, 5, 10)
+    },
+    "rsum": ("image-text-retrieval", "rSum"),
+}
+_OPTIONS = (
+    "alignment_head",
+    "embedding_dim",
+    "pooling",
+    "vision_special_tokens",
+    "text_special_tokens",
+    "negative_slope",
+    "loss_type",
+)
+_PROTOTYPE_OPTIONS = (
+    "num_style_prototypes",
+    "column_mode",
+    "probability_estimator",
+    "style_probability",
+    "probability_combination",
+    "probability_gradient",
+    "sharpness",
+)
+_STAGE_COLUMNS = {
+    "epoch": ("Epoch", "{:g}"),
+    "prototype_stage": ("Stage", "{:.0f}"),
+    "prototype_feedback_gain": ("Δ rSum", "{:+.1f}"),
+    "prototype_feedback_weight": ("Feedback weight", "{:.2f}"),
+    "visual_prototype_movement": ("Movement, image side", "{:.3g}"),
+    "textual_prototype_movement": ("Movement, text side", "{:.3g}"),
+}
+_STAGES = {
+    0: "0, plain alignment: no prototypes yet, so every column has the weight 1",
+    1: "1, first prototypes",
+    2: "2, prototypes updated",
+}
+_NO_VALUE = "–"
+
+
+def create_model_card(
+    *,
+    model_id: str,
+    config: PreTrainedConfig | Mapping[str, Any],
+    base_models: Sequence[str] | str | None = None,
+    dataset_name: str | None = None,
+    splits: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    stage_log: Sequence[Mapping[str, Any]] | None = None,
+    metrics: Mapping[str, Mapping[str, float]] | None = None,
+    style_metrics: Mapping[str, Mapping[str, float]] | None = None,
+    command: str | None = None,
+    framework_versions: Mapping[str, str] | None = None,
+    language: str | list[str] | None = None,
+    license: str | None = None,
+) -> ModelCard:
+    """
+    Renders the card of a checkpoint. Whatever is left out, its section is left out too. Nothing is sent anywhere.
+
+    Args:
+        model_id (`str`): Hub id, or a folder, of which the card names only the last part.
+        config (`PreTrainedConfig` or `dict`): The model's configuration.
+        base_models (`list[str]`, *optional*):
+            Checkpoints the backbones came from. Hub ids enter the metadata; local folders are only mentioned as such.
+        dataset_name (`str`, *optional*):
+            Hub id (with its namespace) or plain name of the data. Results enter the metadata only if it is given.
+        splits (`dict`, *optional*):
+            By split, its number of images or a dictionary such as `{"images": 1000, "texts": 5000}`.
+        training (`dict`, *optional*): Hyper-parameters by name.
+        stage_log (`list[dict]`, *optional*):
+            The trainer's log history: rows with any of `prototype_stage`, `prototype_feedback_gain`,
+            `prototype_feedback_weight`, `visual_prototype_movement` and `textual_prototype_movement`, and their
+            `epoch`. Other rows and keys are ignored.
+        metrics (`dict[str, dict[str, float]]`, *optional*):
+            By split, the result of [`~modeling_pico.evaluation.retrieval_metrics`], in percent. Other keys are
+            ignored.
+        style_metrics (`dict[str, dict[str, float]]`, *optional*): The same by style.
+        command (`str`, *optional*): Command that reproduces the checkpoint.
+        framework_versions (`dict[str, str]`, *optional*): Version by library.
+        language (`str` or `list[str]`, *optional*): ISO codes of the captions' languages.
+        license (`str`, *optional*): Licence identifier of the Hub.
+
+    Returns:
+        `huggingface_hub.ModelCard`: The card; `card.save(path)` writes it.
+
+    Raises:
+        `ValueError`: If `model_id` is empty.
+    """
+    model_id = " ".join(model_id.split())
+    if not model_id:
+        raise ValueError("model_id must not be empty.")
+    is_on_hub = _is_hub_id(model_id)
+    name = model_id if is_on_hub else _last_part(model_id)
+    options = config.to_dict() if isinstance(config, PreTrainedConfig) else dict(config)
+    head = options.get("alignment_head", "pico")
+    has_prototypes = head == "pico"
+    backbones = list(dict.fromkeys([base_models] if isinstance(base_models, str) else base_models or []))
+    dataset = _described_dataset(dataset_name)
+    results = _eval_results(metrics or {}, dataset) if dataset else []
+    data = ModelCardData(
+        model_name=name.split("/")[-1] if results else None,
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification",
+        tags=TAGS,
+        base_model=[backbone for backbone in backbones if _is_hub_id(backbone)] or None,
+        datasets=[dataset["id"]] if dataset and dataset["id"] else None,
+        metrics=["recall"] if results else None,
+        eval_results=results or None,
+        language=language,
+        license=license,
+    )
+    template = _environment().from_string(
+        Path(__file__).with_name("model_card_template.md").read_text(encoding="utf-8")
+    )
+    body = template.render(
+        name=name,
+        literal=json.dumps(name, ensure_ascii=False),
+        head=head,
+        backbones=[backbone if _is_hub_id(backbone) else None for backbone in backbones],
+        dataset=dataset,
+        splits=_split_table(splits or {}),
+        options=_option_table(options),
+        stage=_final_stage(stage_log or []) if has_prototypes else None,
+        training=[(key, value) for key, value in (training or {}).items() if value is not None],
+        stage_log=_stage_table(stage_log or []),
+        metrics=_recall_table(metrics or {}, "Split"),
+        style_metrics=_recall_table(style_metrics or {}, "Style"),
+        command=(command or "").strip(),
+        fence=_fence(command or ""),
+        versions=[(key, value) for key, value in (framework_versions or {}).items() if value is not None],
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined, autoescape=False
+    )
+    environment.filters["md"] = _escape_markdown
+    return environment
+
+
+def _escape_markdown(text: object) -> str:
+    """One line of plain text, safe within a heading, a link or a table cell."""
+    return re.sub(r"([\\`*<>\[\]|])", r"\\\1", " ".join(str(text).split()))
+
+
+def _fence(code: str) -> str:
+    """A code fence that no run of backticks in the code can close."""
+    return "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+
+
+def _is_hub_id(name: str) -> bool:
+    if os.path.isabs(name) or os.path.exists(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _last_part(path: str) -> str:
+    """What a card may say of a local path: no more than its last part."""
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "model"
+
+
+def _described_dataset(name: str | None) -> dict[str, str | None] | None:
+    name = " ".join((name or "").split())
+    if not name:
+        return None
+    # Data sets of the Hub have a namespace; a bare word is the name of something else.
+    if "/" in name and _is_hub_id(name):
+        return {"id": name, "name": name, "type": name}
+    is_path = os.path.isabs(name) or os.path.exists(name)
+    name = _last_part(name) if is_path else name
+    return {"id": None, "name": name, "type": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "dataset"}
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def _eval_results(metrics: Mapping[str, Mapping[str, float]], dataset: Mapping[str, str | None]) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type=task,
+            task_name=task.replace("-", " ").capitalize(),
+            dataset_type=str(dataset["type"]),
+            dataset_name=str(dataset["name"]),
+            dataset_split=str(split),
+            metric_type=metric,
+            metric_name=label,
+            metric_value=round(float(values[metric]), 1),
+        )
+        for split, values in metrics.items()
+        for metric, (task, label) in _METRICS.items()
+        if _is_finite(values.get(metric))
+    ]
+
+
+def _recall_table(metrics: Mapping[str, Mapping[str, float]], title: str) -> dict[str, list] | None:
+    rows = [
+        [name, *(f"{values[key]:.1f}" if _is_finite(values.get(key)) else _NO_VALUE for key in _METRICS)]
+        for name, values in metrics.items()
+        if any(_is_finite(values.get(key)) for key in _METRICS)
+    ]
+    return {"headers": [title, *(label for _, label in _METRICS.values())], "rows": rows} if rows else None
+
+
+def _split_table(splits: Mapping[str, Any]) -> dict[str, list] | None:
+    described = {
+        name: dict(split) if isinstance(split, Mapping) else {"images": split}
+        for name, split in splits.items()
+        if split is not None
+    }
+    keys = list(
+        dict.fromkeys(key for split in described.values() for key, value in split.items() if value is not None)
+    )
+    rows = [[name, *(_cell(split.get(key)) for key in keys)] for name, split in described.items()]
+    return (
+        {"headers": ["Split", *(key.replace("_", " ").capitalize() for key in keys)], "rows": rows} if keys else None
+    )
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return _NO_VALUE
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _option_table(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The options that matter to this configuration, and the types of its backbones."""
+    names = list(_OPTIONS)
+    if config.get("loss_type") == "hinge":
+        names.append("margin")
+    if config.get("alignment_head", "pico") == "pico":
+        names += _PROTOTYPE_OPTIONS
+        if config.get("column_mode") != "statistics":
+            names.append("column_length")
+        if config.get("style_probability") == "learned":
+            names += ["comparator_hidden_size", "comparator_statistics"]
+    sides = [side for side in ("vision_config", "text_config") if config.get(side)]
+    rows = [(f"{side}.model_type", config[side].get("model_type")) for side in sides]
+    rows += [(name, config.get(name)) for name in names]
+    return [(name, value) for name, value in rows if value is not None]
+
+
+def _stage_table(stage_log: Sequence[Mapping[str, Any]]) -> dict[str, list] | None:
+    log = [row for row in stage_log if any(_is_finite(row.get(key)) for key in _STAGE_COLUMNS if key != "epoch")]
+    keys = [key for key in _STAGE_COLUMNS if any(_is_finite(row.get(key)) for row in log)]
+    rows = [
+        [_STAGE_COLUMNS[key][1].format(row[key]) if _is_finite(row.get(key)) else _NO_VALUE for key in keys]
+        for row in log
+    ]
+    return {"headers": [_STAGE_COLUMNS[key][0] for key in keys], "rows": rows} if rows else None
+
+
+def _final_stage(stage_log: Sequence[Mapping[str, Any]]) -> str | None:
+    stages = [int(row["prototype_stage"]) for row in stage_log if _is_finite(row.get("prototype_stage"))]
+    return _STAGES.get(stages[-1], str(stages[-1])) if stages else None

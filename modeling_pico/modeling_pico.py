@@ -1,0 +1,527 @@
+"""PICO model: backbones → token embeddings → alignment head → score."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, can_return_tuple, logging
+
+from .backbones_pico import (
+    build_backbone,
+    class_token_state,
+    image_token_states,
+    load_backbone,
+    num_prefix_tokens,
+    text_token_mask,
+)
+from .configuration_pico import PicoConfig
+from .loss_pico import image_text_loss
+from .prototypes_pico import ColumnComparator, StylePrototypes
+from .scoring_pico import pair_scores
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class PicoFeatures(BaseModelOutputWithPooling):
+    r"""
+    One modality, encoded: all that is needed to score it against the other one.
+
+    Args:
+        embeds (`torch.Tensor` of shape `(batch, tokens, dim)`):
+            Score-ready token embeddings; semantic probability is folded in unless `weighted=False` was asked for.
+        mask (`torch.Tensor` of shape `(batch, tokens)`):
+            True at tokens that take part in the score.
+        pooler_output (`torch.Tensor` of shape `(batch, dim)`):
+            One unit vector per sample, for coarse search.
+        semantic_probability (`torch.Tensor` of shape `(batch, dim)`, *optional*):
+            Semantic probability of each feature column, where this side is weighted.
+        last_hidden_state (`torch.Tensor` of shape `(batch, sequence, hidden)`), hidden_states, attentions:
+            The backbone's outputs.
+    """
+
+    embeds: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    semantic_probability: torch.Tensor | None = None
+
+
+@dataclass
+class PicoOutput(ModelOutput):
+    r"""
+    Output of [`PicoModel`].
+
+    Args:
+        loss (`torch.Tensor`, *optional*, returned with `return_loss=True`): Loss over the pairs of the batch.
+        logits_per_image (`torch.Tensor` of shape `(images, texts)`): Scores times `logit_scale`.
+        logits_per_text (`torch.Tensor` of shape `(texts, images)`): The transpose.
+        image_embeds (`torch.Tensor` of shape `(images, patches, dim)`): Score-ready image token embeddings.
+        text_embeds (`torch.Tensor` of shape `(texts, words, dim)`): Score-ready text token embeddings.
+        image_mask (`torch.Tensor` of shape `(images, patches)`): True at tokens that take part in the score.
+        text_mask (`torch.Tensor` of shape `(texts, words)`): True at tokens that take part in the score.
+        image_tokens (`torch.Tensor` of shape `(images, patches, dim)`): Image token embeddings before weighting.
+        text_tokens (`torch.Tensor` of shape `(texts, words, dim)`): Text token embeddings before weighting.
+        image_semantic_probability (`torch.Tensor` of shape `(images, dim)`, *optional*): Where images are weighted.
+        text_semantic_probability (`torch.Tensor` of shape `(texts, dim)`, *optional*): Where texts are weighted.
+        logit_scale (`torch.Tensor`, scalar): Inverse temperature by which logits are multiplied.
+        vision_model_output, text_model_output: Outputs of the backbones.
+    """
+
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    image_mask: torch.Tensor | None = None
+    text_mask: torch.Tensor | None = None
+    image_tokens: torch.Tensor | None = None
+    text_tokens: torch.Tensor | None = None
+    image_semantic_probability: torch.Tensor | None = None
+    text_semantic_probability: torch.Tensor | None = None
+    logit_scale: torch.Tensor | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
+class TokenProjection(nn.Linear):
+    """Linear map from hidden states to token embeddings."""
+
+
+class FineGrainedHead(nn.Module):
+    """
+    Projects hidden states to unit token embeddings and leaves them unweighted: the fine-grained baseline.
+
+    The interface of every alignment head: [`embed`] makes token embeddings that depend on the sample alone, [`weight`]
+    makes them score-ready. Whoever caches embeddings may call the second again, for instance with other prototypes.
+    """
+
+    def __init__(self, config: PicoConfig):
+        super().__init__()
+        self.config = config
+        self.visual_projection = TokenProjection(config.vision_config.hidden_size, config.embedding_dim, bias=False)
+        self.text_projection = TokenProjection(config.text_config.hidden_size, config.embedding_dim, bias=False)
+
+    def project(self, hidden_states: torch.Tensor, modality: str) -> torch.Tensor:
+        """Projects `(..., hidden)` to unit vectors `(..., dim)` in float32."""
+        projection = self.visual_projection if modality == "image" else self.text_projection
+        return nn.functional.normalize(projection(hidden_states).float(), dim=-1)
+
+    def pool(
+        self, tokens: torch.Tensor, mask: torch.Tensor, class_state: torch.Tensor | None, modality: str
+    ) -> torch.Tensor:
+        """One unit vector `(batch, dim)` of a sample's tokens `(batch, tokens, dim)`, by `config.pooling`."""
+        if class_state is not None:
+            return self.project(class_state, modality)
+        return nn.functional.normalize((tokens * mask.unsqueeze(-1)).sum(dim=1), dim=-1)
+
+    def embed(
+        self, token_states: torch.Tensor, mask: torch.Tensor, class_state: torch.Tensor | None, modality: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            token_states (`torch.Tensor` of shape `(batch, tokens, hidden)`): Hidden states of the backbone.
+            mask (`torch.Tensor` of shape `(batch, tokens)`): True at tokens that take part.
+            class_state (`torch.Tensor` of shape `(batch, hidden)`, *optional*): State of the class token.
+            modality (`str`): `"image"` or `"text"`.
+
+        Returns:
+            Token embeddings `(batch, tokens, dim)` and their mask. Masked tokens are zero.
+        """
+        return self.project(token_states, modality) * mask.unsqueeze(-1), mask
+
+    def weight(
+        self, tokens: torch.Tensor, mask: torch.Tensor, modality: str
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Score-ready tokens, and the semantic probability `(batch, dim)` where there is one."""
+        return tokens, None
+
+
+class ClipStyleHead(FineGrainedHead):
+    """One pooled vector per sample, scored by cosine: the CLIP-style baseline."""
+
+    def embed(self, token_states, mask, class_state, modality):
+        tokens, _ = super().embed(token_states, mask, class_state, modality)
+        # The pair score of two single-token samples is twice their inner product; this makes it the cosine.
+        pooled = self.pool(tokens, mask, class_state, modality) * 0.5**0.5
+        return pooled.unsqueeze(1), mask.any(dim=1, keepdim=True)
+
+
+class PicoHead(FineGrainedHead):
+    """Weights every feature column by its semantic probability, which style prototypes give."""
+
+    def __init__(self, config: PicoConfig):
+        super().__init__(config)
+        self.style_prototypes = StylePrototypes(config)
+
+    def weight(self, tokens, mask, modality):
+        return self.style_prototypes.weight_tokens(tokens, mask, modality)
+
+
+_HEADS: dict[str, type[FineGrainedHead]] = {
+    "pico": PicoHead,
+    "fine_grained": FineGrainedHead,
+    "clip_style": ClipStyleHead,
+}
+
+
+class PicoPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and loading, shared by PICO models."""
+
+    config: PicoConfig
+    base_model_prefix = "pico"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    # The loss is a mean over the batch; `Trainer` must not divide it by a number of items.
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _no_split_modules = []
+    # One by one: a pattern that matched the integer counters as well would turn them into floats.
+    _keep_in_fp32_modules_strict = [
+        "logit_scale",
+        "visual_prototypes",
+        "textual_prototypes",
+        "visual_style_rate",
+        "textual_style_rate",
+        "visual_column_scale",
+        "textual_column_scale",
+        "visual_temperature",
+        "textual_temperature",
+        "visual_comparator",
+        "textual_comparator",
+        "pseudo_semantic_probability",
+        "feedback_log_sum",
+        "matched_sum",
+        "mismatched_sum",
+        "matched_count",
+        "mismatched_count",
+    ]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, PicoModel):
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+        elif isinstance(module, StylePrototypes):
+            for name, value in module.initial_buffers().items():
+                init.constant_(getattr(module, name), value)
+        elif isinstance(module, ColumnComparator):
+            init.normal_(module.hidden_weight, std=module.hidden_weight.shape[1] ** -0.5)
+            init.zeros_(module.hidden_bias)
+            # A zero output layer makes the probability constant, so training starts at the unweighted score.
+            init.zeros_(module.output_weight)
+            init.constant_(module.output_bias, 2.0)
+        elif isinstance(module, TokenProjection):
+            init.normal_(module.weight, std=module.in_features**-0.5)
+
+
+class PicoModel(PicoPreTrainedModel):
+    r"""
+    Two-tower vision-language model with a patch-by-word score whose feature columns are weighted by the probability
+    that they carry meaning and not style (PICO, arXiv 2510.11175).
+
+    Args:
+        config ([`PicoConfig`]): Configuration; all weights are fresh.
+        vision_model (`PreTrainedModel`, *optional*): Vision backbone to use instead of a fresh one.
+        text_model (`PreTrainedModel`, *optional*): Text backbone to use instead of a fresh one.
+
+    Example:
+
+    ```python
+    >>> from modeling_pico import PicoModel, PicoProcessor
+
+    >>> model = PicoModel.from_pretrained("path/to/checkpoint").eval()
+    >>> processor = PicoProcessor.from_pretrained("path/to/checkpoint")
+    >>> inputs = processor(images=images, text=["a red circle", "a blue star"], return_tensors="pt", padding=True)
+    >>> scores = model(**inputs).logits_per_image  # (images, texts)
+    ```
+    """
+
+    def __init__(
+        self,
+        config: PicoConfig,
+        vision_model: PreTrainedModel | None = None,
+        text_model: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        self.vision_model = build_backbone(config.vision_config) if vision_model is None else vision_model
+        self.text_model = build_backbone(config.text_config) if text_model is None else text_model
+        # The towers' configurations are the composite's, so that later changes reach both.
+        for name, tower in (("vision_config", self.vision_model), ("text_config", self.text_model)):
+            getattr(config, name)._attn_implementation = tower.config._attn_implementation
+            tower.config = getattr(config, name)
+        self.alignment_head = _HEADS[config.alignment_head](config)
+        self.logit_scale = nn.Parameter(
+            torch.tensor(float(config.logit_scale_init_value)), requires_grad=config.loss_type == "infonce"
+        )
+        self.post_init()
+
+    @property
+    def style_prototypes(self) -> StylePrototypes | None:
+        """The style prototypes, None for the heads without them."""
+        return self.alignment_head.style_prototypes if isinstance(self.alignment_head, PicoHead) else None
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: str | PreTrainedModel,
+        text: str | PreTrainedModel | None = None,
+        *,
+        backbone_kwargs: dict | None = None,
+        **config_kwargs,
+    ) -> "PicoModel":
+        r"""
+        Builds a PICO model from pretrained backbones.
+
+        Args:
+            vision (`str` or `PreTrainedModel`):
+                Vision checkpoint (ViT, Swin, DINOv2, ...) or, without `text`, a joint one such as CLIP. The towers of
+                a joint checkpoint bring their projections, temperature and class-token pooling along, as far as
+                `config_kwargs` do not say otherwise.
+            text (`str` or `PreTrainedModel`, *optional*):
+                Text checkpoint (BERT, RoBERTa, MiniLM, ...).
+            backbone_kwargs (`dict`, *optional*):
+                Passed to the backbones' `from_pretrained` (`revision`, `token`, `attn_implementation`, ...).
+            config_kwargs: Options of [`PicoConfig`].
+
+        Returns:
+            [`PicoModel`] in float32 in evaluation mode; what the checkpoints do not hold is freshly initialised.
+        """
+        # Checkpoints in half precision are loaded as such by default, which is no precision to train in.
+        kwargs = {"dtype": torch.float32, **(backbone_kwargs or {})}
+        if text is None:
+            return cls._from_joint(vision, kwargs, config_kwargs)
+        vision_model = load_backbone(vision, "image", **kwargs) if isinstance(vision, str) else vision
+        text_model = load_backbone(text, "text", **kwargs) if isinstance(text, str) else text
+        config = cls.config_class(vision_config=vision_model.config, text_config=text_model.config, **config_kwargs)
+        return cls(config, vision_model=vision_model, text_model=text_model).eval()
+
+    @classmethod
+    def _from_joint(cls, joint: str | PreTrainedModel, kwargs: dict, config_kwargs: dict) -> "PicoModel":
+        if isinstance(joint, str):
+            config_only = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
+            joint_config = AutoConfig.from_pretrained(joint, **config_only)
+            if "vision_config" not in joint_config.sub_configs:
+                raise ValueError(
+                    f"{joint!r} is a single-tower checkpoint ({joint_config.model_type}); give a text checkpoint as "
+                    "well, or a joint vision-language checkpoint such as CLIP."
+                )
+            joint = AutoModel.from_pretrained(joint, **kwargs)
+        projections = {
+            name: module
+            for name in ("visual_projection", "text_projection")
+            if isinstance(module := joint._modules.get(name), nn.Linear) and module.bias is None
+        }
+        if len(projections) == 2:
+            config_kwargs = {
+                "embedding_dim": projections["text_projection"].out_features,
+                "pooling": "class_token",
+                **config_kwargs,
+            }
+        config = cls.config_class(
+            vision_config=joint.vision_model.config, text_config=joint.text_model.config, **config_kwargs
+        )
+        model = cls(config, vision_model=joint.vision_model, text_model=joint.text_model)
+        with torch.no_grad():
+            if len(projections) == 2 and projections["text_projection"].out_features == config.embedding_dim:
+                for name, projection in projections.items():
+                    getattr(model.alignment_head, name).weight.copy_(projection.weight)
+                if "logit_scale_init_value" not in config_kwargs:
+                    model.logit_scale.copy_(joint.logit_scale.reshape(()))
+            else:
+                logger.warning(
+                    f"The projections to {config.embedding_dim} features are freshly initialised: the checkpoint has "
+                    f"{'none of that size' if projections else 'none'}."
+                )
+        return model.eval()
+
+    def _features(
+        self, token_states: torch.Tensor, mask: torch.Tensor, class_state: torch.Tensor | None, modality: str, weighted
+    ) -> dict[str, torch.Tensor | None]:
+        head = self.alignment_head
+        tokens, mask = head.embed(token_states, mask, class_state, modality)
+        embeds, probability = head.weight(tokens, mask, modality) if weighted else (tokens, None)
+        pooled = nn.functional.normalize((embeds * mask.unsqueeze(-1)).sum(dim=1), dim=-1)
+        return {"tokens": tokens, "embeds": embeds, "mask": mask, "pooled": pooled, "probability": probability}
+
+    def _encode_images(self, pixel_values: torch.Tensor, weighted: bool, **kwargs):
+        config = self.config
+        outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
+        states = image_token_states(self.vision_model, outputs, keep_special_tokens=True)
+        class_state = None
+        if config.pooling == "class_token":
+            class_state = class_token_state(self.vision_model, outputs, states, "image")
+        if not config.vision_special_tokens:
+            states = states[:, num_prefix_tokens(config.vision_config) :]
+        mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+        return outputs, self._features(states, mask, class_state, "image", weighted)
+
+    def _encode_texts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, weighted: bool, **kwargs):
+        config = self.config
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **given)
+        states = outputs.last_hidden_state
+        class_state = None
+        if config.pooling == "class_token":
+            class_state = class_token_state(self.text_model, outputs, states, "text")
+        mask = text_token_mask(attention_mask, config.text_special_tokens)
+        return outputs, self._features(states, mask, class_state, "text", weighted)
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, weighted: bool = True, **kwargs) -> PicoFeatures:
+        r"""
+        Encodes images, so that a gallery is encoded once and scored with [`pair_scores`] or
+        [`PicoProcessor.score_retrieval`].
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): Preprocessed images.
+            weighted (`bool`, *optional*, defaults to `True`):
+                Whether the semantic probability is folded into `embeds`. Embeddings cached without it can be made
+                score-ready later by `model.alignment_head.weight(embeds, mask, "image")`.
+            kwargs: Passed to the vision backbone (`interpolate_pos_encoding`, `output_hidden_states`, ...).
+
+        Returns:
+            [`PicoFeatures`]
+        """
+        outputs, features = self._encode_images(pixel_values, weighted, **kwargs)
+        return _features_output(outputs, features)
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        weighted: bool = True,
+        **kwargs,
+    ) -> PicoFeatures:
+        r"""
+        Encodes texts; see [`PicoModel.get_image_features`].
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(batch, words)`): Token ids.
+            attention_mask (`torch.Tensor` of shape `(batch, words)`, *optional*): 1 at real tokens; all by default.
+            position_ids (`torch.Tensor` of shape `(batch, words)`, *optional*): Positions, if the backbone takes them.
+            token_type_ids (`torch.Tensor` of shape `(batch, words)`, *optional*): Segments, if it takes them.
+            weighted (`bool`, *optional*, defaults to `True`): Whether semantic probability is folded into `embeds`.
+            kwargs: Passed to the text backbone (`output_hidden_states`, ...).
+
+        Returns:
+            [`PicoFeatures`]
+        """
+        outputs, features = self._encode_texts(
+            input_ids, attention_mask, weighted, position_ids=position_ids, token_type_ids=token_type_ids, **kwargs
+        )
+        return _features_output(outputs, features)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        image_ids: torch.LongTensor | None = None,
+        return_loss: bool | None = None,
+        return_logits: bool = True,
+        **kwargs,
+    ) -> PicoOutput:
+        r"""
+        Encodes images and texts and scores every pair.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(texts, words)`): Token ids.
+            pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`): Preprocessed images.
+            attention_mask (`torch.Tensor` of shape `(texts, words)`, *optional*): 1 at real tokens.
+            position_ids (`torch.LongTensor` of shape `(texts, words)`, *optional*): Positions.
+            token_type_ids (`torch.LongTensor` of shape `(texts, words)`, *optional*): Segments.
+            image_ids (`torch.LongTensor` of shape `(images,)`, *optional*):
+                Identity of each pair's meaning, for the loss: pairs of equal identity are never negatives.
+            return_loss (`bool`, *optional*):
+                Whether to return the loss over the batch, in which image `i` and text `i` are a pair. For negatives
+                from all processes train with [`PicoTrainer`].
+            return_logits (`bool`, *optional*, defaults to `True`):
+                Whether to score the pairs; the trainer scores over all processes itself.
+            kwargs: Passed to both backbones (`output_hidden_states`, `output_attentions`, ...).
+
+        Returns:
+            [`PicoOutput`]
+        """
+        if input_ids is None or pixel_values is None:
+            missing = "input_ids" if input_ids is None else "pixel_values"
+            raise ValueError(
+                f"`{missing}` is missing: PicoModel takes images and texts together. To encode one side use "
+                "`get_image_features` or `get_text_features`."
+            )
+        vision_outputs, image = self._encode_images(pixel_values, True, **kwargs)
+        text_outputs, text = self._encode_texts(
+            input_ids, attention_mask, True, position_ids=position_ids, token_type_ids=token_type_ids, **kwargs
+        )
+        logit_scale = self.logit_scale.float().exp()
+        loss = scores = None
+        if return_logits or return_loss:
+            scores = pair_scores(
+                image["embeds"],
+                text["embeds"],
+                image["mask"],
+                text["mask"],
+                negative_slope=self.config.negative_slope,
+            )
+        if return_loss:
+            loss = image_text_loss(
+                scores,
+                scores.T,
+                image_ids=image_ids,
+                loss_type=self.config.loss_type,
+                logit_scale=logit_scale,
+                margin=self.config.margin,
+            )
+        logits = scores * logit_scale if scores is not None and return_logits else None
+        return PicoOutput(
+            loss=loss,
+            logits_per_image=logits,
+            logits_per_text=logits.T if logits is not None else None,
+            image_embeds=image["embeds"],
+            text_embeds=text["embeds"],
+            image_mask=image["mask"],
+            text_mask=text["mask"],
+            image_tokens=image["tokens"],
+            text_tokens=text["tokens"],
+            image_semantic_probability=image["probability"],
+            text_semantic_probability=text["probability"],
+            logit_scale=logit_scale,
+            vision_model_output=vision_outputs,
+            text_model_output=text_outputs,
+        )
+
+
+def _features_output(outputs, features: dict[str, torch.Tensor | None]) -> PicoFeatures:
+    return PicoFeatures(
+        last_hidden_state=outputs.last_hidden_state,
+        pooler_output=features["pooled"],
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+        embeds=features["embeds"],
+        mask=features["mask"],
+        semantic_probability=features["probability"],
+    )
+
+
+__all__ = ["PicoFeatures", "PicoModel", "PicoOutput", "PicoPreTrainedModel"]

@@ -1,0 +1,406 @@
+"""
+Style prototypes and the semantic probability of feature columns.
+
+Column `d` of one sample is the vector of feature `d`'s values over that sample's tokens. Style prototypes are
+centroids of such columns; how a column relates to them gives the probability that it carries style, and one minus
+that is its semantic probability. Method: PICO (arXiv 2510.11175); what the paper leaves open is marked *ours*.
+
+Everything here is a pure function of tensors, except [`StylePrototypes`], which holds the state as buffers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .configuration_pico import NUM_COLUMN_STATISTICS, PicoConfig
+
+
+STAGE_PLAIN, STAGE_INITIAL, STAGE_UPDATED = 0, 1, 2
+"""Plain alignment; first prototypes in use; prototypes updated by performance feedback."""
+
+# Semantic probabilities are kept above this, so that a sample in which every column looks like style has equal
+# weights instead of a division by zero.
+MIN_PROBABILITY = 1e-6
+MODALITIES = ("image", "text")
+
+
+def feature_columns(
+    tokens: torch.Tensor, mask: torch.Tensor, mode: str = "statistics", length: int | None = None
+) -> torch.Tensor:
+    r"""
+    Describes each feature column of each sample by a fixed number of values *(ours)*.
+
+    Values are multiplied by `sqrt(dim)`, since tokens are unit vectors.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(batch, tokens, dim)`):
+            L2-normalised token embeddings.
+        mask (`torch.Tensor` of shape `(batch, tokens)`):
+            True at real tokens. A sample without any gives zeros.
+        mode (`str`, *optional*, defaults to `"statistics"`):
+            `"statistics"`: mean, standard deviation, maximum, minimum. `"quantile"`: the sorted values, linearly
+            interpolated to `length` points. `"position"`: the values in order; `length` must be the token count.
+        length (`int`, *optional*):
+            Number of values for `"quantile"` and `"position"`.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, dim, length)` in float32; `length` is 4 for `"statistics"`.
+    """
+    values = tokens.float() * tokens.shape[-1] ** 0.5
+    valid = mask.bool().unsqueeze(-1)
+    if mode == "position":
+        if values.shape[1] != length:
+            raise ValueError(
+                f"column_mode='position' needs images of exactly column_length={length} patches, but got "
+                f"{values.shape[1]}; use column_mode='quantile' or 'statistics' for other sizes."
+            )
+        return (values * valid).transpose(1, 2)
+    count = valid.sum(dim=1).clamp(min=1)  # (batch, 1)
+    if mode == "statistics":
+        mean = (values * valid).sum(dim=1) / count
+        variance = ((values - mean.unsqueeze(1)).square() * valid).sum(dim=1) / count
+        # The small constant keeps the gradient of the root finite at a constant column.
+        spread = (variance + 1e-8).sqrt()
+        maximum = values.masked_fill(~valid, -torch.inf).amax(dim=1)
+        minimum = values.masked_fill(~valid, torch.inf).amin(dim=1)
+        columns = torch.stack([mean, spread, maximum, minimum], dim=-1)
+    elif mode == "quantile":
+        ordered = values.masked_fill(~valid, torch.inf).sort(dim=1).values
+        place = torch.linspace(0, 1, length, device=values.device) * (count - 1)  # (batch, length)
+        below = place.floor().long()
+        above = torch.minimum(below + 1, count - 1)
+        fraction = (place - below).unsqueeze(-1)
+        shape = (-1, -1, values.shape[-1])
+        low = ordered.gather(1, below.unsqueeze(-1).expand(shape))
+        high = ordered.gather(1, above.unsqueeze(-1).expand(shape))
+        columns = (low + (high - low) * fraction).transpose(1, 2)
+    else:
+        raise ValueError(f"column mode must be one of 'statistics', 'quantile', 'position', but got {mode!r}.")
+    # A sample without a real token has infinities above.
+    return columns.masked_fill(~mask.bool().any(dim=1).view(-1, 1, 1), 0.0)
+
+
+def squared_distances(columns: torch.Tensor, prototypes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """
+    Squared Euclidean distances of `columns` `(..., length)` to `prototypes` `(prototypes, length)`, every coordinate
+    divided by `scale` `(length,)` first. Returns `(..., prototypes)`.
+    """
+    columns, prototypes = columns / scale, prototypes / scale
+    cross = columns @ prototypes.T
+    squares = columns.square().sum(dim=-1, keepdim=True) + prototypes.square().sum(dim=-1)
+    return (squares - 2 * cross).clamp(min=0)
+
+
+def style_probability(
+    columns: torch.Tensor,
+    prototypes: torch.Tensor,
+    style_rate: torch.Tensor,
+    scale: torch.Tensor,
+    temperature: torch.Tensor,
+    form: str,
+) -> torch.Tensor:
+    r"""
+    Probability that a feature column carries style, by a fixed form *(ours)*.
+
+    Args:
+        columns (`torch.Tensor` of shape `(..., length)`): The columns.
+        prototypes (`torch.Tensor` of shape `(prototypes, length)`): Style prototypes.
+        style_rate (`torch.Tensor` of shape `(prototypes,)`): Mean pseudo-style probability of each cluster.
+        scale (`torch.Tensor` of shape `(length,)`): Unit of each coordinate.
+        temperature (`torch.Tensor`, scalar): Mean squared distance of a column to its nearest prototype.
+        form (`str`): `"purity"`, `"nearest"` or `"cosine"`.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`, values in [0, 1].
+    """
+    if form == "cosine":
+        similarity = nn.functional.normalize(columns / scale, dim=-1) @ nn.functional.normalize(prototypes / scale).T
+        return similarity.amax(dim=-1).clamp(0, 1)
+    distances = squared_distances(columns, prototypes, scale) / temperature
+    if form == "purity":
+        return (-distances).softmax(dim=-1) @ style_rate
+    if form == "nearest":
+        return (-distances.amin(dim=-1)).exp()
+    raise ValueError(f"the fixed forms are 'purity', 'nearest', 'cosine', but got {form!r}.")
+
+
+def column_weights(semantic_probability: torch.Tensor, sharpness: float = 1.0) -> torch.Tensor:
+    """
+    Weights of the feature columns: probabilities `(..., dim)` raised to `sharpness` and rescaled to a mean of one, so
+    that a constant probability gives the unweighted score *(ours)*.
+    """
+    powered = semantic_probability.clamp(min=MIN_PROBABILITY) ** sharpness
+    return powered / powered.mean(dim=-1, keepdim=True)
+
+
+def sign_shares(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    Shares of a sample's real tokens at which each feature is positive, and at which it is negative.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(batch, tokens, dim)`): Token embeddings; only their signs matter.
+        mask (`torch.Tensor` of shape `(batch, tokens)`): True at real tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, 2, dim)` in float32: positive and negative shares.
+    """
+    valid = mask.bool().unsqueeze(-1)
+    count = valid.sum(dim=1).clamp(min=1).float()
+    return torch.stack([((tokens > 0) & valid).sum(dim=1) / count, ((tokens < 0) & valid).sum(dim=1) / count], dim=1)
+
+
+def sign_agreement(
+    image_shares: torch.Tensor, text_shares: torch.Tensor, valid: torch.Tensor, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    r"""
+    Sums, over the pairs of a batch, of the share of positive products `v_id * t_jd`.
+
+    The share of one pair is `1/(nv*nt) * sum_ij [v_id * t_jd > 0]` (PICO). It equals `a+ b+ + a- b-` with the shares
+    of positive and negative values on either side, so no `(patches, words, dim)` tensor is needed. Row `i` of both
+    sides is a matched pair; every image with every text of another id is a mismatched one *(ours)*.
+
+    Args:
+        image_shares (`torch.Tensor` of shape `(batch, 2, dim)`): [`sign_shares`] of the images.
+        text_shares (`torch.Tensor` of shape `(batch, 2, dim)`): [`sign_shares`] of their texts.
+        valid (`torch.Tensor` of shape `(batch,)`): True where both sides of the pair have a real token.
+        ids (`torch.Tensor` of shape `(batch,)`): Identity of the meaning.
+
+    Returns:
+        Matched sum `(dim,)`, mismatched sum `(dim,)`, and the two numbers of pairs (float32 scalars).
+    """
+    matched = valid.float()
+    mismatched = ((ids[:, None] != ids[None, :]) & valid[:, None] & valid[None, :]).float()
+    agreement = (image_shares * text_shares).sum(dim=1)
+    matched_sum = (agreement * matched[:, None]).sum(dim=0)
+    partners = torch.einsum("ij,jsd->isd", mismatched, text_shares)
+    return matched_sum, (image_shares * partners).sum(dim=(0, 1)), matched.sum(), mismatched.sum()
+
+
+def pseudo_semantic_probability(
+    matched_rate: torch.Tensor, mismatched_rate: torch.Tensor, estimator: str = "matched"
+) -> torch.Tensor:
+    r"""
+    Pseudo-semantic probability of each feature column from its rates of positive products.
+
+    Args:
+        matched_rate (`torch.Tensor` of shape `(dim,)`): Mean share over matched pairs.
+        mismatched_rate (`torch.Tensor` of shape `(dim,)`): Mean share over mismatched pairs.
+        estimator (`str`, *optional*, defaults to `"matched"`):
+            `"matched"`: the matched rate (PICO). `"chance_corrected"`: `(p - p0) / (1 - p0)`, clipped at 0, the form
+            of Cohen's kappa *(ours)*: a column of fixed sign agrees on any pair, which is bias and not meaning.
+
+    Returns:
+        `torch.Tensor` of shape `(dim,)`, values in [0, 1].
+    """
+    if estimator == "matched":
+        return matched_rate
+    if estimator == "chance_corrected":
+        return ((matched_rate - mismatched_rate) / (1 - mismatched_rate).clamp(min=MIN_PROBABILITY)).clamp(0, 1)
+    raise ValueError(f"estimator must be one of 'matched', 'chance_corrected', but got {estimator!r}.")
+
+
+class ColumnComparator(nn.Module):
+    """
+    Reads how a feature column relates to the style prototypes and gives its semantic probability *(ours)*.
+
+    One small network, shared by all columns of a modality. Its inputs are `log(1 + distance² / temperature)` to each
+    prototype, smooth also where a column meets a prototype, and on request the column's four statistics. It starts
+    constant, that is, with weights of exactly one.
+    """
+
+    def __init__(self, config: PicoConfig):
+        super().__init__()
+        num_inputs = config.num_style_prototypes + (NUM_COLUMN_STATISTICS if config.comparator_statistics else 0)
+        # Parameters of its own and no `nn.Linear`: transformers takes a module that only has sub-modules for
+        # initialised when it is defined outside of transformers, and would leave the start to `nn.Linear`.
+        self.hidden_weight = nn.Parameter(torch.empty(config.comparator_hidden_size, num_inputs))
+        self.hidden_bias = nn.Parameter(torch.empty(config.comparator_hidden_size))
+        self.output_weight = nn.Parameter(torch.empty(1, config.comparator_hidden_size))
+        self.output_bias = nn.Parameter(torch.empty(1))
+
+    def forward(self, distances: torch.Tensor, statistics: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            distances (`torch.Tensor` of shape `(..., prototypes)`): Squared distances divided by the temperature.
+            statistics (`torch.Tensor` of shape `(..., 4)`, *optional*): The column's statistics.
+
+        Returns:
+            `torch.Tensor` of shape `(...)`: semantic probability in (0, 1).
+        """
+        features = torch.log1p(distances)
+        if statistics is not None:
+            features = torch.cat([features, statistics], dim=-1)
+        hidden = nn.functional.gelu(
+            nn.functional.linear(features, self.hidden_weight.float(), self.hidden_bias.float())
+        )
+        logit = nn.functional.linear(hidden, self.output_weight.float(), self.output_bias.float())
+        return logit.squeeze(-1).sigmoid()
+
+
+class StylePrototypes(nn.Module):
+    r"""
+    Style prototypes of both modalities and all state of their staged construction, as persistent buffers.
+
+    A checkpoint therefore carries its prototypes. Before the first construction (`stage` 0) all weights are exactly 1.
+
+    Buffers, with `K` prototypes, columns of `L` values and `D` features:
+        visual_prototypes, textual_prototypes `(K, L)`: centroids of feature columns.
+        visual_style_rate, textual_style_rate `(K,)`: mean pseudo-style probability of each cluster.
+        visual_column_scale, textual_column_scale `(L,)`: unit of each coordinate of a column.
+        visual_temperature, textual_temperature: mean squared distance of a column to its nearest prototype.
+        pseudo_semantic_probability `(D,)`: of each feature column, from the last construction.
+        stage, num_constructions (int64): stage, and how many constructions went into the prototypes.
+        feedback_log_sum: log of the sum of `exp(gain / kappa)` over these constructions.
+        matched_sum, mismatched_sum `(D,)`, matched_count, mismatched_count: sign statistics since the
+            last construction.
+    """
+
+    def __init__(self, config: PicoConfig):
+        super().__init__()
+        self.config = config
+        num_prototypes, length, dim = config.num_style_prototypes, config.column_size, config.embedding_dim
+        for side in ("visual", "textual"):
+            self.register_buffer(f"{side}_prototypes", torch.zeros(num_prototypes, length))
+            self.register_buffer(f"{side}_style_rate", torch.zeros(num_prototypes))
+            self.register_buffer(f"{side}_column_scale", torch.ones(length))
+            self.register_buffer(f"{side}_temperature", torch.ones(()))
+        self.register_buffer("pseudo_semantic_probability", torch.ones(dim))
+        self.register_buffer("stage", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("num_constructions", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("feedback_log_sum", torch.full((), -torch.inf))
+        self.register_buffer("matched_sum", torch.zeros(dim))
+        self.register_buffer("mismatched_sum", torch.zeros(dim))
+        self.register_buffer("matched_count", torch.zeros(()))
+        self.register_buffer("mismatched_count", torch.zeros(()))
+        if config.style_probability == "learned":
+            self.visual_comparator = ColumnComparator(config)
+            self.textual_comparator = ColumnComparator(config)
+
+    def initial_buffers(self) -> dict[str, float]:
+        """Value that each buffer has before training."""
+        ones = ("column_scale", "temperature", "pseudo_semantic_probability")
+        values = {name: 1.0 if name.endswith(ones) else 0.0 for name, _ in self.named_buffers(recurse=False)}
+        values["feedback_log_sum"] = -torch.inf
+        return values
+
+    def is_weighted(self, modality: str) -> bool:
+        """Whether the columns of this side are weighted, by `config.probability_combination`."""
+        return self.config.probability_combination in ("product", modality)
+
+    def columns(self, tokens: torch.Tensor, mask: torch.Tensor, modality: str) -> torch.Tensor:
+        """Feature columns `(batch, dim, length)` of tokens `(batch, tokens, dim)`, as this model describes them."""
+        config = self.config
+        if modality == "text":
+            return feature_columns(tokens, mask, config.textual_column_mode, config.column_size)
+        if config.column_mode == "position":
+            # The grid is what remains without the leading special tokens.
+            patches = (
+                slice(tokens.shape[1] - config.column_size, None)
+                if tokens.shape[1] > config.column_size
+                else slice(None)
+            )
+            tokens, mask = tokens[:, patches], mask[:, patches]
+        return feature_columns(tokens, mask, config.column_mode, config.column_size)
+
+    def semantic_probability(self, tokens: torch.Tensor, mask: torch.Tensor, modality: str) -> torch.Tensor:
+        r"""
+        Semantic probability of each feature column of each sample.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(batch, tokens, dim)`): Normalised token embeddings before weighting.
+            mask (`torch.Tensor` of shape `(batch, tokens)`): True at real tokens.
+            modality (`str`): `"image"` or `"text"`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, dim)` in float32, values in [0, 1]. Before the first construction the
+            result is constant.
+        """
+        config = self.config
+        side = {"image": "visual", "text": "textual"}[modality]
+        learned = config.style_probability == "learned"
+        keep_gradient = learned if config.probability_gradient is None else config.probability_gradient
+        if not keep_gradient:
+            tokens = tokens.detach()
+        if config.style_probability == "global":
+            probability = self.pseudo_semantic_probability.expand(len(tokens), -1)
+        else:
+            columns = self.columns(tokens, mask, modality)
+            state = [
+                getattr(self, f"{side}_{name}") for name in ("prototypes", "style_rate", "column_scale", "temperature")
+            ]
+            if learned:
+                prototypes, _, scale, temperature = state
+                distances = squared_distances(columns, prototypes, scale) / temperature
+                statistics = None
+                if config.comparator_statistics:
+                    statistics = columns if config.column_mode == "statistics" else feature_columns(tokens, mask)
+                comparator = self.visual_comparator if modality == "image" else self.textual_comparator
+                probability = comparator(distances, statistics)
+            else:
+                probability = 1 - style_probability(columns, *state, form=config.style_probability)
+        # `torch.where` and no branch: the stage lives on the device, and every parameter keeps a (zero) gradient.
+        return torch.where(self.stage > STAGE_PLAIN, probability, torch.ones_like(probability))
+
+    def weight_tokens(
+        self, tokens: torch.Tensor, mask: torch.Tensor, modality: str
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        r"""
+        Folds the column weights into one side's tokens: `s_ij = sum_d p_d v_id t_jd = <p_v v_i, p_t t_j>`.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(batch, tokens, dim)`): Normalised token embeddings.
+            mask (`torch.Tensor` of shape `(batch, tokens)`): True at real tokens.
+            modality (`str`): `"image"` or `"text"`.
+
+        Returns:
+            Score-ready tokens `(batch, tokens, dim)` and the semantic probability `(batch, dim)`, None for a side that
+            is not weighted.
+        """
+        if not self.is_weighted(modality):
+            return tokens, None
+        with torch.autocast(tokens.device.type, enabled=False):
+            probability = self.semantic_probability(tokens, mask, modality)
+            weights = column_weights(probability, self.config.sharpness)
+            return tokens * weights.unsqueeze(1), probability
+
+    @torch.no_grad()
+    def add_sign_agreement(
+        self,
+        matched_sum: torch.Tensor,
+        mismatched_sum: torch.Tensor,
+        matched_count: torch.Tensor,
+        mismatched_count: torch.Tensor,
+    ) -> None:
+        """Adds the result of [`sign_agreement`] (summed over processes) to the running statistics."""
+        self.matched_sum += matched_sum
+        self.mismatched_sum += mismatched_sum
+        self.matched_count += matched_count
+        self.mismatched_count += mismatched_count
+
+    def pseudo_probability(self) -> torch.Tensor:
+        """Pseudo-semantic probability `(dim,)` of the statistics collected since the last construction."""
+        return pseudo_semantic_probability(
+            self.matched_sum / self.matched_count.clamp(min=1),
+            self.mismatched_sum / self.mismatched_count.clamp(min=1),
+            self.config.probability_estimator,
+        )
+
+    @torch.no_grad()
+    def reset_statistics(self) -> None:
+        """Starts a new collection of sign statistics."""
+        for name in ("matched_sum", "mismatched_sum", "matched_count", "mismatched_count"):
+            getattr(self, name).zero_()
+
+
+__all__ = [
+    "ColumnComparator",
+    "StylePrototypes",
+    "column_weights",
+    "feature_columns",
+    "pseudo_semantic_probability",
+    "sign_agreement",
+    "sign_shares",
+    "squared_distances",
+    "style_probability",
+]

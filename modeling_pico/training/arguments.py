@@ -1,0 +1,118 @@
+"""Training arguments of PICO: those of transformers, and the staged construction's."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+FEEDBACKS = ("counterfactual", "epoch_delta", "ema", "uniform", "latest")
+SCHEDULE_UNITS = ("epochs", "share")
+CAPTION_SAMPLINGS = ("random", "all")
+
+
+@dataclass
+class PicoTrainingArguments(TrainingArguments):
+    r"""
+    Arguments of [`PicoTrainer`]: all of `TrainingArguments`, and the following.
+
+    Args:
+        learning_rate (`float`, *optional*, defaults to 2e-4):
+            Learning rate of new layers (alignment head, temperature).
+        backbone_learning_rate (`float`, *optional*):
+            Learning rate of the backbones; a tenth of `learning_rate` by default. Set both alike for towers without
+            pretrained weights.
+        caption_sampling (`str`, *optional*, defaults to `"random"`):
+            `"random"`: each image once an epoch with one of its captions; `"all"`: every pair once an epoch.
+        gather_negatives (`bool`, *optional*, defaults to `True`):
+            Whether samples of all processes serve as negatives.
+        hinge_warmup_epochs (`float`, *optional*, defaults to 1.0):
+            Epochs in which the hinge loss counts all negatives instead of the hardest.
+        prototype_start (`float`, *optional*, defaults to 2.0):
+            When the first prototypes are built (j0), in `prototype_schedule` units.
+        prototype_update_start (`float`, *optional*, defaults to 4.0):
+            When they are first updated (j1), in `prototype_schedule` units.
+        prototype_schedule (`str`, *optional*, defaults to `"epochs"`):
+            Unit of the two: `"epochs"` (fractions allowed) or `"share"` of the whole training.
+        prototype_interval (`float`, *optional*, defaults to 1.0):
+            Epochs between updates. Statistics are collected over this long before each construction.
+        reservoir_pairs (`int`, *optional*, defaults to 256):
+            Matched pairs whose columns are clustered: the last ones before a construction.
+        feedback (`str`, *optional*, defaults to `"counterfactual"`):
+            Gain that weights an update: validation rSum with the new prototypes minus with the old, same network
+            (`"counterfactual"`); rSum of this evaluation minus the one before (`"epoch_delta"`). Without validation:
+            `"ema"` (constant weight), `"uniform"` (equal weights), `"latest"` (the newest alone).
+        feedback_kappa (`float`, *optional*, defaults to 1.0):
+            Gain in rSum points that is worth a factor of e.
+        feedback_ema_weight (`float`, *optional*, defaults to 0.1):
+            Weight of new prototypes under `feedback="ema"`.
+        eval_num_folds (`int`, *optional*, defaults to 1):
+            Consecutive image blocks over which retrieval metrics are averaged; 5 for MS-COCO 1K.
+    """
+
+    learning_rate: float = field(default=2e-4, metadata={"help": "Learning rate of new layers."})
+    backbone_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the backbones; a tenth of learning_rate by default."}
+    )
+    caption_sampling: str = field(
+        default="random",
+        metadata={"help": "random: one caption an image and epoch; all: every pair.", "choices": CAPTION_SAMPLINGS},
+    )
+    gather_negatives: bool = field(default=True, metadata={"help": "Use samples of all processes as negatives."})
+    hinge_warmup_epochs: float = field(
+        default=1.0, metadata={"help": "Epochs in which the hinge loss counts all negatives."}
+    )
+    prototype_start: float = field(default=2.0, metadata={"help": "When the first prototypes are built (j0)."})
+    prototype_update_start: float = field(default=4.0, metadata={"help": "When prototypes are first updated (j1)."})
+    prototype_schedule: str = field(
+        default="epochs",
+        metadata={"help": "Unit of prototype_start and prototype_update_start.", "choices": SCHEDULE_UNITS},
+    )
+    prototype_interval: float = field(default=1.0, metadata={"help": "Epochs between prototype updates."})
+    reservoir_pairs: int = field(default=256, metadata={"help": "Matched pairs whose columns are clustered."})
+    feedback: str = field(
+        default="counterfactual",
+        metadata={"help": "What weights an update of the prototypes.", "choices": FEEDBACKS},
+    )
+    feedback_kappa: float = field(default=1.0, metadata={"help": "rSum points that are worth a factor of e."})
+    feedback_ema_weight: float = field(default=0.1, metadata={"help": "Weight of an update under feedback=ema."})
+    eval_num_folds: int = field(default=1, metadata={"help": "Image blocks over which metrics are averaged."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        # Samples are pixels and token ids only after collation, so no column can be judged unused before it.
+        self.remove_unused_columns = False
+        if self.ddp_broadcast_buffers is None:
+            # Prototypes are computed alike on all processes; a broadcast before every forward would be wasted.
+            self.ddp_broadcast_buffers = False
+        for name, allowed in (
+            ("caption_sampling", CAPTION_SAMPLINGS),
+            ("prototype_schedule", SCHEDULE_UNITS),
+            ("feedback", FEEDBACKS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(map(repr, allowed))}, but got {getattr(self, name)!r}."
+                )
+        for name in ("prototype_interval", "feedback_kappa", "reservoir_pairs", "eval_num_folds", "prototype_start"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be greater than 0, but got {getattr(self, name)}.")
+        if self.prototype_update_start <= self.prototype_start:
+            raise ValueError(
+                f"`prototype_update_start` (j1 = {self.prototype_update_start}) must come after `prototype_start` "
+                f"(j0 = {self.prototype_start})."
+            )
+        if self.prototype_schedule == "share" and self.prototype_update_start > 1:
+            raise ValueError(
+                "with `prototype_schedule='share'`, `prototype_start` and `prototype_update_start` must lie between "
+                f"0 and 1, but got {self.prototype_start} and {self.prototype_update_start}."
+            )
+        if not 0 < self.feedback_ema_weight <= 1:
+            raise ValueError(f"`feedback_ema_weight` must lie in (0, 1], but got {self.feedback_ema_weight}.")
+
+    @property
+    def feedback_needs_validation(self) -> bool:
+        """Whether the weight of an update comes from validation retrieval."""
+        return self.feedback in ("counterfactual", "epoch_delta")
+
+
+__all__ = ["PicoTrainingArguments"]

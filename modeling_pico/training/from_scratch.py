@@ -1,0 +1,91 @@
+"""Small towers without pretrained weights: configurations, an image processor, and a tokenizer trained on captions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import BertConfig, PreTrainedTokenizerFast, ViTConfig, ViTImageProcessorPil
+
+
+SPECIAL_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int = 8000, max_length: int = 64) -> PreTrainedTokenizerFast:
+    r"""
+    Trains a lower-casing WordPiece tokenizer of BERT's form.
+
+    Args:
+        captions (iterable of `str`): Training captions.
+        vocab_size (`int`, *optional*, defaults to 8000): Upper bound of the vocabulary.
+        max_length (`int`, *optional*, defaults to 64): Longest text in tokens, recorded as `model_max_length`.
+    """
+    tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk_token"]))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS.values()), show_progress=False
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    cls_token, sep_token = SPECIAL_TOKENS["cls_token"], SPECIAL_TOKENS["sep_token"]
+    tokenizer.post_processor = processors.BertProcessing(
+        (sep_token, tokenizer.token_to_id(sep_token)), (cls_token, tokenizer.token_to_id(cls_token))
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=max_length,
+        model_input_names=["input_ids", "attention_mask"],
+        **SPECIAL_TOKENS,
+    )
+
+
+def small_vision_config(
+    hidden_size: int, num_layers: int, num_heads: int, image_size: int, patch_size: int
+) -> ViTConfig:
+    """Configuration of a ViT with an MLP of four times its width; ValueError if sizes do not divide."""
+    _check_division("image_size", image_size, "patch_size", patch_size)
+    _check_division("vision_hidden_size", hidden_size, "vision_num_heads", num_heads)
+    return ViTConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        intermediate_size=4 * hidden_size,
+        image_size=image_size,
+        patch_size=patch_size,
+    )
+
+
+def small_text_config(
+    hidden_size: int, num_layers: int, num_heads: int, tokenizer: PreTrainedTokenizerFast
+) -> BertConfig:
+    """Configuration of a BERT with an MLP of four times its width, for a tokenizer."""
+    _check_division("text_hidden_size", hidden_size, "text_num_heads", num_heads)
+    return BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        intermediate_size=4 * hidden_size,
+        max_position_embeddings=tokenizer.model_max_length,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def small_image_processor(image_size: int) -> ViTImageProcessorPil:
+    """Image processor that resizes to squares and scales pixel values to [-1, 1]."""
+    return ViTImageProcessorPil(size={"height": image_size, "width": image_size}, resample=3)
+
+
+def _check_division(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    if divisor < 1 or value % divisor:
+        raise ValueError(f"`{name}` must be a multiple of `{divisor_name}`, but got {value} and {divisor}.")
+
+
+__all__ = ["small_image_processor", "small_text_config", "small_vision_config", "train_tokenizer"]

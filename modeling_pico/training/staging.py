@@ -1,0 +1,232 @@
+"""Staged construction of style prototypes: what is collected, what is proposed, and when it comes into use."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import safetensors.torch
+import torch
+from accelerate.utils import broadcast
+from transformers.utils import logging
+
+from ..prototypes_pico import STAGE_INITIAL, STAGE_PLAIN, STAGE_UPDATED, StylePrototypes, sign_agreement
+from .arguments import PicoTrainingArguments
+from .prototype_construction import PrototypeState, construct_prototypes, feedback_weight
+
+
+logger = logging.get_logger(__name__)
+
+STATE_FILE = "prototype_construction.safetensors"
+
+
+class PrototypeConstruction:
+    r"""
+    Collects columns and sign statistics in the ordinary training pass, proposes prototypes, and holds a proposal until
+    it may come into use.
+
+    A proposal that follows from an evaluation waits in `pending`: it is applied at the start of the next training
+    step, after the checkpoint of that evaluation was written with the prototypes the evaluation measured. All state
+    beyond the model's buffers is saved beside each checkpoint, so a resumed run continues as if never stopped.
+
+    Args:
+        prototypes ([`StylePrototypes`]): The model's prototypes.
+        args ([`PicoTrainingArguments`]): Schedule and feedback.
+    """
+
+    def __init__(self, prototypes: StylePrototypes, args: PicoTrainingArguments):
+        self.prototypes = prototypes
+        self.args = args
+        self.due = False
+        self.pending: PrototypeState | None = None
+        self.pending_log_sum = -math.inf
+        self.previous_rsum = math.nan
+        self._columns: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._steps_per_epoch = 0
+        self._max_steps = 0
+
+    # When
+
+    def start(self, steps_per_epoch: int, max_steps: int) -> None:
+        """Tells the schedule how long an epoch and the training are, in optimizer steps."""
+        self._steps_per_epoch, self._max_steps = steps_per_epoch, max_steps
+        if self.next_step() >= max_steps and self.prototypes.stage == STAGE_PLAIN:
+            logger.warning(
+                f"Training ends at step {max_steps}, before the first style prototypes would be used (step "
+                f"{self.next_step()}): all weights stay 1. Lower `prototype_start`, now {self.args.prototype_start} "
+                f"{self.args.prototype_schedule}."
+            )
+
+    def next_step(self) -> int:
+        """Optimizer step after which the next construction is due."""
+        args = self.args
+        unit = self._max_steps if args.prototype_schedule == "share" else self._steps_per_epoch
+        done = int(self.prototypes.num_constructions) + (self.pending is not None)
+        if done == 0:
+            return max(1, round(args.prototype_start * unit))
+        interval = args.prototype_interval * self._steps_per_epoch
+        return max(1, round(args.prototype_update_start * unit + (done - 1) * interval))
+
+    def is_reached(self, step: int) -> bool:
+        """Whether the next construction is due after `step`; never after the last step, where nothing would use it."""
+        return self.next_step() <= step < self._max_steps
+
+    def needs_statistics(self, step: int) -> bool:
+        """Whether the batch of step `step` (0-based) lies in the interval before the next construction."""
+        interval = round(self.args.prototype_interval * self._steps_per_epoch)
+        return self.next_step() < self._max_steps and step >= self.next_step() - max(interval, 1)
+
+    def needs_columns(self, step: int, pairs_per_step: int) -> bool:
+        """Whether the batch of step `step` will be among the last `reservoir_pairs` before the next construction."""
+        remaining = self.next_step() - step
+        return self.needs_statistics(step) and (remaining - 1) * pairs_per_step < self.args.reservoir_pairs
+
+    # What
+
+    @torch.no_grad()
+    def collect_statistics(self, image_shares, text_shares, valid, ids) -> None:
+        """Adds one batch of all processes to the sign statistics; see [`sign_agreement`] for the arguments."""
+        self.prototypes.add_sign_agreement(*sign_agreement(image_shares, text_shares, valid, ids))
+
+    @torch.no_grad()
+    def collect_columns(self, image_columns: torch.Tensor, text_columns: torch.Tensor) -> None:
+        """Adds columns `(pairs, dim, length)` of matched pairs and keeps the last `reservoir_pairs`."""
+        self._columns.append((image_columns, text_columns))
+        surplus = sum(len(images) for images, _ in self._columns) - self.args.reservoir_pairs
+        while surplus >= len(self._columns[0][0]):
+            surplus -= len(self._columns.pop(0)[0])
+        if surplus > 0:
+            images, texts = self._columns[0]
+            self._columns[0] = (images[surplus:], texts[surplus:])
+
+    def reservoir(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image and text columns `(pairs, dim, length)` collected since the last construction."""
+        if not self._columns:
+            raise ValueError(
+                "No columns were collected before the construction of prototypes; train for a step first."
+            )
+        images, texts = zip(*self._columns, strict=True)
+        return torch.cat(images), torch.cat(texts)
+
+    @torch.no_grad()
+    def propose(self, rsum: float | None = None, score: Callable[[], float] | None = None) -> dict[str, float]:
+        r"""
+        Builds prototypes from what was collected, weighs them by the configured feedback, and queues the update.
+
+        Args:
+            rsum (`float`, *optional*): Validation rSum under the prototypes in use.
+            score (`Callable`, *optional*):
+                Gives the validation rSum of the same network and embeddings under whatever prototypes the buffers
+                hold when it is called.
+
+        Returns:
+            What to log: stage, gain, weight and how far the prototypes move.
+        """
+        prototypes = self.prototypes
+        # One seed per construction: a resumed run draws what the uninterrupted one would have drawn.
+        count = int(prototypes.num_constructions)
+        generator = torch.Generator().manual_seed(self.args.seed + count)
+        new = construct_prototypes(prototypes, *self.reservoir(), generator=generator)
+        for name, tensor in new.tensors().items():
+            # All processes computed the same from the same data; different hardware may still round differently.
+            setattr(new, name, broadcast(tensor))
+        old = PrototypeState.of(prototypes)
+        gain = self._gain(new, rsum, score)
+        log_sum = float(prototypes.feedback_log_sum)
+        weight, log_sum = self._weight(gain, count, log_sum)
+        self.pending, self.pending_log_sum = old.interpolate(new, weight), log_sum
+        self.previous_rsum = math.nan if rsum is None else rsum
+        self.due = False
+        self._columns.clear()
+        prototypes.reset_statistics()
+        report = {
+            "prototype_stage": float(STAGE_INITIAL if count == 0 else STAGE_UPDATED),
+            "prototype_feedback_weight": weight,
+        }
+        if gain is not None:
+            report["prototype_feedback_gain"] = gain
+        for side in ("visual", "textual"):
+            before, after = getattr(old, f"{side}_prototypes"), getattr(self.pending, f"{side}_prototypes")
+            scale = getattr(new, f"{side}_column_scale")
+            report[f"{side}_prototype_movement"] = float(((after - before) / scale).norm(dim=1).mean())
+        return report
+
+    def _gain(self, new: PrototypeState, rsum: float | None, score: Callable[[], float] | None) -> float | None:
+        if not self.args.feedback_needs_validation:
+            return None
+        if rsum is None or score is None:
+            raise ValueError(f"feedback={self.args.feedback!r} needs a validation score, but none was given.")
+        if self.args.feedback == "epoch_delta":
+            return 0.0 if math.isnan(self.previous_rsum) else rsum - self.previous_rsum
+        with self.using(new):
+            return score() - rsum
+
+    def _weight(self, gain: float | None, count: int, log_sum: float) -> tuple[float, float]:
+        if gain is not None:
+            return feedback_weight(log_sum, gain, self.args.feedback_kappa)
+        if count == 0 or self.args.feedback == "latest":
+            return 1.0, log_sum
+        return (self.args.feedback_ema_weight if self.args.feedback == "ema" else 1.0 / (count + 1)), log_sum
+
+    @contextmanager
+    def using(self, state: PrototypeState) -> Iterator[None]:
+        """Puts other prototypes into use for a while; the buffers are restored bit for bit."""
+        prototypes = self.prototypes
+        old, stage = PrototypeState.of(prototypes), prototypes.stage.clone()
+        try:
+            state.copy_to(prototypes)
+            prototypes.stage.fill_(max(int(stage), STAGE_INITIAL))
+            yield
+        finally:
+            old.copy_to(prototypes)
+            prototypes.stage.copy_(stage)
+
+    @torch.no_grad()
+    def apply_pending(self) -> None:
+        """Brings a queued update into use."""
+        if self.pending is None:
+            return
+        prototypes = self.prototypes
+        self.pending.copy_to(prototypes)
+        prototypes.stage.fill_(STAGE_INITIAL if prototypes.num_constructions == 0 else STAGE_UPDATED)
+        prototypes.num_constructions += 1
+        prototypes.feedback_log_sum.fill_(self.pending_log_sum)
+        self.pending = None
+
+    # State
+
+    def save(self, folder: str) -> None:
+        """Writes all that is not in the model's buffers beside a checkpoint."""
+        tensors = {
+            "previous_rsum": torch.tensor(self.previous_rsum, dtype=torch.float64),
+            "pending_log_sum": torch.tensor(self.pending_log_sum, dtype=torch.float64),
+        }
+        if self._columns:
+            tensors["visual_columns"], tensors["textual_columns"] = self.reservoir()
+        if self.pending is not None:
+            tensors.update({f"pending.{name}": tensor for name, tensor in self.pending.tensors().items()})
+        safetensors.torch.save_file(
+            {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, os.path.join(folder, STATE_FILE)
+        )
+
+    def load(self, folder: str) -> None:
+        """Reads what [`save`] wrote; a checkpoint without it (weights only) starts a fresh collection."""
+        path = os.path.join(folder, STATE_FILE)
+        self.due, self.pending, self._columns = False, None, []
+        if not os.path.isfile(path):
+            logger.warning(f"{path} is missing: statistics collected before the checkpoint are lost.")
+            return
+        device = self.prototypes.visual_prototypes.device
+        tensors = {name: tensor.to(device) for name, tensor in safetensors.torch.load_file(path).items()}
+        self.previous_rsum = float(tensors["previous_rsum"])
+        self.pending_log_sum = float(tensors["pending_log_sum"])
+        if "visual_columns" in tensors:
+            self._columns = [(tensors["visual_columns"], tensors["textual_columns"])]
+        pending = {name.removeprefix("pending."): tensors[name] for name in tensors if name.startswith("pending.")}
+        if pending:
+            self.pending = PrototypeState(**pending)
+
+
+__all__ = ["PrototypeConstruction"]

@@ -1,0 +1,419 @@
+"""Trainer of PICO: the loop of transformers with retrieval losses, retrieval evaluation and staged prototypes."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
+
+from ..data import CaptionedImageDataset, PicoDataCollator, UniqueIdBatchSampler
+from ..evaluation.evaluator import EncodedRetrieval, RetrievalEvaluator, gather_rows
+from ..loss_pico import image_text_loss
+from ..model_card import create_model_card
+from ..modeling_pico import PicoModel, PicoOutput
+from ..processing_pico import PicoProcessor
+from ..prototypes_pico import sign_shares
+from ..scoring_pico import pair_scores
+from .arguments import PicoTrainingArguments
+from .callbacks import LogitScaleCallback, PrototypeCallback, SamplerEpochCallback
+from .distributed import gather_batch
+from .staging import PrototypeConstruction
+
+
+logger = logging.get_logger(__name__)
+
+
+class PicoTrainer(Trainer):
+    r"""
+    Trains a [`PicoModel`] for image-text retrieval.
+
+    Adds to `Trainer`: batches in which every meaning occurs once; negatives from all processes; a lower learning rate
+    for the backbones; retrieval metrics (`eval_rsum`, `eval_image_to_text_recall_at_1`, ...) from an evaluation that
+    encodes once; and, for models with style prototypes, their staged construction.
+
+    Args:
+        model ([`PicoModel`], *optional*): The model, or give `model_init`.
+        args ([`PicoTrainingArguments`], *optional*): Training arguments.
+        data_collator ([`PicoDataCollator`], *optional*): Made from `processing_class` by default.
+        train_dataset ([`CaptionedImageDataset`], *optional*): Training pairs.
+        eval_dataset ([`CaptionedImageDataset`] or `dict` of them, *optional*):
+            Validation sets. The first one gives the performance feedback.
+        processing_class ([`PicoProcessor`], *optional*): Saved beside the model.
+        kwargs: Passed to `Trainer` (`callbacks`, `optimizers`, `model_init`, ...).
+    """
+
+    # The loss is a mean over the batch, so `Trainer` divides it by the number of accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: PicoTrainingArguments | None = None,
+        data_collator: PicoDataCollator | None = None,
+        train_dataset: CaptionedImageDataset | None = None,
+        eval_dataset: CaptionedImageDataset | dict[str, CaptionedImageDataset] | None = None,
+        processing_class: PicoProcessor | None = None,
+        **kwargs: Any,
+    ):
+        args = PicoTrainingArguments("trainer_output") if args is None else args
+        if not isinstance(args, PicoTrainingArguments):
+            raise ValueError(f"`args` must be PicoTrainingArguments, but got {type(args).__name__}.")
+        if kwargs.get("compute_metrics") is not None:
+            raise ValueError(
+                "`compute_metrics` is not used: PicoTrainer computes retrieval metrics over the whole evaluation set. "
+                "Use `modeling_pico.RetrievalEvaluator` for metrics of your own."
+            )
+        if data_collator is None:
+            if processing_class is None:
+                raise ValueError("PicoTrainer needs a `data_collator` or a `processing_class` to make one from.")
+            data_collator = PicoDataCollator(processing_class)
+        self.construction: PrototypeConstruction | None = None
+        # What the model card says beyond what the trainer knows; keyword arguments of `create_model_card`.
+        self.card_info: dict[str, Any] = {}
+        self._card_metrics: dict[str, dict[str, float]] = {}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.evaluator = RetrievalEvaluator(args.eval_num_folds, loss_batch_size=args.per_device_eval_batch_size)
+        self.add_callback(LogitScaleCallback)
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches in which every meaning occurs once, over all processes."""
+        if self.train_dataset is None:
+            raise ValueError("PicoTrainer: training requires a train_dataset.")
+        args, dataset = self.args, self.train_dataset
+        sampler = UniqueIdBatchSampler(
+            dataset.ids,
+            dataset.num_captions,
+            self._train_batch_size,
+            num_processes=args.world_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            drop_last=args.dataloader_drop_last,
+            captions=args.caption_sampling,
+        )
+        self.remove_callback(SamplerEpochCallback)
+        self.add_callback(SamplerEpochCallback(sampler))
+        loader = DataLoader(dataset, batch_sampler=sampler, **self._loader_kwargs())
+        return self.accelerator.prepare(loader)
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """Batches of this process's contiguous block of images, with all their captions."""
+        if eval_dataset is None and self.eval_dataset is None:
+            raise ValueError("PicoTrainer: evaluation requires an eval_dataset.")
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return DataLoader(
+            dataset, sampler=self._own_rows(dataset), batch_size=self.args.eval_batch_size, **self._loader_kwargs()
+        )
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """As [`get_eval_dataloader`]."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def _loader_kwargs(self) -> dict[str, Any]:
+        args = self.args
+        kwargs: dict[str, Any] = {
+            "collate_fn": self.data_collator,
+            "num_workers": args.dataloader_num_workers,
+            "pin_memory": args.dataloader_pin_memory and args.device.type != "cpu",
+        }
+        if args.dataloader_num_workers > 0:
+            kwargs["persistent_workers"] = args.dataloader_persistent_workers
+            kwargs["prefetch_factor"] = args.dataloader_prefetch_factor
+        return kwargs
+
+    def _own_rows(self, dataset: Dataset) -> range:
+        processes, process = self.args.world_size, self.args.process_index
+        return range(len(dataset) * process // processes, len(dataset) * (process + 1) // processes)
+
+    # Optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Groups parameters by learning rate (new layers, backbones) and weight decay."""
+        model = self.model if model is None else model
+        args = self.args
+        if self.optimizer is not None:
+            return super().create_optimizer(model)
+        optimizer_class, optimizer_kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+            args, model
+        )
+        if not isinstance(optimizer_class, type) or {"params", "model", "optimizer_dict"} & optimizer_kwargs.keys():
+            if args.backbone_learning_rate not in (None, args.learning_rate):
+                raise ValueError(
+                    f"optim={str(args.optim)!r} groups parameters itself, so backbones cannot have a learning rate of "
+                    f"their own; leave backbone_learning_rate out or set it to learning_rate ({args.learning_rate})."
+                )
+            return super().create_optimizer(model)
+        backbone_rate = args.learning_rate / 10 if args.backbone_learning_rate is None else args.backbone_learning_rate
+        decayed = set(self.get_decay_parameter_names(model))
+        groups = []
+        # The rate that is logged is that of the first group: new layers.
+        for is_backbone in (False, True):
+            for decay in (True, False):
+                parameters = [
+                    parameter
+                    for name, parameter in model.named_parameters()
+                    if parameter.requires_grad
+                    and _is_backbone(name) == is_backbone
+                    and (name in decayed and parameter.dim() > 0) == decay
+                ]
+                if parameters:
+                    group: dict[str, Any] = {"params": parameters, "weight_decay": args.weight_decay if decay else 0.0}
+                    groups.append({**group, "lr": backbone_rate} if is_backbone else group)
+        self.optimizer = optimizer_class(groups, **optimizer_kwargs)
+        return self.optimizer
+
+    # Training
+
+    def train(self, *args, **kwargs):
+        """As `Trainer.train`."""
+        if self.args.feedback_needs_validation and self.eval_dataset is None and self._uses_prototypes():
+            raise ValueError(
+                f"feedback={self.args.feedback!r} weighs prototypes by validation retrieval and needs an "
+                "`eval_dataset`. Give one, or choose `feedback` from 'ema', 'uniform', 'latest'."
+            )
+        return super().train(*args, **kwargs)
+
+    def _uses_prototypes(self) -> bool:
+        model = self.accelerator.unwrap_model(self.model)
+        return model.config.alignment_head == "pico"
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        # The model exists for certain only here: `model_init` and hyper-parameter search make a new one each time.
+        self.remove_callback(PrototypeCallback)
+        prototypes = self._pico_model().style_prototypes
+        self.construction = None if prototypes is None else PrototypeConstruction(prototypes, self.args)
+        if self.construction is not None:
+            self.add_callback(PrototypeCallback(self.construction))
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _pico_model(self) -> PicoModel:
+        model = self.accelerator.unwrap_model(self.model)
+        # An adapter (PEFT) holds the model one level down.
+        return model if isinstance(model, PicoModel) else model.get_base_model()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, PicoOutput]:
+        """
+        Loss of this process's pairs against the pairs of all processes. Its mean over processes is the loss of the
+        whole batch, and so is its gradient.
+        """
+        outputs = model(**inputs, return_logits=False)
+        ids = inputs["image_ids"]
+        if model.training and self.construction is not None:
+            self._collect(outputs, ids)
+        loss = self._gathered_loss(outputs, ids) if self.args.gather_negatives else self._local_loss(outputs, ids)
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss_kwargs(self, outputs: PicoOutput) -> dict[str, Any]:
+        config = self._pico_model().config
+        epoch = self.state.epoch or 0.0
+        return {
+            "loss_type": config.loss_type,
+            "logit_scale": outputs.logit_scale,
+            "margin": config.margin,
+            "hardest": epoch >= self.args.hinge_warmup_epochs,
+        }
+
+    def _local_loss(self, outputs: PicoOutput, ids: torch.Tensor) -> torch.Tensor:
+        slope = self._pico_model().config.negative_slope
+        scores = pair_scores(
+            outputs.image_embeds, outputs.text_embeds, outputs.image_mask, outputs.text_mask, negative_slope=slope
+        )
+        return image_text_loss(scores, scores.T, image_ids=ids, **self._loss_kwargs(outputs))
+
+    def _gathered_loss(self, outputs: PicoOutput, ids: torch.Tensor) -> torch.Tensor:
+        if self.args.world_size == 1:
+            return self._local_loss(outputs, ids)
+        slope = self._pico_model().config.negative_slope
+        batch = gather_batch(outputs, ids)
+        own = batch.own
+        # Own rows and own columns only: scoring all pairs on every process would repeat the work.
+        per_image = pair_scores(
+            batch.image_embeds[own], batch.text_embeds, batch.image_mask[own], batch.text_mask, negative_slope=slope
+        )
+        per_text = pair_scores(
+            batch.image_embeds, batch.text_embeds[own], batch.image_mask, batch.text_mask[own], negative_slope=slope
+        ).T
+        loss = image_text_loss(
+            per_image, per_text, image_ids=ids, all_ids=batch.ids, offset=own.start, **self._loss_kwargs(outputs)
+        )
+        return loss * batch.loss_share
+
+    @torch.no_grad()
+    def _collect(self, outputs: PicoOutput, ids: torch.Tensor) -> None:
+        """Hands the construction what it needs of this batch: nothing, sign shares, or sign shares and columns."""
+        construction = self.construction
+        step = self.state.global_step
+        if not construction.needs_statistics(step):
+            return
+        image_tokens, image_mask = outputs.image_tokens, outputs.image_mask
+        text_tokens, text_mask = outputs.text_tokens, outputs.text_mask
+        valid = image_mask.any(dim=1) & text_mask.any(dim=1)
+        construction.collect_statistics(
+            gather_rows(sign_shares(image_tokens, image_mask)),
+            gather_rows(sign_shares(text_tokens, text_mask)),
+            gather_rows(valid),
+            gather_rows(ids),
+        )
+        pairs_per_step = len(ids) * self.args.world_size * self.args.gradient_accumulation_steps
+        if construction.needs_columns(step, pairs_per_step):
+            prototypes = construction.prototypes
+            construction.collect_columns(
+                gather_rows(prototypes.columns(image_tokens[valid], image_mask[valid], "image")),
+                gather_rows(prototypes.columns(text_tokens[valid], text_mask[valid], "text")),
+            )
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        construction = self.construction
+        if construction is not None and construction.due:
+            if not self.args.feedback_needs_validation:
+                self.log(construction.propose())
+            elif not self.control.should_evaluate:
+                # No evaluation of the trainer's falls here; this one feeds the construction alone and leaves the
+                # choice of the best checkpoint untouched.
+                name = self._feedback_dataset()
+                encoded = self._encode(self.get_eval_dataloader(name))
+                model = self._pico_model()
+                metrics = self.evaluator.retrieval_metrics(encoded, self.evaluator.score(model, encoded))
+                self._propose(encoded, metrics["rsum"])
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    # Evaluation
+
+    def _feedback_dataset(self) -> str | None:
+        return next(iter(self.eval_dataset)) if isinstance(self.eval_dataset, dict) else None
+
+    def _feedback_prefix(self) -> str:
+        name = self._feedback_dataset()
+        return "eval" if name is None else f"eval_{name}"
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """
+        Encodes every image and caption once and measures retrieval over the whole set.
+
+        Returns metrics under `{metric_key_prefix}_rsum`, `..._image_to_text_recall_at_1` and so on, and, from
+        `Trainer.predict`, the score matrix `(images, texts)` as predictions.
+        """
+        encoded = self._encode(dataloader)
+        model = self._pico_model()
+        scores = self.evaluator.score(model, encoded)
+        metrics = self.evaluator.metrics(model, encoded, scores)
+        self._card_metrics[metric_key_prefix] = metrics
+        construction = self.construction
+        if construction is not None and construction.due and metric_key_prefix == self._feedback_prefix():
+            self._propose(encoded, metrics["rsum"])
+        return EvalLoopOutput(
+            predictions=None if prediction_loss_only else scores.cpu().numpy(),
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
+            num_samples=len(dataloader.dataset),
+        )
+
+    def _encode(self, dataloader: DataLoader) -> EncodedRetrieval:
+        model = self._wrap_model(self.model, training=False)
+        if not self.accelerator._models and model is self.model:
+            # Evaluation without training: precision and sharding still have to be set up.
+            model = (
+                self.accelerator.prepare(model)
+                if self.is_fsdp_enabled
+                else self.accelerator.prepare_model(model, evaluation_mode=True)
+            )
+        self.callback_handler.eval_dataloader = dataloader
+        longest = -(-len(dataloader.dataset) // self.args.world_size)
+        return self.evaluator.encode(
+            model,
+            dataloader,
+            num_batches=math.ceil(longest / self.args.eval_batch_size),
+            on_batch=self._on_prediction_step,
+        )
+
+    def _on_prediction_step(self) -> None:
+        self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+    def _propose(self, encoded: EncodedRetrieval, rsum: float) -> None:
+        model = self._pico_model()
+
+        def score() -> float:
+            return self.evaluator.retrieval_metrics(encoded, self.evaluator.score(model, encoded))["rsum"]
+
+        self.log(self.construction.propose(rsum, score))
+
+    # Checkpoints
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.construction is not None and self.args.should_save:
+            self.construction.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.construction is not None and checkpoint is not None:
+            self.construction.load(checkpoint)
+
+    # Card
+
+    def create_model_card(self, language: str | None = None, license: str | None = None, **kwargs: Any) -> None:
+        r"""
+        Writes the model card (`README.md`) into the output folder.
+
+        Args:
+            language (`str`, *optional*): Language of the captions.
+            license (`str`, *optional*): Licence of the model.
+            kwargs: Accepted for compatibility with `Trainer`; the card takes the rest from the run itself.
+        """
+        if not self.is_world_process_zero():
+            return
+        args = self.args
+        names = ["learning_rate", "backbone_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "caption_sampling", "prototype_start", "prototype_update_start", "prototype_schedule", "reservoir_pairs", "feedback", "feedback_kappa"]
+        training = {name: getattr(args, name) for name in names}
+        training["lr_scheduler_type"] = transformers.SchedulerType(args.lr_scheduler_type).value
+        card = create_model_card(
+            model_id=args.hub_model_id or args.output_dir,
+            config=self._pico_model().config,
+            training={**training, "processes": args.world_size},
+            stage_log=[entry for entry in self.state.log_history if "prototype_stage" in entry],
+            metrics=self._card_metrics,
+            framework_versions={module.__name__: module.__version__ for module in (transformers, torch, datasets)},
+            language=language,
+            license=license,
+            **self.card_info,
+        )
+        card.save(os.path.join(args.output_dir, "README.md"))
+
+
+def _is_backbone(name: str) -> bool:
+    return ".vision_model." in f".{name}" or ".text_model." in f".{name}"
+
+
+__all__ = ["PicoTrainer"]

@@ -1,0 +1,383 @@
+#!/usr/bin/env python
+"""
+Fine-tunes a vision-language model for image-text retrieval with PICO.
+
+    accelerate launch train_pico.py examples/quickstart.yaml
+    accelerate launch train_pico.py --model_name_or_path openai/clip-vit-base-patch32 --dataset_name user/set ...
+
+Options come from one YAML or JSON file, from flags, or from a file followed by flags that override it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser, set_seed
+from transformers import logging as hf_logging
+from transformers.trainer_utils import get_last_checkpoint
+
+from modeling_pico import PicoConfig, PicoModel, PicoProcessor
+from modeling_pico.configuration_pico import ALIGNMENT_HEADS
+from modeling_pico.data import (
+    CaptionedImageDataset,
+    PicoDataCollator,
+    RandomCropFlip,
+    check_images,
+    count_truncated,
+    load_captioned_images,
+)
+from modeling_pico.training import PicoTrainer, PicoTrainingArguments
+from modeling_pico.training.from_scratch import (
+    small_image_processor,
+    small_text_config,
+    small_vision_config,
+    train_tokenizer,
+)
+
+
+logger = hf_logging.get_logger("train_pico")
+
+
+@dataclass
+class ModelArguments:
+    """What is trained. Options of `PicoConfig` that are left out keep their default, or the checkpoint's value."""
+
+    method: str | None = field(
+        default=None,
+        metadata={
+            "help": "pico: weighted patch-by-word score; fine_grained: the same score without weights; clip_style: "
+            "pooled embeddings. Default: pico, or what the checkpoint is.",
+            "choices": ALIGNMENT_HEADS,
+        },
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "PICO checkpoint, or a joint vision-language checkpoint such as CLIP."}
+    )
+    vision_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Vision checkpoint (ViT, Swin, ...)."}
+    )
+    text_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Text checkpoint (BERT, MiniLM, ...)."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Revision of the checkpoints."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    freeze_vision: bool = field(default=False, metadata={"help": "Do not train the vision backbone."})
+    freeze_text: bool = field(default=False, metadata={"help": "Do not train the text backbone."})
+    # Towers made from scratch, where no checkpoint is given.
+    image_size: int = field(default=48, metadata={"help": "Side of the images in pixels."})
+    patch_size: int = field(default=8, metadata={"help": "Side of a patch in pixels."})
+    vision_hidden_size: int = field(default=96, metadata={"help": "Width of the vision tower."})
+    vision_num_layers: int = field(default=4, metadata={"help": "Layers of the vision tower."})
+    vision_num_heads: int = field(default=4, metadata={"help": "Attention heads of the vision tower."})
+    text_hidden_size: int = field(default=96, metadata={"help": "Width of the text tower."})
+    text_num_layers: int = field(default=2, metadata={"help": "Layers of the text tower."})
+    text_num_heads: int = field(default=4, metadata={"help": "Attention heads of the text tower."})
+    vocab_size: int = field(
+        default=8000, metadata={"help": "Largest vocabulary of the tokenizer trained on captions."}
+    )
+    # Options of PicoConfig.
+    embedding_dim: int | None = field(default=None, metadata={"help": "Features of a token embedding."})
+    pooling: str | None = field(default=None, metadata={"help": "mean or class_token."})
+    vision_special_tokens: bool | None = field(default=None, metadata={"help": "CLS and registers take part."})
+    text_special_tokens: bool | None = field(default=None, metadata={"help": "First and last token take part."})
+    num_style_prototypes: int | None = field(default=None, metadata={"help": "Style prototypes of each modality."})
+    column_mode: str | None = field(default=None, metadata={"help": "statistics, quantile or position."})
+    column_length: int | None = field(default=None, metadata={"help": "Points of a quantile or position column."})
+    probability_estimator: str | None = field(default=None, metadata={"help": "matched or chance_corrected."})
+    style_probability: str | None = field(default=None, metadata={"help": "learned, purity, nearest, cosine, global."})
+    comparator_statistics: bool | None = field(default=None, metadata={"help": "The comparator reads statistics too."})
+    probability_combination: str | None = field(default=None, metadata={"help": "product, image or text."})
+    probability_gradient: bool | None = field(default=None, metadata={"help": "Gradient through the probability."})
+    sharpness: float | None = field(default=None, metadata={"help": "Power of the semantic probability."})
+    negative_slope: float | None = field(default=None, metadata={"help": "LeakyReLU on similarities; 1 is off."})
+    loss_type: str | None = field(default=None, metadata={"help": "infonce or hinge."})
+    margin: float | None = field(default=None, metadata={"help": "Margin of the hinge loss."})
+    logit_scale_init_value: float | None = field(default=None, metadata={"help": "Initial log inverse temperature."})
+
+    def config_options(self) -> dict:
+        """Options of `PicoConfig` that were given."""
+        names = {option.name for option in fields(PicoConfig)}
+        given = {item.name: getattr(self, item.name) for item in fields(self) if item.name in names}
+        given["alignment_head"] = self.method
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass
+class DataArguments:
+    """What is trained on and evaluated on."""
+
+    dataset_name: str = field(
+        default="styled_shapes",
+        metadata={
+            "help": "Hub id, folder (parquet, images with metadata.jsonl, caption files), Karpathy's JSON, or "
+            "styled_shapes, which is generated."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str = field(default="validation", metadata={"help": "Split for selection and feedback."})
+    test_split: list[str] = field(
+        default_factory=lambda: ["test"], metadata={"help": "Splits that --do_predict reports, never selects on."}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column with images (default: image)."})
+    caption_column: str | None = field(default=None, metadata={"help": "Column with a caption or a list of captions."})
+    id_column: str | None = field(default=None, metadata={"help": "Column with the identity of the meaning."})
+    style_column: str | None = field(default=None, metadata={"help": "Column with the style (default: style)."})
+    image_dir: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Cache folder of downloaded data."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first images only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first images only."})
+    max_text_length: int | None = field(default=None, metadata={"help": "Longest caption in tokens; the rest is cut."})
+    on_bad_image: str = field(
+        default="error",
+        metadata={
+            "help": "error: stop before training and list them; skip: leave them out.",
+            "choices": ["error", "skip"],
+        },
+    )
+    on_empty_captions: str = field(
+        default="error", metadata={"help": "For images whose captions are all empty.", "choices": ["error", "skip"]}
+    )
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that check images."})
+    min_crop_scale: float = field(default=1.0, metadata={"help": "Smallest area of random training crops; 1 is off."})
+    random_flip: bool = field(default=False, metadata={"help": "Mirror half of the training images."})
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, PicoTrainingArguments]:
+    """Parses flags, or a YAML or JSON file followed by flags that override it."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, PicoTrainingArguments))
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        path, argv = Path(argv[0]), argv[1:]
+        if not path.is_file():
+            raise ValueError(f"The configuration file {str(path)!r} does not exist.")
+        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        known = {action.dest for action in parser._actions}
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=3)
+                hint = f" Did you mean {', '.join(close)}?" if close else ""
+                raise ValueError(f"{path}: unknown option {name!r}.{hint}")
+        parser.set_defaults(**options)
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    return model_args, data_args, training_args
+
+
+def find_checkpoint(args: PicoTrainingArguments) -> str | None:
+    """The checkpoint to resume from; refuses an output folder that already holds a run."""
+    wanted = args.resume_from_checkpoint
+    if wanted is not None and wanted.lower() not in ("true", "false", "last"):
+        if not os.path.isdir(wanted):
+            raise ValueError(f"--resume_from_checkpoint: the folder {wanted!r} does not exist.")
+        return wanted
+    last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    if wanted is not None and wanted.lower() != "false":
+        if last is None:
+            raise ValueError(f"--resume_from_checkpoint: {args.output_dir!r} holds no checkpoint.")
+        return last
+    finished = os.path.isfile(os.path.join(args.output_dir, "all_results.json"))
+    if args.do_train and (last is not None or finished):
+        raise ValueError(
+            f"The output folder {args.output_dir!r} already holds a run "
+            f"({os.path.basename(last) if last else 'all_results.json'}). Continue it with --resume_from_checkpoint "
+            "true, or choose another --output_dir; nothing was changed."
+        )
+    return None
+
+
+def load_split(split: str, data_args: DataArguments, limit: int | None, transform=None) -> CaptionedImageDataset:
+    """Loads one split, checks its images, and cuts it to `limit` rows."""
+    dataset = load_captioned_images(
+        data_args.dataset_name,
+        split=split,
+        image_column=data_args.image_column,
+        caption_column=data_args.caption_column,
+        id_column=data_args.id_column,
+        style_column=data_args.style_column,
+        image_dir=data_args.image_dir,
+        config_name=data_args.dataset_config_name,
+        cache_dir=data_args.cache_dir,
+        on_empty_captions=data_args.on_empty_captions,
+    )
+    if limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    dataset = check_images(dataset, data_args.on_bad_image, data_args.preprocessing_num_workers)
+    return CaptionedImageDataset(dataset, transform=transform)
+
+
+def is_pico_checkpoint(path: str | None, revision: str | None) -> bool:
+    """Whether a checkpoint is one of PICO itself."""
+    if path is None:
+        return False
+    from transformers import AutoConfig
+
+    return isinstance(AutoConfig.from_pretrained(path, revision=revision), PicoConfig)
+
+
+def build(
+    model_args: ModelArguments, data_args: DataArguments, train_captions: list[str] | None, checkpoint: str | None
+) -> tuple[PicoModel, PicoProcessor]:
+    """Model and processor: from a PICO checkpoint, from pretrained backbones, from scratch, or a mixture."""
+    joint, vision, text = (
+        model_args.model_name_or_path,
+        model_args.vision_model_name_or_path,
+        model_args.text_model_name_or_path,
+    )
+    if joint is not None and (vision is not None or text is not None):
+        raise ValueError("Give either --model_name_or_path or --vision/text_model_name_or_path, not both.")
+    source = checkpoint or joint
+    revision = {} if model_args.model_revision is None or checkpoint else {"revision": model_args.model_revision}
+    loading = {**revision}
+    if model_args.attn_implementation is not None:
+        loading["attn_implementation"] = model_args.attn_implementation
+    options = model_args.config_options()
+    if checkpoint or is_pico_checkpoint(source, revision.get("revision")):
+        import torch
+
+        model = PicoModel.from_pretrained(source, dtype=torch.float32, **loading, **({} if checkpoint else options))
+        return model, PicoProcessor.from_pretrained(source, **revision)
+    if joint is not None:
+        model = PicoModel.from_backbones(joint, backbone_kwargs=loading, **options)
+        return model, PicoProcessor.from_backbones(joint, **revision)
+    return build_towers(model_args, data_args, train_captions, loading, revision, options)
+
+
+def build_towers(model_args, data_args, train_captions, loading, revision, options) -> tuple[PicoModel, PicoProcessor]:
+    """Each tower from its checkpoint if one is given, else small and from scratch."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    from modeling_pico.backbones_pico import build_backbone, load_backbone
+
+    vision, text = model_args.vision_model_name_or_path, model_args.text_model_name_or_path
+    if vision is None:
+        config = small_vision_config(
+            model_args.vision_hidden_size,
+            model_args.vision_num_layers,
+            model_args.vision_num_heads,
+            model_args.image_size,
+            model_args.patch_size,
+        )
+        vision_model, image_processor = build_backbone(config), small_image_processor(model_args.image_size)
+    else:
+        vision_model = load_backbone(vision, "image", dtype="float32", **loading)
+        image_processor = AutoImageProcessor.from_pretrained(vision, **revision)
+    if text is None:
+        if train_captions is None:
+            raise ValueError(
+                "Without a text checkpoint the tokenizer is trained on the captions of --train_split, which only "
+                "--do_train loads. Give --model_name_or_path to evaluate a trained model."
+            )
+        tokenizer = train_tokenizer(train_captions, model_args.vocab_size, data_args.max_text_length or 64)
+        config = small_text_config(
+            model_args.text_hidden_size, model_args.text_num_layers, model_args.text_num_heads, tokenizer
+        )
+        text_model = build_backbone(config)
+    else:
+        text_model = load_backbone(text, "text", dtype="float32", **loading)
+        tokenizer = AutoTokenizer.from_pretrained(text, **revision)
+    model = PicoModel.from_backbones(vision_model, text_model, **options)
+    return model, PicoProcessor(image_processor=image_processor, tokenizer=tokenizer)
+
+
+def report_truncation(datasets: dict[str, CaptionedImageDataset], processor: PicoProcessor, max_length: int | None):
+    """Warns, per split, of captions longer than the model takes."""
+    for name, dataset in datasets.items():
+        cut, total, longest = count_truncated(dataset.dataset, processor.tokenizer, max_length)
+        if cut:
+            logger.warning(
+                f"{name}: {cut} of {total} captions are longer than {max_length} tokens and are cut (the longest has "
+                f"{longest})."
+            )
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Runs what the arguments ask for; returns all metrics."""
+    argv = sys.argv[1:] if argv is None else argv
+    model_args, data_args, training_args = parse_arguments(argv)
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    hf_logging.set_verbosity(training_args.get_process_log_level())
+    if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
+        raise ValueError("Nothing to do: give --do_train, --do_eval or --do_predict.")
+    checkpoint = find_checkpoint(training_args)
+    set_seed(training_args.seed)
+
+    data: dict[str, CaptionedImageDataset] = {}
+    with training_args.main_process_first(desc="loading data"):
+        if training_args.do_train:
+            transform = None
+            if data_args.min_crop_scale < 1 or data_args.random_flip:
+                transform = RandomCropFlip(data_args.min_crop_scale, data_args.random_flip)
+            data["train"] = load_split(data_args.train_split, data_args, data_args.max_train_samples, transform)
+        if training_args.do_train or training_args.do_eval:
+            data["eval"] = load_split(data_args.eval_split, data_args, data_args.max_eval_samples)
+        if training_args.do_predict:
+            for split in data_args.test_split:
+                data[split] = load_split(split, data_args, data_args.max_eval_samples)
+
+    captions = None
+    if training_args.do_train:
+        captions = [caption for row in data["train"].dataset["captions"] for caption in row]
+    model, processor = build(model_args, data_args, captions, checkpoint)
+    model.vision_model.requires_grad_(not model_args.freeze_vision)
+    model.text_model.requires_grad_(not model_args.freeze_text)
+    collator = PicoDataCollator(processor, max_length=data_args.max_text_length)
+    if training_args.should_log:
+        report_truncation(data, processor, collator.max_length)
+
+    trainer = PicoTrainer(
+        model=model,
+        args=training_args,
+        data_collator=collator,
+        train_dataset=data.get("train"),
+        eval_dataset=data.get("eval"),
+        processing_class=processor,
+    )
+    bases = [model_args.model_name_or_path, model_args.vision_model_name_or_path, model_args.text_model_name_or_path]
+    trainer.card_info = {
+        "base_models": [base for base in bases if base is not None],
+        "dataset_name": data_args.dataset_name,
+        "splits": {
+            name: {"images": len(split), "texts": int(split.num_captions.sum())} for name, split in data.items()
+        },
+        "command": shlex.join(["accelerate", "launch", "train_pico.py", *argv]),
+    }
+    results = run(trainer, data, checkpoint, data_args)
+    if training_args.do_train:
+        trainer.create_model_card()
+        if training_args.push_to_hub:
+            trainer.push_to_hub()
+    return results
+
+
+def run(trainer: PicoTrainer, data: dict[str, CaptionedImageDataset], checkpoint: str | None, data_args) -> dict:
+    """Trains, evaluates and predicts as asked; writes `all_results.json`."""
+    args = trainer.args
+    results: dict[str, float] = {}
+    if args.do_train:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        trainer.save_model()
+        trainer.save_state()
+        results.update(_record(trainer, "train", metrics))
+    if args.do_eval:
+        results.update(_record(trainer, "eval", trainer.evaluate()))
+    if args.do_predict:
+        for split in data_args.test_split:
+            metrics = trainer.predict(data[split], metric_key_prefix=split).metrics
+            results.update(_record(trainer, split, metrics))
+    return results
+
+
+def _record(trainer: PicoTrainer, name: str, metrics: dict[str, float]) -> dict[str, float]:
+    trainer.log_metrics(name, metrics)
+    trainer.save_metrics(name, metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    main()
