@@ -1,5 +1,6 @@
 """PICO model: backbones → token embeddings → alignment head → score."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -253,10 +254,8 @@ class PicoModel(PicoPreTrainedModel):
         super().__init__(config)
         self.vision_model = build_backbone(config.vision_config) if vision_model is None else vision_model
         self.text_model = build_backbone(config.text_config) if text_model is None else text_model
-        # The towers' configurations are the composite's, so that later changes reach both.
-        for name, tower in (("vision_config", self.vision_model), ("text_config", self.text_model)):
-            getattr(config, name)._attn_implementation = tower.config._attn_implementation
-            tower.config = getattr(config, name)
+        # One object for the composite, the tower and its layers, so that later changes reach them all.
+        config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
         self.alignment_head = _HEADS[config.alignment_head](config)
         self.logit_scale = nn.Parameter(
             torch.tensor(float(config.logit_scale_init_value)), requires_grad=config.loss_type == "infonce"
@@ -306,8 +305,14 @@ class PicoModel(PicoPreTrainedModel):
             return cls._from_joint(vision, kwargs, config_kwargs)
         vision_model = load_backbone(vision, "image", **kwargs) if isinstance(vision, str) else vision
         text_model = load_backbone(text, "text", **kwargs) if isinstance(text, str) else text
-        config = cls.config_class(vision_config=vision_model.config, text_config=text_model.config, **config_kwargs)
-        return cls(config, vision_model=vision_model, text_model=text_model).eval()
+        return cls._assemble(vision_model, text_model, config_kwargs).eval()
+
+    @classmethod
+    def _assemble(cls, vision_model: PreTrainedModel, text_model: PreTrainedModel, config_kwargs: dict) -> "PicoModel":
+        # Copies: a composite configuration resets the attention implementation of the parts it is given.
+        vision_config, text_config = copy.deepcopy(vision_model.config), copy.deepcopy(text_model.config)
+        config = cls.config_class(vision_config=vision_config, text_config=text_config, **config_kwargs)
+        return cls(config, vision_model=vision_model, text_model=text_model)
 
     @classmethod
     def _from_joint(cls, joint: str | PreTrainedModel, kwargs: dict, config_kwargs: dict) -> "PicoModel":
@@ -331,10 +336,8 @@ class PicoModel(PicoPreTrainedModel):
                 "pooling": "class_token",
                 **config_kwargs,
             }
-        config = cls.config_class(
-            vision_config=joint.vision_model.config, text_config=joint.text_model.config, **config_kwargs
-        )
-        model = cls(config, vision_model=joint.vision_model, text_model=joint.text_model)
+        model = cls._assemble(joint.vision_model, joint.text_model, config_kwargs)
+        config = model.config
         with torch.no_grad():
             if len(projections) == 2 and projections["text_projection"].out_features == config.embedding_dim:
                 for name, projection in projections.items():

@@ -295,8 +295,7 @@ class _PairScores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         *inputs, word_at, patch_at = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):
-            grads = _backward(grad, _sides(*inputs), _Positions(word_at, patch_at), ctx.needs_input_grad, *ctx.options)
+        grads = _backward(grad, _sides(*inputs), _Positions(word_at, patch_at), ctx.needs_input_grad, *ctx.options)
         return *grads, None, None, None, None
 
 

@@ -354,7 +354,9 @@ def test_compiled_call_equals_eager_call(monkeypatch):
     assert torch.autograd.grad(scores.sum(), image_embeds)[0].abs().sum() > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
 def test_traced_call_records_the_reference_and_says_so(monkeypatch, caplog):
+    scoring_pico.logger.warning_once.cache_clear()
     monkeypatch.setattr(scoring_pico.logger, "propagate", True)
     arguments = ragged()
     with caplog.at_level(logging.WARNING), pytest.warns(torch.jit.TracerWarning):

@@ -67,16 +67,12 @@ def find_caption_files(name: str, split: str) -> tuple[Path, Path, Path | None] 
     if not folder.is_dir():
         return None
     available = sorted(file.name for file in folder.glob(f"{prefix}*_caps.txt"))
-    if prefix and (folder / f"{prefix}caps.txt").is_file():
-        available.append(f"{prefix}caps.txt")
-    if (folder / f"{split}_caps.txt").is_file() and not prefix:
-        matches = [f"{split}_caps.txt"]
-    elif prefix:
-        matches = [file for file in available if file == f"{prefix}{split}_caps.txt"]
-    else:
-        matches = [file for file in available if file.endswith(f"_{split}_caps.txt")]
     if not available:
         return None
+    exact = f"{prefix}{split}_caps.txt"
+    matches = [exact] if exact in available else []
+    if not matches and not prefix:
+        matches = [file for file in available if file.endswith(f"_{split}_caps.txt")]
     if len(matches) != 1:
         problem = "no captions of" if not matches else "more than one caption file for"
         raise ValueError(

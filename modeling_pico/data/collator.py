@@ -91,23 +91,15 @@ class PicoDataCollator:
         return pixel_values
 
     def _encode_texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        options = {
-            "padding": "longest",
-            "pad_to_multiple_of": self.pad_to_multiple_of,
-            "return_attention_mask": True,
-            "return_tensors": "pt",
-            "verbose": False,
-        }
+        options = {"return_attention_mask": True, "return_tensors": "pt", "verbose": False}
         tokenizer = self.processor.tokenizer
-        encoded = tokenizer(texts, truncation=False, **options)
+        encoded = tokenizer(texts, padding="longest", pad_to_multiple_of=self.pad_to_multiple_of, **options)
         self.seen_captions += len(texts)
         if self.max_length is not None and encoded["input_ids"].shape[1] > self.max_length:
-            # Texts are measured first and cut only if need be: that counts the cut ones, and cutting is rare.
+            # Texts are measured first and cut only if need be: that counts the cut ones, and cutting is rare. Either
+            # a text is too long or rounding up to the multiple went too far; both ways the limit is the right width.
             self.truncated_captions += int((encoded["attention_mask"].sum(dim=1) > self.max_length).sum())
-            encoded = tokenizer(texts, truncation=True, max_length=self.max_length, **options)
-            # Rounding up to a multiple may pass the limit of the model's positions, with nothing but padding.
-            width = slice(-self.max_length, None) if tokenizer.padding_side == "left" else slice(self.max_length)
-            encoded = {name: tensor[:, width] for name, tensor in encoded.items()}
+            encoded = tokenizer(texts, truncation=True, max_length=self.max_length, padding="max_length", **options)
         return dict(encoded)
 
 

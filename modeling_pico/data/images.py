@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from datasets.fingerprint import Hasher
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.utils import logging
 
 
@@ -111,6 +112,12 @@ def describe_image(value: Any) -> str:
     return f"an object of type {type(value).__name__}"
 
 
+def iter_encoded(images: datasets.Dataset) -> Iterator[pa.StructArray]:
+    """Yields the not decoded column `image` piece by piece, as arrays with the fields `bytes` and `path`."""
+    for batch in images.with_format("arrow").iter(batch_size=256):
+        yield from batch["image"].chunks
+
+
 def _open(value: Any) -> Image.Image:
     """Opens an encoded image; only its header is read."""
     path, content = value, None
@@ -122,6 +129,8 @@ def _open(value: Any) -> Image.Image:
         return Image.open(path if content is None else io.BytesIO(content))
     except FileNotFoundError as error:
         raise BadImageError(f"The image file {describe_image(value)} does not exist.") from error
+    except UnidentifiedImageError as error:
+        raise BadImageError(f"{describe_image(value)} is not an image that PIL can read.") from error
     except Exception as error:  # each of PIL's format plugins fails in its own way
         raise BadImageError(f"{describe_image(value)} is not an image that PIL can read: {error}") from error
 
@@ -203,9 +212,11 @@ def _file_state(path: str | None) -> tuple[int, int]:
 
 
 def _find_problems(dataset: datasets.Dataset, num_proc: int | None) -> list[str]:
+    if not len(dataset):
+        return []
     images = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
     # Bytes are part of the data's fingerprint; files are not, and may be replaced without the data set noticing.
-    paths = images.with_format("arrow")[:]["image"].combine_chunks().field("path").to_pylist()
+    paths = [path for chunk in iter_encoded(images) for path in chunk.field("path").to_pylist()]
     fingerprint = Hasher.hash((CHECK_VERSION, dataset._fingerprint, [_file_state(path) for path in paths]))
     cache_file = None
     if datasets.is_caching_enabled():

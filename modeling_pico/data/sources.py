@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import datasets
-import pyarrow as pa
 from transformers.utils import logging
 
 from .caption_files import find_caption_files, is_karpathy_json, read_caption_files, read_karpathy_json
+from .images import iter_encoded
 from .styled_shapes import styled_shapes
 
 
@@ -325,10 +325,8 @@ def _image_table(dataset: datasets.Dataset, column: str, root: Path | None) -> d
 def _image_keys(images: datasets.Dataset) -> Iterator[tuple[str, Any]]:
     """What makes two images the same: their bytes if they are in the data, else their path."""
     row = 0
-    for batch in images.with_format("arrow").iter(batch_size=256):
-        column = batch["image"].combine_chunks()
-        column = column if isinstance(column, pa.StructArray) else column.chunk(0)
-        for content, path in zip(column.field("bytes"), column.field("path"), strict=True):
+    for chunk in iter_encoded(images):
+        for content, path in zip(chunk.field("bytes"), chunk.field("path"), strict=True):
             if content.is_valid:
                 yield "bytes", hashlib.blake2b(content.as_buffer(), digest_size=16).digest()
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from functools import lru_cache
 from itertools import combinations, product
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -109,7 +109,7 @@ class _Scene(NamedTuple):
 
 
 def styled_shapes(
-    split: Literal["train", "validation", "validation_seen", "test"],
+    split: str,
     *,
     num_scenes: int | None = None,
     image_size: int = 48,

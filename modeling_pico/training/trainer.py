@@ -31,6 +31,27 @@ from .staging import PrototypeConstruction
 
 logger = logging.get_logger(__name__)
 
+# Training arguments that a model card names.
+_CARD_ARGUMENTS = (
+    "learning_rate",
+    "backbone_learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+    "caption_sampling",
+    "prototype_start",
+    "prototype_update_start",
+    "prototype_schedule",
+    "reservoir_pairs",
+    "feedback",
+    "feedback_kappa",
+)
+
 
 class PicoTrainer(Trainer):
     r"""
@@ -395,8 +416,7 @@ class PicoTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         args = self.args
-        names = ["learning_rate", "backbone_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "caption_sampling", "prototype_start", "prototype_update_start", "prototype_schedule", "reservoir_pairs", "feedback", "feedback_kappa"]
-        training = {name: getattr(args, name) for name in names}
+        training = {name: getattr(args, name) for name in _CARD_ARGUMENTS}
         training["lr_scheduler_type"] = transformers.SchedulerType(args.lr_scheduler_type).value
         card = create_model_card(
             model_id=args.hub_model_id or args.output_dir,

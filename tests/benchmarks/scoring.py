@@ -13,7 +13,6 @@ import importlib.util
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy
 import torch
 
 from modeling_pico.scoring_pico import pair_scores, reference_pair_scores
@@ -68,14 +68,14 @@ def caption_lengths() -> tuple[list[int], str]:
     return lengths, source
 
 
-def make_data(images: int, texts: int, words: int = WORDS) -> tuple[torch.Tensor, ...]:
+def make_data(images: int, texts: int, words: int = WORDS, dim: int = DIM) -> tuple[torch.Tensor, ...]:
     """Returns unit embeddings (zero where padding) and masks; every image is full, captions have true lengths."""
     generator = torch.Generator().manual_seed(0)
     lengths = caption_lengths()[0]
     # A stride spreads the choice over the captions; the true lengths are cut at 32 as a collator would.
     lengths = torch.tensor([min(lengths[7 * i % len(lengths)], WORDS) for i in range(texts)])
     text_mask = torch.arange(words) < lengths[:, None]
-    embeds = [torch.empty(images, PATCHES, DIM), torch.empty(texts, words, DIM)]
+    embeds = [torch.empty(images, PATCHES, dim), torch.empty(texts, words, dim)]
     for values in embeds:
         values.normal_(generator=generator)
         values /= values.norm(dim=-1, keepdim=True)
@@ -125,16 +125,33 @@ def colpali_scorer() -> Scorer:
 def maxsim_cpu_scorer() -> Scorer:
     import maxsim_cpu
 
+    # Version 0.1.0 ends the process or gives wrong numbers at dim 512 or with queries of 197 tokens: try it apart.
+    trial = f"""
+import maxsim_cpu, numpy
+query, document = numpy.ones(({PATCHES}, {DIM}), "f"), numpy.ones(({PATCHES}, {DIM}), "f")
+for scores in (maxsim_cpu.maxsim_scores(query, document[None]), maxsim_cpu.maxsim_scores_variable(query, [document])):
+    numpy.testing.assert_allclose(scores, {PATCHES * DIM}, rtol=1e-3)
+"""
+    result = subprocess.run([sys.executable, "-c", trial], capture_output=True)
+    if result.returncode:
+        raise RuntimeError(f"a trial with {PATCHES} tokens of dim {DIM} ended with status {result.returncode}")
+
     def score(image_embeds, text_embeds, image_mask, text_mask):
         images = image_embeds.numpy()
         texts = [words[real].numpy() for words, real in zip(text_embeds, text_mask, strict=True)]
-        by_text = [maxsim_cpu.maxsim_scores(words, images) / len(words) for words in texts]
         by_image = [maxsim_cpu.maxsim_scores_variable(patches, texts) / len(patches) for patches in images]
-        return torch.stack([torch.from_numpy(row) for row in by_image]) + torch.stack(
-            [torch.from_numpy(row) for row in by_text], dim=1
-        )
+        return torch.from_numpy(numpy.stack(by_image)) + maxsim_cpu_by_text(image_embeds, text_embeds, text_mask)
 
     return score
+
+
+def maxsim_cpu_by_text(image_embeds, text_embeds, text_mask):
+    import maxsim_cpu
+
+    images = image_embeds.numpy()
+    texts = [words[real].numpy() for words, real in zip(text_embeds, text_mask, strict=True)]
+    columns = [maxsim_cpu.maxsim_scores(words, images) / len(words) for words in texts]
+    return torch.from_numpy(numpy.stack(columns, axis=1))
 
 
 def late_interaction_kernels_scorer() -> Scorer:
@@ -153,22 +170,26 @@ PEERS = {
     "maxsim-cpu, twice": maxsim_cpu_scorer,
     "late-interaction-kernels CPU reference, twice": late_interaction_kernels_scorer,
 }
+FLOOR = "floor: bare `torch.matmul` of the real tokens"
 TRAINABLE_PEERS = ("sentence-transformers `mean_maxsim`, twice", "late-interaction-kernels CPU reference, twice")
+
+
+OURS, EAGER = "**pair_scores**", "our reference (eager, padded)"
+
+
+def load_scorer(name: str) -> Scorer:
+    ours: dict[str, Scorer] = {OURS: pair_scores, EAGER: reference_pair_scores, "loop over captions": caption_loop}
+    return ours[name] if name in ours else PEERS[name]()
 
 
 def all_scorers() -> tuple[dict[str, Scorer], list[str]]:
     """Returns the scorers that can be imported, and a line for each that cannot."""
-    scorers: dict[str, Scorer] = {
-        "**pair_scores**": pair_scores,
-        "our reference (eager, padded)": reference_pair_scores,
-        "loop over captions, no padding": caption_loop,
-    }
-    skipped = []
-    for name, load in PEERS.items():
+    scorers, skipped = {}, []
+    for name in (OURS, EAGER, "loop over captions", *PEERS):
         try:
-            scorers[name] = load()
-        except Exception as error:  # a peer that fails to import for any reason is no reason to stop
-            skipped.append(f"skipped: {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            scorers[name] = load_scorer(name)
+        except Exception as error:  # a peer that cannot run, for any reason, is no reason to stop
+            skipped.append(f"Skipped: {name} ({type(error).__name__}: {str(error).splitlines()[0]}).")
     return scorers, skipped
 
 
@@ -188,44 +209,45 @@ def interleaved(functions: dict[str, Callable], repeats: int) -> dict[str, list[
     return seconds
 
 
-def resident_mib() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+def memory_mib(field: str) -> float:
+    """Returns `VmRSS` (resident now) or `VmHWM` (its peak) of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 2**10
 
 
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+def bare_products(patches: torch.Tensor, words: torch.Tensor) -> None:
+    """The multiply-adds of forward and backward."""
+    weights = words @ patches.T
+    weights.T @ words
+    weights @ patches
 
 
 def worker(task: dict) -> dict:
-    """Runs one path in this fresh process and reports its time and its peak memory above the inputs."""
+    """Runs one path in this fresh process and reports its time and its peak memory above the inputs (Linux)."""
     torch.set_num_threads(task["threads"])
     data = make_data(task["images"], task["texts"])
-    scorer = all_scorers()[0].get(task["path"])
-    if task["train"]:
+    if task["path"] == FLOOR:
+        patches, words = data[0].flatten(0, 1), data[1][data[3]]
+        run = lambda: bare_products(patches, words)  # noqa: E731
+    elif task["train"]:
+        scorer, upstream = load_scorer(task["path"]), torch.randn(task["images"], task["texts"])
         leaves = [values.requires_grad_() for values in data[:2]]
-        upstream = torch.randn(task["images"], task["texts"])
-    floor_inputs = (data[0].detach().flatten(0, 1), data[1].detach()[data[3]]) if scorer is None else ()
-    before, seconds = resident_mib(), []
-    for _ in range(task["repeats"] + 1):  # the first run warms up
-        start = time.perf_counter()
-        if floor_inputs:
-            patches, words = floor_inputs
-            weights = words @ patches.T
-            gradients = weights.T @ words, weights @ patches
-            del weights, gradients
-        elif task["train"]:
+
+        def run():
             scorer(*data).backward(upstream)
             for leaf in leaves:
                 leaf.grad = None
-        else:
-            with torch.no_grad():
-                scorer(*data)
+    else:
+        scorer = load_scorer(task["path"])
+        run = torch.no_grad()(lambda: scorer(*data))
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the preparation
+    before, seconds = memory_mib("VmRSS"), []
+    for _ in range(task["repeats"] + 1):  # the first run warms up
+        start = time.perf_counter()
+        run()
         seconds.append(time.perf_counter() - start)
-    return {
-        "seconds": statistics.median(seconds[1:] or seconds),
-        "extra_mib": peak_mib() - before,
-        "peak_mib": peak_mib(),
-    }
+    peak = memory_mib("VmHWM")
+    return {"seconds": statistics.median(seconds[1:] or seconds), "extra_mib": peak - before, "peak_mib": peak}
 
 
 def run_worker(**task) -> dict:
@@ -244,15 +266,13 @@ def inference(images: int, texts: int, repeats: int) -> dict:
     patches, words = data[0].flatten(0, 1), data[1][data[3]]
     product = torch.empty(len(words), len(patches))
     scorers, skipped = all_scorers()
-    functions: dict[str, Callable] = {
-        "floor: `torch.matmul` of the real tokens": lambda: torch.matmul(words, patches.T, out=product)
-    }
+    functions: dict[str, Callable] = {FLOOR: lambda: torch.matmul(words, patches.T, out=product)}
     functions |= {name: lambda scorer=scorer: scorer(*data) for name, scorer in scorers.items()}
     with torch.no_grad():
         expected = reference_pair_scores(*data)
         difference = {name: float((scorer(*data) - expected).abs().max()) for name, scorer in scorers.items()}
         seconds = interleaved(functions, repeats)
-    floor = statistics.median(seconds["floor: `torch.matmul` of the real tokens"])
+    floor = statistics.median(seconds[FLOOR])
     rows = [
         {
             "path": name,
@@ -273,18 +293,50 @@ def inference(images: int, texts: int, repeats: int) -> dict:
     return {"title": title, "notes": [note, *skipped], "rows": rows}
 
 
+def one_direction(images: int, texts: int, dim: int, repeats: int) -> dict:
+    """The part that maxsim-cpu 0.1.0 can serve: few query tokens, a small dim, texts against images only."""
+    image_embeds, text_embeds, image_mask, text_mask = make_data(images, texts, dim=dim)
+    patches, words = image_embeds.flatten(0, 1), text_embeds[text_mask]
+    product = torch.empty(len(words), len(patches))
+    functions: dict[str, Callable] = {
+        FLOOR: lambda: torch.matmul(words, patches.T, out=product),
+        f"{OURS} (both directions)": lambda: pair_scores(image_embeds, text_embeds, image_mask, text_mask),
+    }
+    skipped = []
+    try:
+        import maxsim_cpu  # noqa: F401
+    except ImportError as error:
+        skipped.append(f"Skipped: maxsim-cpu ({error}).")
+    else:
+        functions["maxsim-cpu, texts to images only"] = lambda: maxsim_cpu_by_text(
+            image_embeds, text_embeds, text_mask
+        )
+    with torch.no_grad():
+        seconds = interleaved(functions, repeats)
+    floor = statistics.median(seconds[FLOOR])
+    rows = [
+        {
+            "path": name,
+            "median ms": statistics.median(times) * 1e3,
+            "of the floor's rate": floor / statistics.median(times),
+        }
+        for name, times in seconds.items()
+    ]
+    title = f"Inference at dim {dim}, {images} images × {texts} captions, against one direction of maxsim-cpu"
+    return {"title": title, "notes": [f"Medians of {repeats} interleaved rounds.", *skipped], "rows": rows}
+
+
 def training(size: int, rounds: int, threads: int) -> dict:
     scorers, _ = all_scorers()
-    floor = "floor: three bare products of the real tokens"
     names = [
-        "**pair_scores**",
-        "our reference (eager, padded)",
+        OURS,
+        EAGER,
         *(name for name in TRAINABLE_PEERS if name in scorers),
     ]
-    results: dict[str, list[dict]] = {name: [] for name in (floor, *names)}
+    results: dict[str, list[dict]] = {name: [] for name in (FLOOR, *names)}
     for _ in range(rounds):
         for name, found in results.items():
-            found.append(run_worker(path=name, images=size, texts=size, train=True, repeats=1, threads=threads))
+            found.append(run_worker(path=name, images=size, texts=size, train=True, repeats=3, threads=threads))
     rows = []
     for name, found in results.items():
         good = [result for result in found if "error" not in result]
@@ -298,20 +350,21 @@ def training(size: int, rounds: int, threads: int) -> dict:
                 "extra MiB": statistics.median(result["extra_mib"] for result in good),
             }
         )
-    eager = next(row for row in rows if row["path"] == "our reference (eager, padded)")
+    eager = next(row for row in rows if row["path"] == EAGER)
     for row in rows:
         if "error" not in row and "error" not in eager:
             row["time of eager"] = row["median s"] / eager["median s"]
             row["memory of eager"] = row["extra MiB"] / eager["extra MiB"]
     note = (
-        f"Forward and backward, both sides with gradient, float32; every row in fresh processes, medians of {rounds} "
-        "interleaved rounds. Extra memory is peak resident memory above that of the process holding the inputs."
+        "Forward and backward (floor: three products), both sides with gradient, float32; every row in fresh "
+        f"processes, medians of {rounds} interleaved rounds. Extra memory is peak resident memory above that of the "
+        "process holding the inputs."
     )
     return {"title": f"Training, {size} × {size}", "notes": [note], "rows": rows}
 
 
 def large_training(size: int, threads: int) -> dict:
-    result = run_worker(path="**pair_scores**", images=size, texts=size, train=True, repeats=0, threads=threads)
+    result = run_worker(path=OURS, images=size, texts=size, train=True, repeats=0, threads=threads)
     if "error" not in result:
         result = {
             "seconds": result["seconds"],
@@ -353,7 +406,7 @@ def growth_with_padding(widths: list[int], repeats: int) -> dict:
 def memory_growth(texts: list[int], threads: int) -> dict:
     rows = []
     for count in texts:
-        result = run_worker(path="**pair_scores**", images=48, texts=count, train=False, repeats=0, threads=threads)
+        result = run_worker(path=OURS, images=48, texts=count, train=False, repeats=0, threads=threads)
         rows.append(
             {
                 "captions": count,
@@ -439,6 +492,7 @@ def main() -> None:
     plan: list[Callable[[], dict]] = [
         lambda: inference(8, 32, 3) if quick else inference(48, 256, repeats),
         lambda: inference(8, 64, 3) if quick else inference(48, 1280, max(3, repeats // 2)),
+        lambda: one_direction(8, 32, 128, 3) if quick else one_direction(48, 256, 128, repeats),
         lambda: training(16, 1, threads) if quick else training(256, 3, threads),
         lambda: large_training(32 if quick else 1024, threads),
         lambda: growth_with_pairs([16, 32] if quick else [64, 128, 256, 512, 1024, 2048], 3 if quick else repeats),

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+
+from modeling_pico.data import PicoDataCollator, count_truncated, default_max_length
+
+
+def training(*captions):
+    return [{"image": Image.new("RGB", (8, 8)), "caption": c, "image_id": 10 + i} for i, c in enumerate(captions)]
+
+
+def test_training_batch(processor):
+    batch = PicoDataCollator(processor)(training("a red cat", "dog"))
+    assert batch["pixel_values"].shape == (2, 3, 8, 8)
+    assert batch["input_ids"].tolist() == [[2, 4, 5, 7, 3], [2, 8, 3, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert batch["image_ids"].tolist() == [10, 11]
+    assert batch["image_ids"].dtype == torch.int64
+    assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "image_ids"} | (
+        {"token_type_ids"} & set(processor.tokenizer.model_input_names)
+    )
+
+
+def test_token_type_ids_follow_the_tokenizer(processor):
+    processor.tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    assert "token_type_ids" not in PicoDataCollator(processor)(training("a"))
+    processor.tokenizer.model_input_names = ["input_ids", "token_type_ids"]
+    batch = PicoDataCollator(processor)(training("a", "a red"))
+    assert batch["token_type_ids"].shape == batch["attention_mask"].shape == (2, 4)
+
+
+def test_evaluation_batch(processor):
+    image = Image.new("RGB", (5, 7))
+    samples = [
+        {"image": image, "captions": ["a", "a red cat"], "image_id": 4, "row": 0},
+        {"image": image, "captions": ["dog"], "image_id": 9, "row": 1},
+    ]
+    batch = PicoDataCollator(processor)(samples)
+    assert batch["pixel_values"].shape == (2, 3, 8, 8)
+    assert batch["input_ids"].tolist() == [[2, 4, 3, 0, 0], [2, 4, 5, 7, 3], [2, 8, 3, 0, 0]]
+    assert batch["image_ids"].tolist() == [4, 9]
+    assert batch["text_ids"].tolist() == [4, 4, 9]
+    assert batch["num_captions"].tolist() == [2, 1]
+
+
+def test_truncation_is_counted(processor):
+    collator = PicoDataCollator(processor, max_length=4)
+    batch = collator(training("a red cat", "a cat", "dog"))
+    assert batch["input_ids"].tolist() == [[2, 4, 5, 3], [2, 4, 7, 3], [2, 8, 3, 0]]
+    assert (collator.truncated_captions, collator.seen_captions) == (1, 3)
+    collator(training("dog"))
+    assert (collator.truncated_captions, collator.seen_captions) == (1, 4)
+
+
+def test_padding_to_a_multiple_stays_within_the_limit(processor):
+    texts = training("a red cat", "dog")
+    assert PicoDataCollator(processor, pad_to_multiple_of=8)(texts)["input_ids"].shape == (2, 8)
+    assert PicoDataCollator(processor, max_length=6, pad_to_multiple_of=4)(texts)["input_ids"].shape == (2, 6)
+    processor.tokenizer.padding_side = "left"
+    batch = PicoDataCollator(processor, max_length=6, pad_to_multiple_of=4)(texts)
+    assert batch["input_ids"].tolist() == [[0, 2, 4, 5, 7, 3], [0, 0, 0, 2, 8, 3]]
+
+
+def test_default_length_is_the_tokenizers(processor):
+    assert default_max_length(processor.tokenizer) is None
+    assert PicoDataCollator(processor)(training("a " * 300))["input_ids"].shape == (1, 302)
+    processor.tokenizer.model_max_length = 5
+    assert PicoDataCollator(processor).max_length == 5
+    assert PicoDataCollator(processor, max_length=7).max_length == 7
+
+
+def test_count_truncated(processor):
+    dataset = datasets.Dataset.from_dict({"captions": [["a", "a red cat"], ["a red dog cat"]]})
+    assert count_truncated(dataset, processor.tokenizer, 4) == (2, 3, 6)
+    assert count_truncated(dataset, processor.tokenizer, None) == (0, 3, 6)
+    assert count_truncated(dataset.select([]), processor.tokenizer, 4) == (0, 0, 0)
+
+
+def test_errors(processor):
+    with pytest.raises(ValueError, match="`max_length` must be a positive.*got 0"):
+        PicoDataCollator(processor, max_length=0)
+    with pytest.raises(ValueError, match="`pad_to_multiple_of` must be a positive.*got -8"):
+        PicoDataCollator(processor, pad_to_multiple_of=-8)
+    collator = PicoDataCollator(processor)
+    with pytest.raises(ValueError, match="at least one sample"):
+        collator([])
+    mixed = [*training("a"), {"image": Image.new("RGB", (8, 8)), "captions": ["a"], "image_id": 0, "row": 0}]
+    with pytest.raises(ValueError, match="mixes training samples"):
+        collator(mixed)
+
+
+def test_images_of_different_sizes_are_refused(processor):
+    processor.image_processor.do_resize = False
+    samples = training("a", "a")
+    samples[1]["image"] = Image.new("RGB", (4, 4))
+    with pytest.raises(ValueError):
+        PicoDataCollator(processor)(samples)

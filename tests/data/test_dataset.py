@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import random
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from modeling_pico.data import (
+    BadImageError,
+    CaptionedImageDataset,
+    RandomCropFlip,
+    SampleKey,
+    UniqueIdBatchSampler,
+    styled_shapes,
+)
+
+
+@pytest.fixture
+def rows(make_images):
+    paths = make_images("a.png", "b.png", "c.png")
+    return datasets.Dataset.from_dict(
+        {
+            "image": [str(path) for path in paths],
+            "captions": [["a1", "a2"], ["b1"], ["c1", "c2", "c3"]],
+            "image_id": ["z", "y", "z"],
+            "style": ["ink", "oil", "oil"],
+        }
+    )
+
+
+def test_attributes_and_items(rows):
+    dataset = CaptionedImageDataset(rows)
+    assert len(dataset) == 3
+    assert dataset.ids.tolist() == [0, 1, 0]
+    assert dataset.ids.dtype == dataset.num_captions.dtype == torch.int64
+    assert dataset.num_captions.tolist() == [2, 1, 3]
+    assert dataset.styles == ["ink", "oil", "oil"]
+    whole = dataset[2]
+    image = whole.pop("image")
+    assert whole == {"captions": ["c1", "c2", "c3"], "image_id": 0, "row": 2}
+    assert image.getpixel((0, 0)) == (80, 100, 200)
+    sample = dataset[SampleKey(row=2, caption=1, seed=5)]
+    assert (sample["caption"], sample["image_id"], set(sample)) == ("c2", 0, {"image", "caption", "image_id"})
+
+
+def test_missing_columns_and_images(rows):
+    with pytest.raises(ValueError, match=r"lacks the column\(s\) \['image_id'\]"):
+        CaptionedImageDataset(rows.remove_columns("image_id"))
+    assert CaptionedImageDataset(rows.remove_columns("style")).styles is None
+    empty = datasets.Dataset.from_dict({"image": [None], "captions": [["a"]], "image_id": ["0"]})
+    with pytest.raises(BadImageError, match="There is no image"):
+        CaptionedImageDataset(empty.cast_column("image", datasets.Image()))[0]
+
+
+def test_transform_is_seeded_by_the_sample_and_spares_evaluation(rows):
+    seen = []
+
+    def transform(image, rng):
+        seen.append(rng.random())
+        return image
+
+    dataset = CaptionedImageDataset(rows, transform)
+    for seed in (1, 2, 1):
+        dataset[SampleKey(0, 0, seed)]
+    dataset[0]
+    assert seen == [random.Random(1).random(), random.Random(2).random(), random.Random(1).random()]
+
+
+def test_random_crop_flip():
+    ramp = np.stack([np.tile(np.arange(60, dtype=np.uint8) * 4, (40, 1))] * 3, axis=-1)
+    image = Image.fromarray(ramp)
+    crop = RandomCropFlip(min_scale=0.3)
+    flipped = 0
+    for seed in range(50):
+        result = crop(image, random.Random(seed))
+        assert result.size == (60, 40)
+        row = np.asarray(result)[20, :, 0].astype(int)
+        flipped += row[0] > row[-1]
+        # Shares of the area from 0.3 on with ratios up to 4/3 keep at least sqrt(0.3 * 3/4) of the width.
+        assert abs(row[0] - row[-1]) >= 0.45 * 236
+    assert 10 < flipped < 40
+    same = RandomCropFlip(min_scale=1.0, flip=False)(image, random.Random(0))
+    np.testing.assert_array_equal(np.asarray(same), ramp)
+    with pytest.raises(ValueError, match=r"in \(0, 1\], got 0"):
+        RandomCropFlip(min_scale=0)
+
+
+def first(samples):
+    return samples
+
+
+def test_an_epoch_does_not_depend_on_workers_or_on_a_resume():
+    data = styled_shapes("train", num_scenes=8)
+    dataset = CaptionedImageDataset(data, RandomCropFlip())
+    sampler = UniqueIdBatchSampler(dataset.ids, dataset.num_captions, 4, seed=3)
+
+    def epoch(num_workers, skip=0):
+        sampler.set_epoch(1)
+        batches = list(sampler)[skip:]
+        loader = DataLoader(dataset, batch_sampler=batches, collate_fn=first, num_workers=num_workers)
+        return [[(np.asarray(s["image"]).tobytes(), s["caption"], s["image_id"]) for s in batch] for batch in loader]
+
+    alone = epoch(0)
+    assert len(alone) == 4
+    assert epoch(2) == alone
+    assert epoch(0, skip=2) == alone[2:]
