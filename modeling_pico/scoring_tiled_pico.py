@@ -9,6 +9,7 @@ similarities: the backward pass turns them into a sparse tile of weights and two
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -174,18 +175,16 @@ def _forward(
         for image in images.chunks(tile_tokens[1]):
             patches = image.pack()
             block = scores.new_empty(len(text.order), len(image.order))
-            for text_tile in text.tiles:
-                for image_tile in image.tiles:
-                    similarity = _matrix(workspace, text_tile.size, image_tile.size)
-                    torch.mm(words[text_tile.tokens], patches[image_tile.tokens].T, out=similarity)
-                    if positions is None:
-                        best = _maxima(similarity, text_tile.runs, image_tile.runs)
-                    else:
-                        at = positions.of_tile(text, text_tile, image, image_tile)
-                        best = _maxima_with_positions(similarity, text_tile.runs, image_tile.runs, *at, negative_slope)
-                    block[text_tile.samples, image_tile.samples] = _mean_scores(
-                        *best, text_tile.runs, image_tile.runs, negative_slope
-                    )
+            for text_tile, image_tile in product(text.tiles, image.tiles):
+                runs = text_tile.runs, image_tile.runs
+                similarity = _matrix(workspace, text_tile.size, image_tile.size)
+                torch.mm(words[text_tile.tokens], patches[image_tile.tokens].T, out=similarity)
+                if positions is None:
+                    best = _maxima(similarity, *runs)
+                else:
+                    at = positions.of_tile(text, text_tile, image, image_tile)
+                    best = _maxima_with_positions(similarity, *runs, *at, negative_slope)
+                block[text_tile.samples, image_tile.samples] = _mean_scores(*best, *runs, negative_slope)
             scores[image.order[:, None], text.order] = block.T
     return scores
 
@@ -321,23 +320,16 @@ def _backward(
             patches = image.pack()
             patch_grad = None if grads[0] is None else image.collector(grads[0])
             block = grad[image.order[:, None], text.order].T
-            for text_tile in text.tiles:
-                for image_tile in image.tiles:
-                    weights = _matrix(workspace, text_tile.size, image_tile.size)
-                    part = block[text_tile.samples, image_tile.samples]
-                    at = positions.of_tile(text, text_tile, image, image_tile)
-                    _fill_weights(
-                        weights,
-                        (part / text.counts[text_tile.samples, None], part / image.counts[image_tile.samples]),
-                        at,
-                        text_tile.runs,
-                        image_tile.runs,
-                        negative_slope,
-                    )
-                    if patch_grad is not None:
-                        patch_grad[image_tile.tokens].addmm_(weights.T, words[text_tile.tokens])
-                    if word_grad is not None:
-                        word_grad[text_tile.tokens].addmm_(weights, patches[image_tile.tokens])
+            for text_tile, image_tile in product(text.tiles, image.tiles):
+                part = block[text_tile.samples, image_tile.samples]
+                shares = part / text.counts[text_tile.samples, None], part / image.counts[image_tile.samples]
+                at = positions.of_tile(text, text_tile, image, image_tile)
+                weights = _matrix(workspace, text_tile.size, image_tile.size)
+                _fill_weights(weights, shares, at, text_tile.runs, image_tile.runs, negative_slope)
+                if patch_grad is not None:
+                    patch_grad[image_tile.tokens].addmm_(weights.T, words[text_tile.tokens])
+                if word_grad is not None:
+                    word_grad[text_tile.tokens].addmm_(weights, patches[image_tile.tokens])
             if grads[0] is not None and patch_grad is not None:
                 image.deliver(grads[0], patch_grad)
         if grads[1] is not None and word_grad is not None:
@@ -360,20 +352,14 @@ def _fill_weights(
     weights.zero_()
     for text_samples, rows, text_shape in text_runs:
         for image_samples, columns, image_shape in image_runs:
+            # (texts, words, images, patches)
             block = weights[rows, columns].unflatten(0, text_shape).unflatten(2, image_shape)
-            for dim, share, index in (
-                (
-                    1,
-                    shares[1][text_samples, image_samples, None],
-                    at[1][text_samples, columns].unflatten(1, image_shape),
-                ),
-                (3, shares[0][text_samples, None, image_samples], at[0][rows, image_samples].unflatten(0, text_shape)),
-            ):
-                index, share = index.long(), share.expand(index.shape)
+            patch_of_word = at[0][rows, image_samples].unflatten(0, text_shape).unsqueeze(3)
+            word_of_patch = at[1][text_samples, columns].unflatten(1, image_shape).unsqueeze(1)
+            for dim, index, share in ((3, patch_of_word, shares[0]), (1, word_of_patch, shares[1])):
+                index = index.long()
+                share = share[text_samples, None, image_samples, None].expand(index.shape)
                 if negative_slope != 1.0:
                     damped = index < 0
-                    index, share = (
-                        torch.where(damped, ~index, index),
-                        torch.where(damped, share * negative_slope, share),
-                    )
-                block.scatter_add_(dim, index.unsqueeze(dim), share.unsqueeze(dim))
+                    index, share = torch.where(damped, ~index, index), share.where(~damped, share * negative_slope)
+                block.scatter_add_(dim, index, share)

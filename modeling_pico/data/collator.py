@@ -79,16 +79,14 @@ class PicoDataCollator:
         return batch
 
     def _encode_images(self, images: list[Any]) -> torch.Tensor:
-        pixel_values = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-        if not isinstance(pixel_values, torch.Tensor) or pixel_values.ndim != 4:
-            shape = (
-                tuple(pixel_values.shape) if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
-            )
+        arrays = self.processor.image_processor(images=images)["pixel_values"]
+        shapes = {tuple(array.shape) for array in arrays}
+        if len(shapes) != 1 or len(next(iter(shapes))) != 3:
             raise ValueError(
-                f"The image processor must give one tensor of shape (batch, 3, height, width), got {shape}. "
-                "Let it resize all images to one size."
+                "The image processor must give every image one shape (3, height, width), but in this batch it gave "
+                f"{sorted(shapes)}. Let it resize all images to one size."
             )
-        return pixel_values
+        return torch.stack([torch.as_tensor(array) for array in arrays])
 
     def _encode_texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
         options = {"return_attention_mask": True, "return_tensors": "pt", "verbose": False}

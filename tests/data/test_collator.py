@@ -96,5 +96,5 @@ def test_images_of_different_sizes_are_refused(processor):
     processor.image_processor.do_resize = False
     samples = training("a", "a")
     samples[1]["image"] = Image.new("RGB", (4, 4))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"one shape .*\[\(3, 4, 4\), \(3, 8, 8\)\]. Let it resize"):
         PicoDataCollator(processor)(samples)
