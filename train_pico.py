@@ -296,12 +296,24 @@ def report_truncation(datasets: dict[str, CaptionedImageDataset], processor: Pic
             )
 
 
+def set_up_logging(level: int) -> None:
+    """Shows the messages of this script and of `modeling_pico` as those of transformers are shown."""
+    hf_logging.set_verbosity(level)
+    for name in ("train_pico", "modeling_pico"):
+        named = logging.getLogger(name)
+        named.setLevel(level)
+        if not named.handlers:
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("[%(name)s] %(levelname)s: %(message)s"))
+            named.addHandler(handler)
+            named.propagate = False
+
+
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Runs what the arguments ask for; returns all metrics."""
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, training_args = parse_arguments(argv)
-    logging.basicConfig(format="%(levelname)s %(message)s")
-    hf_logging.set_verbosity(training_args.get_process_log_level())
+    set_up_logging(training_args.get_process_log_level())
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise ValueError("Nothing to do: give --do_train, --do_eval or --do_predict.")
     checkpoint = find_checkpoint(training_args)

@@ -60,6 +60,17 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     return AutoModel.from_config(config, **_pooling_kwargs(config))
 
 
+def hidden_size(config: PreTrainedConfig) -> int:
+    """Width of a backbone's `last_hidden_state`; convolutional families state one width per stage."""
+    return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
+
+
+def load_config(name_or_path: str, kwargs: dict) -> PreTrainedConfig:
+    """Configuration of a checkpoint that will be loaded with the keyword arguments `kwargs`."""
+    names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+    return AutoConfig.from_pretrained(name_or_path, **{name: kwargs[name] for name in names if name in kwargs})
+
+
 def load_backbone(name_or_path: str, modality: str, **kwargs) -> PreTrainedModel:
     """
     Loads one tower from a checkpoint of its own, or out of a joint vision-language checkpoint such as CLIP.
@@ -69,10 +80,7 @@ def load_backbone(name_or_path: str, modality: str, **kwargs) -> PreTrainedModel
         modality (`str`): `"image"` or `"text"`.
         kwargs: Passed to `from_pretrained` (`revision`, `token`, `dtype`, ...).
     """
-    config_kwargs = {
-        key: kwargs[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in kwargs
-    }
-    config = AutoConfig.from_pretrained(name_or_path, **config_kwargs)
+    config = load_config(name_or_path, kwargs)
     if "vision_config" in config.sub_configs:
         joint = AutoModel.from_pretrained(name_or_path, **kwargs)
         return joint.vision_model if modality == "image" else joint.text_model
@@ -131,8 +139,10 @@ def class_token_state(
 __all__ = [
     "build_backbone",
     "class_token_state",
+    "hidden_size",
     "image_token_states",
     "load_backbone",
+    "load_config",
     "num_prefix_tokens",
     "text_token_mask",
 ]

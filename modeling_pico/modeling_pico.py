@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple, logging
@@ -13,8 +13,10 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 from .backbones_pico import (
     build_backbone,
     class_token_state,
+    hidden_size,
     image_token_states,
     load_backbone,
+    load_config,
     num_prefix_tokens,
     text_token_mask,
 )
@@ -105,8 +107,8 @@ class FineGrainedHead(nn.Module):
     def __init__(self, config: PicoConfig):
         super().__init__()
         self.config = config
-        self.visual_projection = TokenProjection(config.vision_config.hidden_size, config.embedding_dim, bias=False)
-        self.text_projection = TokenProjection(config.text_config.hidden_size, config.embedding_dim, bias=False)
+        self.visual_projection = TokenProjection(hidden_size(config.vision_config), config.embedding_dim, bias=False)
+        self.text_projection = TokenProjection(hidden_size(config.text_config), config.embedding_dim, bias=False)
 
     def project(self, hidden_states: torch.Tensor, modality: str) -> torch.Tensor:
         """Projects `(..., hidden)` to unit vectors `(..., dim)` in float32."""
@@ -257,9 +259,12 @@ class PicoModel(PicoPreTrainedModel):
         # One object for the composite, the tower and its layers, so that later changes reach them all.
         config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
         self.alignment_head = _HEADS[config.alignment_head](config)
-        self.logit_scale = nn.Parameter(
-            torch.tensor(float(config.logit_scale_init_value)), requires_grad=config.loss_type == "infonce"
-        )
+        logit_scale = torch.tensor(float(config.logit_scale_init_value))
+        if config.loss_type == "infonce":
+            self.logit_scale = nn.Parameter(logit_scale)
+        else:
+            # A buffer and no frozen parameter: `from_pretrained` makes every parameter trainable.
+            self.register_buffer("logit_scale", logit_scale)
         self.post_init()
 
     @property
@@ -316,14 +321,14 @@ class PicoModel(PicoPreTrainedModel):
 
     @classmethod
     def _from_joint(cls, joint: str | PreTrainedModel, kwargs: dict, config_kwargs: dict) -> "PicoModel":
+        joint_config = load_config(joint, kwargs) if isinstance(joint, str) else joint.config
+        if "vision_config" not in joint_config.sub_configs:
+            raise ValueError(
+                f"{joint if isinstance(joint, str) else type(joint).__name__!r} is a single tower "
+                f"({joint_config.model_type}); give a text checkpoint as well, or a joint vision-language checkpoint "
+                "such as CLIP."
+            )
         if isinstance(joint, str):
-            config_only = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
-            joint_config = AutoConfig.from_pretrained(joint, **config_only)
-            if "vision_config" not in joint_config.sub_configs:
-                raise ValueError(
-                    f"{joint!r} is a single-tower checkpoint ({joint_config.model_type}); give a text checkpoint as "
-                    "well, or a joint vision-language checkpoint such as CLIP."
-                )
             joint = AutoModel.from_pretrained(joint, **kwargs)
         projections = {
             name: module
@@ -520,7 +525,7 @@ def _features_output(outputs, features: dict[str, torch.Tensor | None]) -> PicoF
         last_hidden_state=outputs.last_hidden_state,
         pooler_output=features["pooled"],
         hidden_states=outputs.hidden_states,
-        attentions=outputs.attentions,
+        attentions=getattr(outputs, "attentions", None),
         embeds=features["embeds"],
         mask=features["mask"],
         semantic_probability=features["probability"],

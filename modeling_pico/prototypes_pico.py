@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .backbones_pico import num_prefix_tokens
 from .configuration_pico import NUM_COLUMN_STATISTICS, PicoConfig
 
 
@@ -130,7 +131,9 @@ def column_weights(semantic_probability: torch.Tensor, sharpness: float = 1.0) -
     Weights of the feature columns: probabilities `(..., dim)` raised to `sharpness` and rescaled to a mean of one, so
     that a constant probability gives the unweighted score *(ours)*.
     """
-    powered = semantic_probability.clamp(min=MIN_PROBABILITY) ** sharpness
+    probability = semantic_probability.clamp(min=MIN_PROBABILITY)
+    # The rescaling cancels any common factor; this one keeps high powers of small probabilities from underflow.
+    powered = (probability / probability.detach().amax(dim=-1, keepdim=True)) ** sharpness
     return powered / powered.mean(dim=-1, keepdim=True)
 
 
@@ -295,12 +298,8 @@ class StylePrototypes(nn.Module):
             return feature_columns(tokens, mask, config.textual_column_mode, config.column_size)
         if config.column_mode == "position":
             # The grid is what remains without the leading special tokens.
-            patches = (
-                slice(tokens.shape[1] - config.column_size, None)
-                if tokens.shape[1] > config.column_size
-                else slice(None)
-            )
-            tokens, mask = tokens[:, patches], mask[:, patches]
+            first = num_prefix_tokens(config.vision_config) if config.vision_special_tokens else 0
+            tokens, mask = tokens[:, first:], mask[:, first:]
         return feature_columns(tokens, mask, config.column_mode, config.column_size)
 
     def semantic_probability(self, tokens: torch.Tensor, mask: torch.Tensor, modality: str) -> torch.Tensor:
@@ -323,12 +322,12 @@ class StylePrototypes(nn.Module):
         if not keep_gradient:
             tokens = tokens.detach()
         if config.style_probability == "global":
-            probability = self.pseudo_semantic_probability.expand(len(tokens), -1)
+            probability = self.pseudo_semantic_probability.float().expand(len(tokens), -1)
         else:
             columns = self.columns(tokens, mask, modality)
-            state = [
-                getattr(self, f"{side}_{name}") for name in ("prototypes", "style_rate", "column_scale", "temperature")
-            ]
+            # In float32 also where the whole model was cast to another type.
+            names = ("prototypes", "style_rate", "column_scale", "temperature")
+            state = [getattr(self, f"{side}_{name}").float() for name in names]
             if learned:
                 prototypes, _, scale, temperature = state
                 distances = squared_distances(columns, prototypes, scale) / temperature

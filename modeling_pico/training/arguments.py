@@ -25,6 +25,9 @@ class PicoTrainingArguments(TrainingArguments):
             `"random"`: each image once an epoch with one of its captions; `"all"`: every pair once an epoch.
         gather_negatives (`bool`, *optional*, defaults to `True`):
             Whether samples of all processes serve as negatives.
+        gradient_cache_chunk_size (`int`, *optional*):
+            Encodes each batch in chunks of so many pairs (GradCache): the loss and gradient of a large batch with the
+            memory of a small one, for one more forward pass.
         hinge_warmup_epochs (`float`, *optional*, defaults to 1.0):
             Epochs in which the hinge loss counts all negatives instead of the hardest.
         prototype_start (`float`, *optional*, defaults to 2.0):
@@ -58,6 +61,9 @@ class PicoTrainingArguments(TrainingArguments):
         metadata={"help": "random: one caption an image and epoch; all: every pair.", "choices": CAPTION_SAMPLINGS},
     )
     gather_negatives: bool = field(default=True, metadata={"help": "Use samples of all processes as negatives."})
+    gradient_cache_chunk_size: int | None = field(
+        default=None, metadata={"help": "Encode each batch in chunks of so many pairs (GradCache)."}
+    )
     hinge_warmup_epochs: float = field(
         default=1.0, metadata={"help": "Epochs in which the hinge loss counts all negatives."}
     )
@@ -105,6 +111,10 @@ class PicoTrainingArguments(TrainingArguments):
             raise ValueError(
                 "with `prototype_schedule='share'`, `prototype_start` and `prototype_update_start` must lie between "
                 f"0 and 1, but got {self.prototype_start} and {self.prototype_update_start}."
+            )
+        if self.gradient_cache_chunk_size is not None and self.gradient_cache_chunk_size < 1:
+            raise ValueError(
+                f"`gradient_cache_chunk_size` must be at least 1, but got {self.gradient_cache_chunk_size}."
             )
         if not 0 < self.feedback_ema_weight <= 1:
             raise ValueError(f"`feedback_ema_weight` must lie in (0, 1], but got {self.feedback_ema_weight}.")

@@ -19,7 +19,8 @@ class PrototypeCallback(TrainerCallback):
     Decides when prototypes are built and come into use.
 
     A construction that falls on the end of an epoch waits for `on_epoch_end`, so that it shares the evaluation the
-    trainer makes there.
+    trainer makes there; unless an evaluation or a checkpoint follows at the end of the step already, which would be a
+    checkpoint without the construction, and a run that resumes from it does not see that epoch end again.
     """
 
     def __init__(self, construction: PrototypeConstruction):
@@ -36,8 +37,8 @@ class PrototypeCallback(TrainerCallback):
         self.construction.apply_pending()
 
     def on_step_end(self, args, state, control, **kwargs):
-        at_epoch_end = state.epoch == math.floor(state.epoch)
-        self.construction.due = not at_epoch_end and self.construction.is_reached(state.global_step)
+        waits = state.epoch == math.floor(state.epoch) and not (control.should_evaluate or control.should_save)
+        self.construction.due = not waits and self.construction.is_reached(state.global_step)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.construction.due = self.construction.is_reached(state.global_step)

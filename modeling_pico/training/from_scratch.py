@@ -19,21 +19,31 @@ SPECIAL_TOKENS = {
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 8000, max_length: int = 64) -> PreTrainedTokenizerFast:
     r"""
-    Trains a lower-casing WordPiece tokenizer of BERT's form.
+    Trains a lower-casing WordPiece tokenizer of BERT's form; the same captions always give the same tokenizer.
 
     Args:
         captions (iterable of `str`): Training captions.
         vocab_size (`int`, *optional*, defaults to 8000): Upper bound of the vocabulary.
         max_length (`int`, *optional*, defaults to 64): Longest text in tokens, recorded as `model_max_length`.
     """
-    tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk_token"]))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
+    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    captions = list(captions)
+    words = {
+        word for caption in captions for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(caption))
+    }
+    # The trainer numbers the letters inside words in the random order of a hash table, and the numbers decide ties.
+    # Letters that it is given are numbered in order, so that every run and every process gets one vocabulary.
+    letters = sorted({f"##{letter}" for word in words for letter in word[1:]})
+    learned = Tokenizer(models.WordPiece())
+    learned.normalizer, learned.pre_tokenizer = normalizer, pre_tokenizer
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS.values()), show_progress=False
+        vocab_size=vocab_size, special_tokens=[*SPECIAL_TOKENS.values(), *letters], show_progress=False
     )
-    tokenizer.train_from_iterator(captions, trainer)
+    learned.train_from_iterator(captions, trainer)
+    # A tokenizer of its own for the vocabulary, in which the letters are no special tokens.
+    tokenizer = Tokenizer(models.WordPiece(learned.get_vocab(), unk_token=SPECIAL_TOKENS["unk_token"]))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
+    tokenizer.decoder = decoders.WordPiece()
     cls_token, sep_token = SPECIAL_TOKENS["cls_token"], SPECIAL_TOKENS["sep_token"]
     tokenizer.post_processor = processors.BertProcessing(
         (sep_token, tokenizer.token_to_id(sep_token)), (cls_token, tokenizer.token_to_id(cls_token))

@@ -102,7 +102,7 @@ def weighted_kmeans(
             break
         mass = torch.zeros(num_clusters, device=points.device).index_add_(0, assignment, weights)
         total = torch.zeros_like(centroids).index_add_(0, assignment, points * weights[:, None])
-        centroids = torch.where(mass[:, None] > 0, total / mass.clamp(min=1e-12)[:, None], centroids)
+        centroids = torch.where(mass[:, None] > 0, total / mass[:, None], centroids)
     return centroids, assignment, energies
 
 

@@ -70,8 +70,11 @@ class PrototypeConstruction:
         return max(1, round(args.prototype_update_start * unit + (done - 1) * interval))
 
     def is_reached(self, step: int) -> bool:
-        """Whether the next construction is due after `step`; never after the last step, where nothing would use it."""
-        return self.next_step() <= step < self._max_steps
+        """
+        Whether the next construction is due after `step`: not while another one waits to be used, and never after the
+        last step, where nothing would use it.
+        """
+        return self.pending is None and self.next_step() <= step < self._max_steps
 
     def needs_statistics(self, step: int) -> bool:
         """Whether the batch of step `step` (0-based) lies in the interval before the next construction."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer
@@ -26,6 +28,7 @@ from ..scoring_pico import pair_scores
 from .arguments import PicoTrainingArguments
 from .callbacks import LogitScaleCallback, PrototypeCallback, SamplerEpochCallback
 from .distributed import gather_batch
+from .gradient_cache import cached_backward, split_inputs
 from .staging import PrototypeConstruction
 
 
@@ -142,7 +145,12 @@ class PicoTrainer(Trainer):
             eval_dataset = self.eval_dataset[eval_dataset]
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         return DataLoader(
-            dataset, sampler=self._own_rows(dataset), batch_size=self.args.eval_batch_size, **self._loader_kwargs()
+            dataset,
+            sampler=self._own_rows(dataset),
+            batch_size=self.args.eval_batch_size,
+            # Else a loader draws from the global generator, and dropout would depend on when one evaluates.
+            generator=torch.Generator(),
+            **self._loader_kwargs(),
         )
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
@@ -243,11 +251,36 @@ class PicoTrainer(Trainer):
         whole batch, and so is its gradient.
         """
         outputs = model(**inputs, return_logits=False)
-        ids = inputs["image_ids"]
-        if model.training and self.construction is not None:
-            self._collect(outputs, ids)
-        loss = self._gathered_loss(outputs, ids) if self.args.gather_negatives else self._local_loss(outputs, ids)
+        loss = self._batch_loss(outputs, inputs["image_ids"], collect=model.training)
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """As `Trainer.training_step`; with `gradient_cache_chunk_size` the batch is encoded in chunks."""
+        chunk_size = self.args.gradient_cache_chunk_size
+        if chunk_size is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        if isinstance(self.optimizer, AcceleratedOptimizer):
+            self.optimizer.train()
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            return cached_backward(
+                model,
+                split_inputs(inputs, chunk_size),
+                loss_function=lambda outputs: self._batch_loss(outputs, inputs["image_ids"], collect=True),
+                backward=lambda loss: self.accelerator.backward(loss / self.current_gradient_accumulation_steps),
+                no_sync=functools.partial(self.accelerator.no_sync, model=model),
+            )
+
+    def _batch_loss(self, outputs: PicoOutput, ids: torch.Tensor, collect: bool) -> torch.Tensor:
+        if collect and self.construction is not None:
+            self._collect(outputs, ids)
+        return self._gathered_loss(outputs, ids) if self.args.gather_negatives else self._local_loss(outputs, ids)
 
     def _loss_kwargs(self, outputs: PicoOutput) -> dict[str, Any]:
         config = self._pico_model().config
@@ -300,7 +333,8 @@ class PicoTrainer(Trainer):
             gather_rows(valid),
             gather_rows(ids),
         )
-        pairs_per_step = len(ids) * self.args.world_size * self.args.gradient_accumulation_steps
+        # Not `len(ids)`: shorter last batches may differ between processes, which must decide alike.
+        pairs_per_step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         if construction.needs_columns(step, pairs_per_step):
             prototypes = construction.prototypes
             construction.collect_columns(
@@ -370,6 +404,9 @@ class PicoTrainer(Trainer):
                 if self.is_fsdp_enabled
                 else self.accelerator.prepare_model(model, evaluation_mode=True)
             )
+        if isinstance(self.optimizer, AcceleratedOptimizer):
+            # Schedule-free optimizers evaluate other weights than they train.
+            self.optimizer.eval()
         self.callback_handler.eval_dataloader = dataloader
         longest = -(-len(dataloader.dataset) // self.args.world_size)
         return self.evaluator.encode(
@@ -391,6 +428,23 @@ class PicoTrainer(Trainer):
         self.log(self.construction.propose(rsum, score))
 
     # Checkpoints
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._load_weights(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_weights(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_weights(self, folder: str) -> bool:
+        # Files name the weights of some backbones (ViT) as older releases of transformers did. `from_pretrained`
+        # translates; the plain `load_state_dict` of `Trainer` would leave those weights out with no more than a warning.
+        if not isinstance(self.model, PicoModel) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return False
+        logger.info(f"Loading model from {folder}.")
+        self.model.load_state_dict(type(self.model).from_pretrained(folder).state_dict())
+        return True
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -338,7 +338,7 @@ def training(size: int, rounds: int, threads: int) -> dict:
     results: dict[str, list[dict]] = {name: [] for name in (FLOOR, *names)}
     for _ in range(rounds):
         for name, found in results.items():
-            found.append(run_worker(path=name, images=size, texts=size, train=True, repeats=3, threads=threads))
+            found.append(run_worker(path=name, images=size, texts=size, train=True, repeats=1, threads=threads))
     rows = []
     for name, found in results.items():
         good = [result for result in found if "error" not in result]
@@ -470,6 +470,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes: checks the script, measures little")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--only", nargs="+", metavar="SECTION", help="run these sections alone")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -491,23 +492,28 @@ def main() -> None:
     }
     header = "\n".join(f"- {name}: {value}" for name, value in facts.items()) + "\n"
     print(header)
-    plan: list[Callable[[], dict]] = [
-        lambda: inference(8, 32, 3) if quick else inference(48, 256, repeats),
-        lambda: inference(8, 64, 3) if quick else inference(48, 1280, max(3, repeats // 2)),
-        lambda: one_direction(8, 32, 128, 3) if quick else one_direction(48, 256, 128, repeats),
-        lambda: training(16, 1, threads) if quick else training(256, 3, threads),
-        lambda: large_training(32 if quick else 1024, threads),
-        lambda: growth_with_pairs([16, 32] if quick else [64, 128, 256, 512, 1024, 2048], 3 if quick else repeats),
-        lambda: growth_with_padding([32, 64] if quick else [32, 64, 128, 256], 3 if quick else repeats),
-        lambda: memory_growth([16, 32] if quick else [256, 1024, 4096, 8192], threads),
-    ]
+    rounds = 1 if quick else max(1, repeats // 3)
+    plan: dict[str, Callable[[], dict]] = {
+        "inference": lambda: inference(8, 32, 3) if quick else inference(48, 256, repeats),
+        "large-inference": lambda: inference(8, 64, 3) if quick else inference(48, 1280, max(3, repeats // 2)),
+        "one-direction": lambda: one_direction(8, 32, 128, 3) if quick else one_direction(48, 256, 128, repeats),
+        "training": lambda: training(16 if quick else 256, rounds, threads),
+        "large-training": lambda: large_training(32 if quick else 1024, threads),
+        "pairs": lambda: growth_with_pairs(
+            [16, 32] if quick else [64, 128, 256, 512, 1024, 2048], 3 if quick else repeats
+        ),
+        "padding": lambda: growth_with_padding([32, 64] if quick else [32, 64, 128, 256], 3 if quick else repeats),
+        "memory": lambda: memory_growth([16, 32] if quick else [256, 1024, 4096, 8192], threads),
+    }
+    unknown = set(options.only or ()) - set(plan)
+    if unknown:
+        parser.error(f"--only has {', '.join(sorted(unknown))}; allowed are {', '.join(plan)}")
     sections = []
-    for make in plan:
-        sections.append(make())
+    for name in options.only or plan:
+        sections.append(plan[name]())
         print(markdown(sections[-1]), flush=True)
-        (options.output / "scoring.json").write_text(
-            json.dumps(facts | {"sections": sections}, indent=2), encoding="utf-8"
-        )
+        report = json.dumps(facts | {"sections": sections}, indent=2)
+        (options.output / "scoring.json").write_text(report, encoding="utf-8")
     report = "\n".join([header, *(markdown(section) for section in sections)])
     (options.output / "scoring.md").write_text(report, encoding="utf-8")
 

@@ -1,0 +1,115 @@
+"""
+Large batches on small memory: the loss of the whole batch, encoded in chunks.
+
+Method: GradCache, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (arXiv 2101.06983).
+Every chunk is encoded twice: without gradient to get the embeddings that the loss needs, and, once the loss's gradient
+with respect to them is known, with gradient to carry it into the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from ..modeling_pico import PicoOutput
+
+
+# Outputs that the loss and the staged construction read; the first two carry the gradient.
+_EMBEDS = ("image_embeds", "text_embeds")
+_OTHERS = ("image_mask", "text_mask", "image_tokens", "text_tokens")
+
+
+class _RandomState:
+    """The state of the generators before a chunk, so that its second pass drops out the same units."""
+
+    def __init__(self, device: torch.device):
+        self.cpu = torch.get_rng_state()
+        self.devices, self.states = get_device_states(torch.empty(0, device=device))
+
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        with torch.random.fork_rng(devices=self.devices, enabled=True):
+            torch.set_rng_state(self.cpu)
+            set_device_states(self.devices, self.states)
+            yield
+
+
+def split_inputs(inputs: dict[str, torch.Tensor], chunk_size: int) -> list[dict[str, torch.Tensor]]:
+    """Splits a batch into chunks of at most `chunk_size` pairs; every tensor has the pairs in its first dimension."""
+    count = len(inputs["image_ids"])
+    return [
+        {name: value[start : start + chunk_size] for name, value in inputs.items()}
+        for start in range(0, count, chunk_size)
+    ]
+
+
+def cached_backward(
+    model: torch.nn.Module,
+    chunks: list[dict[str, torch.Tensor]],
+    loss_function: Callable[[PicoOutput], torch.Tensor],
+    backward: Callable[[torch.Tensor], None],
+    no_sync: Callable[[], AbstractContextManager],
+) -> torch.Tensor:
+    r"""
+    Computes the loss of all chunks together and accumulates its gradient in the model.
+
+    Args:
+        model (`torch.nn.Module`): A [`PicoModel`], or one wrapped for distributed use.
+        chunks (`list[dict[str, torch.Tensor]]`): The batch in chunks, see [`split_inputs`].
+        loss_function (`Callable`): Gives the loss of a [`PicoOutput`] of the whole batch.
+        backward (`Callable`): Runs backward on a scalar (with the scaling that mixed precision and accumulation ask).
+        no_sync (`Callable`): Context in which gradients are not exchanged; used for all chunks but the last.
+
+    Returns:
+        The loss, detached.
+    """
+    states, outputs = [], []
+    with torch.no_grad():
+        for chunk in chunks:
+            states.append(_RandomState(chunk["image_ids"].device))
+            outputs.append(model(**chunk, return_logits=False))
+    batch = _join(outputs)
+    loss = loss_function(batch)
+    leaves = [batch.image_embeds, batch.text_embeds, batch.logit_scale]
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    gradients = [
+        torch.zeros_like(leaf) if gradient is None else gradient
+        for leaf, gradient in zip(leaves, gradients, strict=True)
+    ]
+    image_gradients, text_gradients, scale_gradient = gradients
+
+    start = 0
+    for index, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
+        last = index == len(chunks) - 1
+        with nullcontext() if last else no_sync(), state.replay():
+            output = model(**chunk, return_logits=False)
+            end = start + len(output.image_embeds)
+            words = output.text_embeds.shape[1]
+            surrogate = (output.image_embeds * image_gradients[start:end]).sum()
+            surrogate = surrogate + (output.text_embeds * text_gradients[start:end, :words]).sum()
+            # The temperature belongs to the batch and not to a chunk: it counts once.
+            surrogate = surrogate + output.logit_scale * (scale_gradient if last else 0.0)
+            backward(surrogate)
+        start = end
+    return loss.detach()
+
+
+def _join(outputs: list[PicoOutput]) -> PicoOutput:
+    joined = {}
+    for name in (*_EMBEDS, *_OTHERS):
+        tensors = [getattr(output, name) for output in outputs]
+        width = max(tensor.shape[1] for tensor in tensors)
+        padded = [
+            torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, width - tensor.shape[1]))
+            for tensor in tensors
+        ]
+        joined[name] = torch.cat(padded)
+    for name in _EMBEDS:
+        joined[name].requires_grad_()
+    return PicoOutput(**joined, logit_scale=outputs[0].logit_scale.clone().requires_grad_())
+
+
+__all__ = ["cached_backward", "split_inputs"]

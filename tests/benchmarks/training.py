@@ -1,0 +1,281 @@
+"""Measures what training costs: column weights, the staged construction, and GradCache.
+
+    python tests/benchmarks/training.py --output DIR [--quick] [--dataset FOLDER_OF_EMOJI_STYLES]
+
+Prints tables and writes `training.json` and `training.md` to DIR. Everything that is compared runs in turn in one
+process; ratios are medians over rounds, since absolute times depend on the machine and on what else it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import BertConfig, TrainerCallback, ViTConfig
+
+from modeling_pico import PicoModel, PicoTrainer
+from modeling_pico.backbones_pico import build_backbone
+from modeling_pico.loss_pico import image_text_loss
+from modeling_pico.scoring_pico import pair_scores
+from modeling_pico.training.gradient_cache import cached_backward, split_inputs
+from modeling_pico.training.staging import PrototypeConstruction
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+WORDS = (8, 20)
+
+TOWERS = {
+    "ViT-B/16 × BERT-base, 224 px": (
+        ViTConfig(),
+        BertConfig(),
+        {"embedding_dim": 512},
+    ),
+    "small: ViT 96×4 × BERT 96×2, 48 px": (
+        ViTConfig(
+            hidden_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=384,
+            image_size=48,
+            patch_size=8,
+        ),
+        BertConfig(hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=384, vocab_size=2000),
+        {"embedding_dim": 128},
+    ),
+}
+
+
+def build_model(towers: str, head: str, dropout: float | None = None) -> PicoModel:
+    """A model with fresh towers; for the weighted head as it is after the first construction."""
+    torch.manual_seed(0)
+    vision, text, options = TOWERS[towers]
+    if dropout is not None:
+        text = BertConfig(
+            **{**text.to_dict(), "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+        )
+    model = PicoModel.from_backbones(build_backbone(vision), build_backbone(text), alignment_head=head, **options)
+    prototypes = model.style_prototypes
+    if prototypes is not None:
+        prototypes.stage.fill_(1)
+        for name in ("visual_prototypes", "textual_prototypes"):
+            getattr(prototypes, name).normal_()
+    return model.train()
+
+
+def random_batch(model: PicoModel, size: int) -> dict[str, torch.Tensor]:
+    """Images and texts of varying length; the content does not matter to the cost."""
+    generator = torch.Generator().manual_seed(0)
+    side = model.config.vision_config.image_size
+    lengths = torch.randint(*WORDS, (size, 1), generator=generator)
+    return {
+        "pixel_values": torch.randn(size, 3, side, side, generator=generator),
+        "input_ids": torch.randint(5, 1000, (size, WORDS[1]), generator=generator),
+        "attention_mask": (torch.arange(WORDS[1])[None] < lengths).long(),
+        "image_ids": torch.arange(size),
+    }
+
+
+def batch_loss(outputs, ids: torch.Tensor) -> torch.Tensor:
+    """In-batch InfoNCE."""
+    scores = pair_scores(outputs.image_embeds, outputs.text_embeds, outputs.image_mask, outputs.text_mask)
+    return image_text_loss(scores, scores.T, image_ids=ids, logit_scale=outputs.logit_scale)
+
+
+def plain_step(model: PicoModel, batch: dict[str, torch.Tensor]) -> None:
+    """Forward and backward of one batch."""
+    model.zero_grad()
+    batch_loss(model(**batch, return_logits=False), batch["image_ids"]).backward()
+
+
+def cached_step(model: PicoModel, batch: dict[str, torch.Tensor], chunk_size: int) -> None:
+    """The same in chunks."""
+    model.zero_grad()
+    chunks = split_inputs(batch, chunk_size)
+    loss = functools.partial(batch_loss, ids=batch["image_ids"])
+    cached_backward(model, chunks, loss, lambda value: value.backward(), nullcontext)
+
+
+def compare(first: Callable[[], None], second: Callable[[], None], rounds: int) -> dict[str, float]:
+    """Runs two steps in turn; medians in seconds and the median of the ratios first / second, round by round."""
+    times: list[tuple[float, float]] = []
+    for index in range(rounds + 1):
+        row = []
+        # The order alternates, so that a drift of the machine's speed favours neither.
+        for step in (first, second) if index % 2 == 0 else (second, first):
+            start = time.perf_counter()
+            step()
+            row.append(time.perf_counter() - start)
+        times.append(tuple(row) if index % 2 == 0 else (row[1], row[0]))
+    times = times[1:]  # the first round warms up
+    return {
+        "first_s": statistics.median(time_first for time_first, _ in times),
+        "second_s": statistics.median(time_second for _, time_second in times),
+        "ratio": statistics.median(time_first / time_second for time_first, time_second in times),
+        "rounds": rounds,
+    }
+
+
+def weights_cost(rounds: int) -> list[dict]:
+    """A training step with weights on against the same step with weights off."""
+    rows = []
+    for towers, (size, factor) in zip(TOWERS, ((16, 1), (64, 4)), strict=True):
+        on, off = build_model(towers, "pico"), build_model(towers, "fine_grained")
+        batch = random_batch(on, size)
+        steps = [functools.partial(plain_step, model, batch) for model in (on, off)]
+        rows.append({"towers": towers, "batch": size, **compare(*steps, rounds * factor)})
+    return rows
+
+
+def gradient_cache_cost(rounds: int, size: int, chunk_size: int) -> dict:
+    """GradCache against the plain batch: largest difference of a gradient, and time."""
+    towers = list(TOWERS)[1]
+    model = build_model(towers, "pico", dropout=0.0)
+    batch = random_batch(model, size)
+    plain_step(model, batch)
+    wanted = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    cached_step(model, batch, chunk_size)
+    difference = max(
+        float((parameter.grad - wanted[name]).abs().max()) for name, parameter in model.named_parameters()
+    )
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
+    steps = (functools.partial(cached_step, model, batch, chunk_size), functools.partial(plain_step, model, batch))
+    return {
+        "towers": towers,
+        "batch": size,
+        "chunk": chunk_size,
+        "largest_gradient_difference": difference,
+        "largest_gradient": largest,
+        **compare(*steps, rounds),
+    }
+
+
+class _Stopwatch:
+    """Sums the time spent in methods, while the run goes on as ever."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def wrap(self, owner: type, name: str, label: str) -> Callable[[], None]:
+        method = getattr(owner, name)
+
+        @functools.wraps(method)
+        def timed(*args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self.seconds[label] = self.seconds.get(label, 0.0) + time.perf_counter() - start
+
+        setattr(owner, name, timed)
+        return lambda: setattr(owner, name, method)
+
+
+class _EpochClock(TrainerCallback):
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._start = time.perf_counter()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.seconds += time.perf_counter() - self._start
+
+
+def construction_cost(recipe: str, flags: list[str]) -> dict:
+    """Share of the training passes that statistics, K-means and feedback take, over a whole run of a recipe."""
+    sys.path.insert(0, str(REPOSITORY))
+    import train_pico
+
+    watch, clock = _Stopwatch(), _EpochClock()
+    undo = [
+        watch.wrap(PicoTrainer, "_collect", "statistics and columns"),
+        watch.wrap(PrototypeConstruction, "propose", "K-means and feedback"),
+        watch.wrap(PicoTrainer, "evaluation_loop", "evaluation, feedback included"),
+    ]
+    build = PicoTrainer.__init__
+
+    @functools.wraps(build)
+    def build_with_clock(self, *args, **kwargs):
+        build(self, *args, **kwargs)
+        self.add_callback(clock)
+
+    PicoTrainer.__init__ = build_with_clock
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            train_pico.main([str(REPOSITORY / recipe), "--output_dir", folder, "--do_predict", "false", *flags])
+    finally:
+        PicoTrainer.__init__ = build
+        for restore in undo:
+            restore()
+    spent = watch.seconds["statistics and columns"] + watch.seconds["K-means and feedback"]
+    # Evaluations lie between the end of one epoch and the next, so the clock does not count them.
+    return {"recipe": recipe, "training_passes_s": clock.seconds, **watch.seconds, "share": spent / clock.seconds}
+
+
+def to_markdown(results: dict) -> str:
+    """The tables of a report."""
+    lines = ["# Cost of training", "", results["environment"], "", "## A step with weights on against weights off", ""]
+    lines += ["| towers | batch | on, s | off, s | ratio |", "| --- | --- | --- | --- | --- |"]
+    for row in results["weights"]:
+        lines.append(
+            f"| {row['towers']} | {row['batch']} | {row['first_s']:.3f} | {row['second_s']:.3f} | {row['ratio']:.3f} |"
+        )
+    cache = results["gradient_cache"]
+    lines += ["", "## GradCache against the plain batch", ""]
+    lines += [
+        "| towers | batch | chunk | largest gradient difference | ratio of time |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    lines.append(
+        f"| {cache['towers']} | {cache['batch']} | {cache['chunk']} | {cache['largest_gradient_difference']:.1e} "
+        f"(largest gradient {cache['largest_gradient']:.1e}) | {cache['ratio']:.2f} |"
+    )
+    lines += ["", "## Staged construction, share of the training passes", ""]
+    lines += ["| recipe | training passes, s | statistics, s | K-means and feedback, s | share |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    for row in results["construction"]:
+        lines.append(
+            f"| {row['recipe']} | {row['training_passes_s']:.1f} | {row['statistics and columns']:.2f} | "
+            f"{row['K-means and feedback']:.2f} | {100 * row['share']:.1f}% |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder for training.json and training.md")
+    parser.add_argument("--dataset", help="folder of emoji-styles, for the share of construction on it")
+    parser.add_argument("--quick", action="store_true", help="few rounds, for a look")
+    args = parser.parse_args()
+    rounds = 3 if args.quick else 11
+    results = {
+        "environment": f"Python {platform.python_version()}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; "
+        f"`python tests/benchmarks/training.py {' '.join(sys.argv[1:])}`",
+        "weights": weights_cost(rounds),
+        "gradient_cache": gradient_cache_cost(max(3, rounds // 2), 128 if args.quick else 512, 32),
+        "construction": [construction_cost("examples/quickstart.yaml", [])],
+    }
+    if args.dataset:
+        flags = ["--dataset_name", args.dataset, "--method", "pico", "--num_train_epochs", "6"]
+        results["construction"].append(construction_cost("examples/emoji_styles/train.yaml", flags))
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "training.json").write_text(json.dumps(results, indent=2) + "\n")
+    report = to_markdown(results)
+    (args.output / "training.md").write_text(report)
+    print(report)
+
+
+if __name__ == "__main__":
+    main()

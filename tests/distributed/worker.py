@@ -1,0 +1,91 @@
+"""
+One run of everything that several processes do together; started once with one process and once with two.
+
+    python -m torch.distributed.run --standalone --nproc_per_node 2 worker.py FOLDER
+
+Every process writes what it holds at the end to FOLDER/rank{N}-of-{M}.pt. Batches are twice as large with one process.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+import torch
+from accelerate import PartialState
+from tiny import prototype_log, trainer
+from transformers import logging
+
+from modeling_pico.training import PicoTrainer
+
+
+GLOBAL_BATCH = 8
+PURITY = {"style_probability": "purity", "sharpness": 4.0}
+
+
+class FirstGradients(PicoTrainer):
+    """Keeps the gradients of the first step, and the loss and widths of texts of each."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.__dict__.setdefault("losses", [])
+        self.__dict__.setdefault("widths", []).append(inputs["input_ids"].shape[1])
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.losses.append(float(loss))
+        if not hasattr(self, "gradients"):
+            self.gradients = {
+                name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+                for name, parameter in self._pico_model().named_parameters()
+                if parameter.requires_grad
+            }
+        return loss
+
+
+def run(folder: Path, model_options: dict, **options) -> dict:
+    made = trainer(
+        folder,
+        trainer_class=FirstGradients,
+        model_options=model_options,
+        # Not AdamW: it divides by the size of gradients and so makes rounding of tiny ones visible.
+        **{"optim": "sgd", "learning_rate": 0.3, "backbone_learning_rate": 0.3, "save_strategy": "no", **options},
+        per_device_train_batch_size=GLOBAL_BATCH // PartialState().num_processes,
+    )
+    made.train()
+    evaluation = made.evaluate()
+    prediction = made.predict(made.eval_dataset)
+    return {
+        "gradients": made.gradients,
+        "losses": made.losses,
+        "widths": made.widths,
+        "state": {name: tensor.clone() for name, tensor in made._pico_model().state_dict().items()},
+        "log": prototype_log(made),
+        "evaluation": {name: evaluation[name] for name in evaluation if "per_second" not in name},
+        "scores": torch.from_numpy(prediction.predictions),
+        "steps": made.state.global_step,
+    }
+
+
+def main(folder: Path) -> None:
+    logging.set_verbosity_error()
+    state = PartialState(cpu=True)
+    results = {
+        "infonce": run(folder / "infonce", PURITY, num_train_epochs=4),
+        # 22 samples and shorter batches at the end, which two processes share unevenly.
+        "hinge": run(
+            folder / "hinge",
+            {"loss_type": "hinge", "negative_slope": 0.1},
+            hinge_warmup_epochs=0.5,
+            num_train_epochs=2,
+            dataloader_drop_last=False,
+            feedback="uniform",
+            prototype_update_start=1.5,
+        ),
+        "local": run(folder / "local", PURITY, num_train_epochs=1, gather_negatives=False),
+    }
+    torch.save(results, folder / f"rank{state.process_index}-of-{state.num_processes}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
