@@ -158,12 +158,19 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Pic
         if not path.is_file():
             raise ValueError(f"The configuration file {str(path)!r} does not exist.")
         options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if not isinstance(options, dict):
+            raise ValueError(f"{path}: expected options as `name: value`, but found a {type(options).__name__}.")
         known = {action.dest for action in parser._actions}
         for name in options:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=3)
                 hint = f" Did you mean {', '.join(close)}?" if close else ""
                 raise ValueError(f"{path}: unknown option {name!r}.{hint}")
+        # Lists and the words true and false are values of a file, but strings on the command line.
+        if isinstance(options.get("test_split"), str):
+            options["test_split"] = [options["test_split"]]
+        if isinstance(options.get("resume_from_checkpoint"), bool):
+            options["resume_from_checkpoint"] = str(options["resume_from_checkpoint"]).lower()
         parser.set_defaults(**options)
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     return model_args, data_args, training_args
@@ -326,7 +333,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             if data_args.min_crop_scale < 1 or data_args.random_flip:
                 transform = RandomCropFlip(data_args.min_crop_scale, data_args.random_flip)
             data["train"] = load_split(data_args.train_split, data_args, data_args.max_train_samples, transform)
-        if training_args.do_train or training_args.do_eval:
+        needs_feedback = training_args.do_train and training_args.feedback_needs_validation
+        if training_args.do_eval or (needs_feedback and model_args.method in (None, "pico")):
             data["eval"] = load_split(data_args.eval_split, data_args, data_args.max_eval_samples)
         if training_args.do_predict:
             for split in data_args.test_split:
@@ -336,8 +344,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if training_args.do_train:
         captions = [caption for row in data["train"].dataset["captions"] for caption in row]
     model, processor = build(model_args, data_args, captions, checkpoint)
-    model.vision_model.requires_grad_(not model_args.freeze_vision)
-    model.text_model.requires_grad_(not model_args.freeze_text)
+    if model_args.freeze_vision:
+        model.vision_model.requires_grad_(False)
+    if model_args.freeze_text:
+        model.text_model.requires_grad_(False)
     collator = PicoDataCollator(processor, max_length=data_args.max_text_length)
     if training_args.should_log:
         report_truncation(data, processor, collator.max_length)

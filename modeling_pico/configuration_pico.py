@@ -55,8 +55,8 @@ class PicoConfig(PreTrainedConfig):
             `"pico"`: patch-by-word score with every feature column weighted by its semantic probability;
             `"fine_grained"`: the same score without weights; `"clip_style"`: cosine of two pooled vectors.
         pooling (`str`, *optional*, defaults to `"mean"`):
-            Pooled vector of a sample: `"mean"` over its tokens, or `"class_token"` (CLS; end of text for CLIP text
-            towers; the mean where the backbone has no such token).
+            What `"clip_style"` scores: `"mean"` over a sample's tokens, or `"class_token"` (CLS; end of text for CLIP
+            text towers; the mean where the backbone has no such token). The other heads do not use it.
         vision_special_tokens (`bool`, *optional*, defaults to `True`):
             Whether CLS and register tokens take part in the fine-grained score.
         text_special_tokens (`bool`, *optional*, defaults to `True`):

@@ -208,6 +208,27 @@ class PicoPreTrainedModel(PreTrainedModel):
         "mismatched_count",
     ]
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
+        """
+        As `PreTrainedModel.from_pretrained`. Style prototypes are never re-initialised because their sizes differ from
+        the configuration's: that is refused with a ValueError, with `ignore_mismatched_sizes` too.
+        """
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" in str(error):
+                raise ValueError(
+                    _size_message(pretrained_model_name_or_path, kwargs, "see the report above")
+                ) from error
+            raise
+        mismatched = [str(key) for key in info["mismatched_keys"] if "style_prototypes" in str(key)]
+        if mismatched:
+            raise ValueError(_size_message(pretrained_model_name_or_path, kwargs, "; ".join(mismatched)))
+        return (model, info) if output_loading_info else model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, PicoModel):
@@ -223,6 +244,18 @@ class PicoPreTrainedModel(PreTrainedModel):
             init.constant_(module.output_bias, 2.0)
         elif isinstance(module, TokenProjection):
             init.normal_(module.weight, std=module.in_features**-0.5)
+
+
+def _size_message(path, kwargs: dict, details: str) -> str:
+    names = ("num_style_prototypes", "column_mode", "column_length", "embedding_dim", "comparator_hidden_size")
+    asked = ", ".join(f"{name}={kwargs[name]!r}" for name in (*names, "comparator_statistics") if name in kwargs)
+    return (
+        f"The tensors of {str(path)!r} do not have the sizes that the configuration asks for"
+        f"{f' ({asked})' if asked else ''}: {details}. The number and length of style prototypes "
+        "(num_style_prototypes, column_mode, column_length) and embedding_dim belong to a trained checkpoint and "
+        "cannot be changed on loading. Load it without them, or build the prototypes anew by training from the "
+        "backbones (PicoModel.from_backbones)."
+    )
 
 
 class PicoModel(PicoPreTrainedModel):

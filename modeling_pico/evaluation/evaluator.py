@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather, pad_across_processes
+from accelerate.utils import gather
 from torch import nn
 
 from ..loss_pico import image_text_loss
@@ -51,6 +51,7 @@ class RetrievalEvaluator:
         loss_batch_size (`int`, *optional*, defaults to 64):
             Pairs per batch of the reported loss; in-batch losses depend on it.
         image_chunk (`int`, *optional*, defaults to 256): Images weighted and scored at a time.
+        text_chunk (`int`, *optional*, defaults to 2048): Texts weighted and scored at a time.
 
     Example:
 
@@ -61,10 +62,11 @@ class RetrievalEvaluator:
     ```
     """
 
-    def __init__(self, num_folds: int = 1, loss_batch_size: int = 64, image_chunk: int = 256):
+    def __init__(self, num_folds: int = 1, loss_batch_size: int = 64, image_chunk: int = 256, text_chunk: int = 2048):
         self.num_folds = num_folds
         self.loss_batch_size = loss_batch_size
         self.image_chunk = image_chunk
+        self.text_chunk = text_chunk
 
     def __call__(self, model: nn.Module, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
         """
@@ -141,13 +143,19 @@ class RetrievalEvaluator:
             `torch.Tensor` of shape `(images, texts)` in float32, the same on every process.
         """
         head, slope = model.alignment_head, model.config.negative_slope
-        texts, _ = head.weight(encoded.text_tokens, encoded.text_mask, "text")
         rows = []
-        for start in range(0, len(encoded.image_tokens), self.image_chunk):
-            chunk = slice(start, start + self.image_chunk)
-            mask = encoded.image_mask[chunk]
-            images, _ = head.weight(encoded.image_tokens[chunk], mask, "image")
-            rows.append(pair_scores(images, texts, mask, encoded.text_mask, negative_slope=slope))
+        for image_start in range(0, len(encoded.image_tokens), self.image_chunk):
+            image_rows = slice(image_start, image_start + self.image_chunk)
+            image_mask = encoded.image_mask[image_rows]
+            images, _ = head.weight(encoded.image_tokens[image_rows], image_mask, "image")
+            tiles = []
+            # Texts are weighted tile by tile as well: a weighted copy of a large gallery would double its memory.
+            for text_start in range(0, len(encoded.text_tokens), self.text_chunk):
+                text_rows = slice(text_start, text_start + self.text_chunk)
+                text_mask = encoded.text_mask[text_rows]
+                texts, _ = head.weight(encoded.text_tokens[text_rows], text_mask, "text")
+                tiles.append(pair_scores(images, texts, image_mask, text_mask, negative_slope=slope))
+            rows.append(torch.cat(tiles, dim=1))
         return gather_rows(torch.cat(rows))
 
     @torch.no_grad()
@@ -192,10 +200,12 @@ def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     """
     if PartialState().num_processes == 1:
         return tensor
-    counts = gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
-    for dim in range(min(tensor.dim(), 2)):
-        tensor = pad_across_processes(tensor, dim=dim)
-    blocks = gather(tensor.contiguous()).split(max(counts))
+    sizes = gather(torch.tensor([tensor.shape[:2]], device=tensor.device))
+    counts = sizes[:, 0].tolist()
+    # Not `pad_across_processes`, which makes integers of the booleans that it pads, on that process alone.
+    padded = tensor.new_zeros((*sizes.amax(dim=0).tolist(), *tensor.shape[2:]))
+    padded[tuple(slice(size) for size in tensor.shape[:2])] = tensor
+    blocks = gather(padded).split(max(counts))
     return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
 
 

@@ -50,6 +50,9 @@ class PicoTrainingArguments(TrainingArguments):
             Weight of new prototypes under `feedback="ema"`.
         eval_num_folds (`int`, *optional*, defaults to 1):
             Consecutive image blocks over which retrieval metrics are averaged; 5 for MS-COCO 1K.
+        eval_cache_dir (`str`, *optional*):
+            Folder that keeps embeddings of evaluations outside of training, in half precision: evaluating the same
+            model on the same data again then only scores.
     """
 
     learning_rate: float = field(default=2e-4, metadata={"help": "Learning rate of new layers."})
@@ -82,6 +85,9 @@ class PicoTrainingArguments(TrainingArguments):
     feedback_kappa: float = field(default=1.0, metadata={"help": "rSum points that are worth a factor of e."})
     feedback_ema_weight: float = field(default=0.1, metadata={"help": "Weight of an update under feedback=ema."})
     eval_num_folds: int = field(default=1, metadata={"help": "Image blocks over which metrics are averaged."})
+    eval_cache_dir: str | None = field(
+        default=None, metadata={"help": "Keep embeddings of evaluations outside of training in this folder."}
+    )
 
     def __post_init__(self):
         super().__post_init__()

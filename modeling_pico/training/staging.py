@@ -140,7 +140,6 @@ class PrototypeConstruction:
         log_sum = float(prototypes.feedback_log_sum)
         weight, log_sum = self._weight(gain, count, log_sum)
         self.pending, self.pending_log_sum = old.interpolate(new, weight), log_sum
-        self.previous_rsum = math.nan if rsum is None else rsum
         self.due = False
         self._columns.clear()
         prototypes.reset_statistics()
@@ -168,6 +167,9 @@ class PrototypeConstruction:
 
     def _weight(self, gain: float | None, count: int, log_sum: float) -> tuple[float, float]:
         if gain is not None:
+            if count > 0 and math.isinf(log_sum):
+                # A run that was resumed with another feedback: earlier constructions count as gains of zero.
+                log_sum = math.log(count)
             return feedback_weight(log_sum, gain, self.args.feedback_kappa)
         if count == 0 or self.args.feedback == "latest":
             return 1.0, log_sum
@@ -198,6 +200,10 @@ class PrototypeConstruction:
         prototypes.feedback_log_sum.fill_(self.pending_log_sum)
         self.pending = None
 
+    def observe(self, rsum: float) -> None:
+        """Notes the validation rSum of an evaluation, from which `feedback="epoch_delta"` takes its next gain."""
+        self.previous_rsum = rsum
+
     # State
 
     def save(self, folder: str) -> None:
@@ -217,14 +223,15 @@ class PrototypeConstruction:
     def load(self, folder: str) -> None:
         """Reads what [`save`] wrote; a checkpoint without it (weights only) starts a fresh collection."""
         path = os.path.join(folder, STATE_FILE)
-        self.due, self.pending, self._columns = False, None, []
+        self.due, self.pending, self._columns, self.previous_rsum = False, None, [], math.nan
         if not os.path.isfile(path):
             logger.warning(f"{path} is missing: statistics collected before the checkpoint are lost.")
             return
+        tensors = safetensors.torch.load_file(path)
+        self.previous_rsum = float(tensors.pop("previous_rsum"))
+        self.pending_log_sum = float(tensors.pop("pending_log_sum"))
         device = self.prototypes.visual_prototypes.device
-        tensors = {name: tensor.to(device) for name, tensor in safetensors.torch.load_file(path).items()}
-        self.previous_rsum = float(tensors["previous_rsum"])
-        self.pending_log_sum = float(tensors["pending_log_sum"])
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         if "visual_columns" in tensors:
             self._columns = [(tensors["visual_columns"], tensors["textual_columns"])]
         pending = {name.removeprefix("pending."): tensors[name] for name in tensors if name.startswith("pending.")}

@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ..data import CaptionedImageDataset, PicoDataCollator, UniqueIdBatchSampler
+from ..evaluation.embedding_cache import cache_key, load_embeddings, save_embeddings
 from ..evaluation.evaluator import EncodedRetrieval, RetrievalEvaluator, gather_rows
 from ..loss_pico import image_text_loss
 from ..model_card import create_model_card
@@ -269,13 +270,15 @@ class PicoTrainer(Trainer):
             self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            return cached_backward(
+            loss = cached_backward(
                 model,
                 split_inputs(inputs, chunk_size),
                 loss_function=lambda outputs: self._batch_loss(outputs, inputs["image_ids"], collect=True),
                 backward=lambda loss: self.accelerator.backward(loss / self.current_gradient_accumulation_steps),
                 no_sync=functools.partial(self.accelerator.no_sync, model=model),
             )
+        # `Trainer` adds up what the micro-batches of a step return.
+        return loss / self.current_gradient_accumulation_steps
 
     def _batch_loss(self, outputs: PicoOutput, ids: torch.Tensor, collect: bool) -> torch.Tensor:
         if collect and self.construction is not None:
@@ -386,8 +389,10 @@ class PicoTrainer(Trainer):
         metrics = self.evaluator.metrics(model, encoded, scores)
         self._card_metrics[metric_key_prefix] = metrics
         construction = self.construction
-        if construction is not None and construction.due and metric_key_prefix == self._feedback_prefix():
-            self._propose(encoded, metrics["rsum"])
+        if construction is not None and self.is_in_train and metric_key_prefix == self._feedback_prefix():
+            if construction.due:
+                self._propose(encoded, metrics["rsum"])
+            construction.observe(metrics["rsum"])
         return EvalLoopOutput(
             predictions=None if prediction_loss_only else scores.cpu().numpy(),
             label_ids=None,
@@ -408,13 +413,23 @@ class PicoTrainer(Trainer):
             # Schedule-free optimizers evaluate other weights than they train.
             self.optimizer.eval()
         self.callback_handler.eval_dataloader = dataloader
-        longest = -(-len(dataloader.dataset) // self.args.world_size)
-        return self.evaluator.encode(
-            model,
-            dataloader,
-            num_batches=math.ceil(longest / self.args.eval_batch_size),
-            on_batch=self._on_prediction_step,
-        )
+        # In training the weights change from one evaluation to the next.
+        folder = None if self.is_in_train else self.args.eval_cache_dir
+        key = None if folder is None else cache_key(self._pico_model(), dataloader)
+        encoded = None if key is None else load_embeddings(folder, key, self.args.device)
+        if encoded is None:
+            longest = -(-len(dataloader.dataset) // self.args.world_size)
+            encoded = self.evaluator.encode(
+                model,
+                dataloader,
+                num_batches=math.ceil(longest / self.args.eval_batch_size),
+                on_batch=self._on_prediction_step,
+            )
+            if key is not None:
+                save_embeddings(encoded, folder, key)
+                # Read back, so that this evaluation and the next give the same numbers.
+                encoded = load_embeddings(folder, key, self.args.device)
+        return encoded
 
     def _on_prediction_step(self) -> None:
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -439,7 +454,7 @@ class PicoTrainer(Trainer):
 
     def _load_weights(self, folder: str) -> bool:
         # Files name the weights of some backbones (ViT) as older releases of transformers did. `from_pretrained`
-        # translates; the plain `load_state_dict` of `Trainer` would leave those weights out with no more than a warning.
+        # translates; the plain `load_state_dict` of `Trainer` would leave those weights out with a mere warning.
         if not isinstance(self.model, PicoModel) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return False
         logger.info(f"Loading model from {folder}.")

@@ -1,9 +1,10 @@
 """
-One run of everything that several processes do together; started once with one process and once with two.
+What several processes do together, as one script for any number of them.
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 worker.py FOLDER
 
-Every process writes what it holds at the end to FOLDER/rank{N}-of-{M}.pt. Batches are twice as large with one process.
+Every process writes what it holds at the end to FOLDER/rank{N}-of-{M}.pt. The batch of all processes together is the
+same for any number of them.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ PURITY = {"style_probability": "purity", "sharpness": 4.0}
 
 
 class FirstGradients(PicoTrainer):
-    """Keeps the gradients of the first step, and the loss and widths of texts of each."""
+    """Keeps the gradients of the first step, and losses, widths of texts and ids of all steps."""
 
     def training_step(self, model, inputs, *args, **kwargs):
+        # Five meanings for eight pairs: ids repeat within processes and across them.
+        inputs["image_ids"] %= 5
+        self.__dict__.setdefault("ids", []).append(inputs["image_ids"].tolist())
         self.__dict__.setdefault("losses", [])
         self.__dict__.setdefault("widths", []).append(inputs["input_ids"].shape[1])
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -43,7 +47,7 @@ class FirstGradients(PicoTrainer):
         return loss
 
 
-def run(folder: Path, model_options: dict, **options) -> dict:
+def run(folder: Path, model_options: dict, checkpoint: str | None = None, **options) -> dict:
     made = trainer(
         folder,
         trainer_class=FirstGradients,
@@ -52,13 +56,14 @@ def run(folder: Path, model_options: dict, **options) -> dict:
         **{"optim": "sgd", "learning_rate": 0.3, "backbone_learning_rate": 0.3, "save_strategy": "no", **options},
         per_device_train_batch_size=GLOBAL_BATCH // PartialState().num_processes,
     )
-    made.train()
+    made.train(resume_from_checkpoint=checkpoint)
     evaluation = made.evaluate()
     prediction = made.predict(made.eval_dataset)
     return {
         "gradients": made.gradients,
         "losses": made.losses,
         "widths": made.widths,
+        "ids": made.ids,
         "state": {name: tensor.clone() for name, tensor in made._pico_model().state_dict().items()},
         "log": prototype_log(made),
         "evaluation": {name: evaluation[name] for name in evaluation if "per_second" not in name},
@@ -67,12 +72,14 @@ def run(folder: Path, model_options: dict, **options) -> dict:
     }
 
 
-def main(folder: Path) -> None:
+def main(folder: Path) -> dict:
     logging.set_verbosity_error()
     state = PartialState(cpu=True)
+    epochs = {"num_train_epochs": 3, "prototype_update_start": 2}
     results = {
-        "infonce": run(folder / "infonce", PURITY, num_train_epochs=4),
-        # 22 samples and shorter batches at the end, which two processes share unevenly.
+        "infonce": run(folder / "infonce", PURITY, save_strategy="epoch", **epochs),
+        "resumed": run(folder / "resumed", PURITY, checkpoint=str(folder / "infonce" / "checkpoint-2"), **epochs),
+        # 20 images and shorter batches at the end, which the processes share.
         "hinge": run(
             folder / "hinge",
             {"loss_type": "hinge", "negative_slope": 0.1},
@@ -82,9 +89,11 @@ def main(folder: Path) -> None:
             feedback="uniform",
             prototype_update_start=1.5,
         ),
+        "chunks": run(folder / "chunks", PURITY, num_train_epochs=1, gradient_cache_chunk_size=3),
         "local": run(folder / "local", PURITY, num_train_epochs=1, gather_negatives=False),
     }
     torch.save(results, folder / f"rank{state.process_index}-of-{state.num_processes}.pt")
+    return results
 
 
 if __name__ == "__main__":

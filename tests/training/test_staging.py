@@ -285,7 +285,10 @@ def test_counterfactual_feedback_scores_the_new_prototypes_and_weighs_by_the_gai
 def test_epoch_delta_feedback(make):
     construction = make(feedback="epoch_delta")
     never = {"score": lambda: pytest.fail("the difference of evaluations needs no second score")}
-    reports = run(construction, [{"rsum": value, **never} for value in (100.0, 104.0, 103.0)])
+    reports = []
+    for value in (100.0, 104.0, 103.0):
+        reports += run(construction, [{"rsum": value, **never}])
+        construction.observe(value)
     assert [report["prototype_feedback_gain"] for report in reports] == [0.0, 4.0, -1.0]
     total, weights = 0.0, []
     for gain in (0.0, 4.0, -1.0):
@@ -351,6 +354,7 @@ def test_a_resumed_construction_continues_as_if_never_stopped(make, tmp_path, ap
     run(construction, [{"rsum": 90.0, "score": lambda: 0.0}])
     collect(construction, seed=5)
     construction.propose(95.0, lambda: 0.0)
+    construction.observe(95.0)
     if apply_before_saving:
         construction.apply_pending()
     collect(construction, seed=6)

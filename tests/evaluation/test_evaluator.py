@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+from tiny import CountedDataset, model, processor, rows
+
+from modeling_pico import RetrievalEvaluator, image_text_loss
+from modeling_pico.data import PicoDataCollator
+from modeling_pico.evaluation import retrieval_metrics, retrieval_ranks
+from modeling_pico.training import PrototypeState
+
+
+def stage_prototypes(net, seed: int = 0) -> None:
+    """Puts random prototypes into use."""
+    generator = torch.Generator().manual_seed(seed)
+    prototypes = net.style_prototypes
+    for side in ("visual", "textual"):
+        for name in ("prototypes", "style_rate"):
+            buffer = getattr(prototypes, f"{side}_{name}")
+            buffer.copy_(torch.rand(buffer.shape, generator=generator))
+    prototypes.stage.fill_(1)
+
+
+@pytest.fixture
+def net():
+    made = model(style_probability="purity", sharpness=3.0, negative_slope=0.2).eval()
+    stage_prototypes(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def data():
+    return CountedDataset(rows(11, seed=5, repeats=2))
+
+
+def loader(data, batch_size: int) -> DataLoader:
+    return DataLoader(data, batch_size=batch_size, collate_fn=PicoDataCollator(processor()))
+
+
+@torch.no_grad()
+def brute_force(net, data) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Every image with every caption, one pair at a time, by the model's forward."""
+    both = processor()
+    captions = [(caption, int(data.ids[row])) for row in range(len(data)) for caption in data[row]["captions"]]
+    scores = torch.empty(len(data), len(captions))
+    for row in range(len(data)):
+        for column, (caption, _) in enumerate(captions):
+            inputs = both(images=[data[row]["image"]], text=[caption], return_tensors="pt")
+            scores[row, column] = net(**inputs).logits_per_image[0, 0] / net.logit_scale.exp()
+    return scores, data.ids, torch.tensor([code for _, code in captions])
+
+
+def test_equals_scoring_all_pairs_one_by_one(net, data):
+    scores, image_ids, text_ids = brute_force(net, data)
+    assert scores.std() > 1e-2
+    expected = retrieval_metrics(*retrieval_ranks(scores, image_ids, text_ids))
+    evaluator = RetrievalEvaluator(image_chunk=3)
+    encoded = evaluator.encode(net, loader(data, 4))
+    torch.testing.assert_close(evaluator.score(net, encoded), scores, rtol=0, atol=1e-5)
+    metrics = evaluator(net, loader(data, 4))
+    assert {name: metrics[name] for name in expected} == expected
+    assert set(metrics) == set(expected) | {"loss", "chance_rsum"}
+
+
+@pytest.mark.parametrize(("batch_size", "image_chunk"), [(1, 256), (11, 2)])
+def test_batches_and_chunks_do_not_matter(net, data, batch_size, image_chunk):
+    first = RetrievalEvaluator()(net, loader(data, 5))
+    assert RetrievalEvaluator(image_chunk=image_chunk)(net, loader(data, batch_size)) == pytest.approx(first, abs=1e-5)
+
+
+def test_loss_is_that_of_consecutive_images_with_their_first_caption(net, data):
+    metrics = RetrievalEvaluator(loss_batch_size=4)(net, loader(data, 5))
+    both, total = processor(), 0.0
+    for start in range(0, 11, 4):
+        samples = [data[row] for row in range(start, min(start + 4, 11))]
+        # The first caption of a meaning is that of its first image.
+        first = [data[data.ids.tolist().index(sample["image_id"])]["captions"][0] for sample in samples]
+        images = [sample["image"] for sample in samples]
+        inputs = both(images=images, text=first, return_tensors="pt", padding=True)
+        ids = torch.tensor([sample["image_id"] for sample in samples])
+        with torch.no_grad():
+            total += float(net(**inputs, image_ids=ids, return_loss=True).loss) * len(samples)
+    assert metrics["loss"] == pytest.approx(total / 11, rel=1e-5)
+
+
+def test_hinge_loss_uses_the_models_margin(data):
+    net = model(loss_type="hinge", margin=0.7).eval()
+    evaluator = RetrievalEvaluator(loss_batch_size=11)
+    encoded = evaluator.encode(net, loader(data, 11))
+    scores = evaluator.score(net, encoded)
+    first = (encoded.image_ids[:, None] == encoded.text_ids).float().argmax(dim=1)
+    block = scores[:, first]
+    expected = image_text_loss(block, block.T, image_ids=encoded.image_ids, loss_type="hinge", margin=0.7)
+    assert evaluator.metrics(net, encoded, scores)["loss"] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_encoded_once_and_scored_under_other_prototypes(net, data):
+    evaluator = RetrievalEvaluator()
+    encoded = evaluator.encode(net, loader(data, 4))
+    reads = data.reads
+    before = evaluator.score(net, encoded)
+    other = model(style_probability="purity", sharpness=3.0, negative_slope=0.2).eval()
+    stage_prototypes(other, seed=9)
+    PrototypeState.of(other.style_prototypes).copy_to(net.style_prototypes)
+    after = evaluator.score(net, encoded)
+    assert data.reads == reads
+    assert not torch.equal(after, before)
+    assert torch.equal(after, evaluator.score(other, evaluator.encode(other, loader(data, 4))))
+
+
+@pytest.mark.parametrize("head", ["fine_grained", "clip_style"])
+def test_other_heads(data, head):
+    net = model(alignment_head=head).eval()
+    scores, *_ = brute_force(net, data)
+    evaluator = RetrievalEvaluator()
+    torch.testing.assert_close(evaluator.score(net, evaluator.encode(net, loader(data, 4))), scores, rtol=0, atol=1e-5)
+
+
+def test_encoding_reports_batches_and_repeats_the_last_one_on_request(net, data):
+    calls, seen = [], []
+    net.register_forward_hook(lambda *_: calls.append(1))
+    encoded = RetrievalEvaluator().encode(net, loader(data, 4), num_batches=5, on_batch=lambda: seen.append(1))
+    assert (len(calls), len(seen)) == (5, 3)
+    assert len(encoded.image_tokens) == 11
+    assert not net.training
+
+
+def test_empty_set_is_refused(net):
+    with pytest.raises(ValueError, match="evaluation set is empty"):
+        RetrievalEvaluator().encode(net, [])
+
+
+def test_folds_are_consecutive_images(net, data):
+    with pytest.raises(ValueError, match="11 images cannot be split into 2 folds"):
+        RetrievalEvaluator(num_folds=2)(net, loader(data, 4))

@@ -1,0 +1,401 @@
+"""The command line, called as `train_pico.main([...])`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from transformers import BertModel, ViTModel
+from transformers import logging as hf_logging
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "training"))
+
+import tiny
+
+import train_pico
+from modeling_pico import PicoConfig, PicoModel, PicoProcessor
+from modeling_pico.backbones_pico import build_backbone
+
+
+ROOT = Path(__file__).resolve().parents[1]
+TOWERS = {
+    "image_size": 16,
+    "patch_size": 8,
+    "vision_hidden_size": 16,
+    "vision_num_layers": 1,
+    "vision_num_heads": 2,
+    "text_hidden_size": 16,
+    "text_num_layers": 1,
+    "text_num_heads": 2,
+    "embedding_dim": 8,
+    "num_style_prototypes": 3,
+}
+TRAINING = {
+    "learning_rate": 1e-2,
+    "per_device_train_batch_size": 10,
+    "num_train_epochs": 3,
+    "prototype_start": 1,
+    "prototype_update_start": 2,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "log_level": "error",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet():
+    hf_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    yield
+    hf_logging.enable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("data")
+    splits = {"train": tiny.rows(20), "validation": tiny.rows(9, seed=1), "test": tiny.rows(7, seed=2)}
+    datasets.DatasetDict(splits).save_to_disk(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def messages(monkeypatch) -> list[str]:
+    """Warnings of the script and of the data package."""
+    seen: list[str] = []
+    for name in ("train_pico", "modeling_pico.data.images", "modeling_pico.data.sources"):
+        monkeypatch.setattr(sys.modules[name].logger, "warning", seen.append)
+    return seen
+
+
+def flags(**options) -> list[str]:
+    words = []
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def train(folder, data, **options) -> dict[str, float]:
+    options = {**TOWERS, **TRAINING, "do_train": True, "output_dir": folder, "dataset_name": data, **options}
+    return train_pico.main(flags(**options))
+
+
+def evaluate(folder, data, **options) -> dict[str, float]:
+    defaults = {"use_cpu": True, "report_to": "none", "do_eval": True, "log_level": "error", "disable_tqdm": True}
+    return train_pico.main(flags(**{**defaults, "output_dir": folder, "dataset_name": data, **options}))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data) -> SimpleNamespace:
+    """A finished run from scratch."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    return SimpleNamespace(folder=folder, results=train(folder, data, do_eval=True, do_predict=True))
+
+
+# Runs
+
+
+def test_run_from_scratch_leaves_all_files(finished):
+    for name in ("model.safetensors", "config.json", "processor_config.json", "tokenizer.json", "modeling_pico.py"):
+        assert (finished.folder / name).is_file(), name
+    results = json.loads((finished.folder / "all_results.json").read_text())
+    assert results == pytest.approx(finished.results)
+    assert {"train_loss", "eval_rsum", "test_rsum", "test_image_to_text_recall_at_1"} <= set(results)
+    card = (finished.folder / "README.md").read_text()
+    assert f"{results['eval_rsum']:.1f}" in card and "## Results" in card
+    assert "accelerate launch train_pico.py" in card
+    assert "Feedback weight" in card  # the table of constructions
+    model = PicoModel.from_pretrained(finished.folder)
+    assert model.style_prototypes.stage == 2
+    assert PicoProcessor.from_pretrained(finished.folder).tokenizer.model_max_length == 64
+
+
+def test_saved_model_gives_the_same_results_in_a_new_process(finished, data, tmp_path):
+    command = [sys.executable, str(ROOT / "train_pico.py")] + flags(
+        model_name_or_path=finished.folder,
+        dataset_name=data,
+        output_dir=tmp_path,
+        do_eval=True,
+        do_predict=True,
+        use_cpu=True,
+        report_to="none",
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    for name, value in results.items():
+        if "rsum" in name or "recall" in name or "rank" in name:
+            assert value == finished.results[name], name
+    assert results["eval_loss"] == pytest.approx(finished.results["eval_loss"], rel=1e-6)
+
+
+def test_another_head_of_a_checkpoint_is_the_ablation_of_it(finished, data, tmp_path):
+    """The same projections without weights, which is what the model computes before its first prototypes."""
+    plain = PicoModel.from_pretrained(finished.folder)
+    plain.style_prototypes.stage.zero_()
+    plain.save_pretrained(tmp_path / "plain")
+    PicoProcessor.from_pretrained(finished.folder).save_pretrained(tmp_path / "plain")
+    expected = evaluate(tmp_path / "a", data, model_name_or_path=tmp_path / "plain")
+    ablated = evaluate(tmp_path / "b", data, model_name_or_path=finished.folder, method="fine_grained")
+    assert ablated["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-6)
+    assert ablated["eval_rsum"] == expected["eval_rsum"]
+    assert ablated["eval_loss"] != pytest.approx(finished.results["eval_loss"], rel=1e-4)
+
+
+def test_resume_continues_and_repeats_the_tokenizer(data, tmp_path):
+    whole = train(tmp_path / "whole", data, do_eval=True)
+    resumed = train(tmp_path / "whole", data, do_eval=True, resume_from_checkpoint=tmp_path / "whole" / "checkpoint-2")
+    assert resumed["eval_rsum"] == whole["eval_rsum"]
+    assert resumed["eval_loss"] == whole["eval_loss"]
+    last = train(tmp_path / "whole", data, do_eval=True, resume_from_checkpoint="true")
+    assert last["eval_loss"] == whole["eval_loss"]
+
+
+def test_seed_decides_a_run_from_scratch(finished, data, tmp_path):
+    again = train(tmp_path, data, do_eval=True)
+    assert again["eval_loss"] == finished.results["eval_loss"]
+    assert train(tmp_path / "b", data, do_eval=True, seed=1)["eval_loss"] != again["eval_loss"]
+
+
+def test_training_without_a_validation_split(tmp_path):
+    datasets.DatasetDict({"train": tiny.rows(20)}).save_to_disk(tmp_path / "data")
+    options = {"eval_strategy": "no", "save_strategy": "no", "num_train_epochs": 1}
+    with pytest.raises(ValueError, match="has no split 'validation'; it has .'train'"):
+        train(tmp_path / "a", tmp_path / "data", **options)
+    results = train(tmp_path / "b", tmp_path / "data", feedback="uniform", **options)
+    assert "train_loss" in results
+    results = train(tmp_path / "c", tmp_path / "data", method="fine_grained", **options)
+    assert "train_loss" in results
+
+
+def test_joint_checkpoint_is_fine_tuned_and_reloads(tiny_clip, data, tmp_path):
+    options = dict.fromkeys(TOWERS) | {"num_train_epochs": 2, "num_style_prototypes": 3}
+    results = train(tmp_path / "run", data, do_eval=True, model_name_or_path=tiny_clip.folder, **options)
+    again = evaluate(tmp_path / "again", data, model_name_or_path=tmp_path / "run")
+    assert again["eval_rsum"] == results["eval_rsum"]
+    config = PicoConfig.from_pretrained(tmp_path / "run")
+    assert (config.embedding_dim, config.vision_config.model_type) == (10, "clip_vision_model")
+    assert tiny_clip.folder in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_two_towers_of_their_own_are_fine_tuned_and_one_frozen(data, tmp_path):
+    processor = tiny.processor()
+    net = tiny.model()
+    for tower, name, part in (
+        (net.vision_model, "vit", processor.image_processor),
+        (net.text_model, "bert", processor.tokenizer),
+    ):
+        tower.save_pretrained(tmp_path / name)
+        part.save_pretrained(tmp_path / name)
+    paths = {"vision_model_name_or_path": tmp_path / "vit", "text_model_name_or_path": tmp_path / "bert"}
+    results = train(tmp_path / "run", data, do_eval=True, num_train_epochs=2, freeze_vision=True, **paths)
+    assert evaluate(tmp_path / "again", data, model_name_or_path=tmp_path / "run")["eval_rsum"] == results["eval_rsum"]
+    trained = PicoModel.from_pretrained(tmp_path / "run")
+    frozen = build_backbone(net.vision_model.config)
+    frozen.load_state_dict(trained.vision_model.state_dict())
+    tiny.assert_same_state(frozen, ViTModel.from_pretrained(tmp_path / "vit", add_pooling_layer=False))
+    start = BertModel.from_pretrained(tmp_path / "bert", add_pooling_layer=False).state_dict()
+    assert not all(torch.equal(start[name], tensor) for name, tensor in trained.text_model.state_dict().items())
+
+
+def test_push_uploads_model_processor_card_and_code(data, tmp_path, monkeypatch):
+    uploads = []
+
+    class Hub:
+        def create_repo(self, name, **kwargs):
+            return SimpleNamespace(repo_id=f"someone/{name}")
+
+        def upload_folder(self, *, repo_id, folder_path, ignore_patterns, **kwargs):
+            uploads.append((repo_id, set(os.listdir(folder_path)), ignore_patterns))
+
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda *args, **kwargs: Hub())
+    options = {"num_train_epochs": 1, "save_strategy": "no", "push_to_hub": True, "hub_model_id": "pico-shapes"}
+    train(tmp_path / "run", data, prototype_start=0.5, **options)
+    repository, files, _ = uploads[-1]
+    assert repository == "someone/pico-shapes"
+    needed = {"model.safetensors", "config.json", "README.md", "processor_config.json", "tokenizer.json"}
+    code = {f"{name}_pico.py" for name in ("configuration", "modeling", "processing", "prototypes", "scoring")}
+    assert needed | code <= files
+
+
+# Options
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_file_and_flags_that_override_it(tmp_path, suffix):
+    options = {"output_dir": "out", "learning_rate": 0.003, "num_train_epochs": 7, "method": "clip_style"}
+    options |= {"test_split": ["a", "b"], "random_flip": True, "prototype_start": 1.5}
+    text = json.dumps(options) if suffix == "json" else "".join(f"{k}: {json.dumps(v)}\n" for k, v in options.items())
+    file = write(tmp_path / f"run.{suffix}", text)
+    model_args, data_args, training_args = train_pico.parse_arguments([file, "--num_train_epochs", "2"])
+    assert (training_args.num_train_epochs, training_args.learning_rate) == (2, 0.003)
+    assert (training_args.prototype_start, training_args.output_dir) == (1.5, "out")
+    assert (data_args.test_split, data_args.random_flip, model_args.method) == (["a", "b"], True, "clip_style")
+    assert model_args.config_options() == {"alignment_head": "clip_style"}
+
+
+def test_values_of_a_file_that_are_no_strings_of_the_command_line(tmp_path):
+    file = write(tmp_path / "run.yaml", "resume_from_checkpoint: true\ntest_split: neon\nlearning_rate: 1e-3\n")
+    _, data_args, training_args = train_pico.parse_arguments([file, "--output_dir", str(tmp_path)])
+    assert (training_args.resume_from_checkpoint, data_args.test_split) == ("true", ["neon"])
+    assert training_args.learning_rate == 1e-3
+    with pytest.raises(ValueError, match="resume_from_checkpoint.*holds no checkpoint"):
+        train_pico.find_checkpoint(training_args)
+
+
+def test_the_quickstart_recipe_is_valid(tmp_path):
+    model_args, data_args, training_args = train_pico.parse_arguments([str(ROOT / "examples" / "quickstart.yaml")])
+    assert (data_args.dataset_name, training_args.do_train) == ("styled_shapes", True)
+    PicoConfig(**model_args.config_options())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learning_rat: 1", ["run.yaml", "unknown option 'learning_rat'", "Did you mean learning_rate"]),
+        ("zzz: 1", ["unknown option 'zzz'."]),
+        ("- a\n- b", ["run.yaml", "list"]),
+    ],
+)
+def test_wrong_file_is_refused(tmp_path, text, words):
+    file = write(tmp_path / "run.yaml", text)
+    with pytest.raises(ValueError) as error:
+        train_pico.parse_arguments([file])
+    assert all(word in str(error.value) for word in words)
+    with pytest.raises(ValueError, match="'nowhere.yaml' does not exist"):
+        train_pico.parse_arguments(["nowhere.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "pica"}, ["pica", "pico", "fine_grained", "clip_style"]),
+        ({"on_bad_image": "ignore"}, ["ignore", "error", "skip"]),
+        ({"on_empty_captions": "ignore"}, ["ignore", "error", "skip"]),
+        ({"feedback": "best"}, ["best", "counterfactual", "uniform"]),
+        ({"caption_sampling": "one"}, ["one", "random", "all"]),
+        ({"num_train_epochs": "many"}, ["num_train_epochs", "many"]),
+        ({"no_such_flag": 1}, ["no_such_flag"]),
+    ],
+)
+def test_bad_flag_names_what_is_allowed(tmp_path, capsys, options, words):
+    with pytest.raises((SystemExit, ValueError)) as error:
+        train_pico.parse_arguments(flags(output_dir=tmp_path, **options))
+    said = capsys.readouterr().err + str(error.value)
+    assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"column_mode": "histogram"}, ["column_mode", "'histogram'", "'statistics'", "'quantile'"]),
+        ({"loss_type": "triplet"}, ["loss_type", "'triplet'", "'infonce'", "'hinge'"]),
+        ({"pooling": "max"}, ["pooling", "'max'", "'mean'", "'class_token'"]),
+        ({"sharpness": 0}, ["sharpness", "greater than 0"]),
+        ({"patch_size": 7}, ["image_size", "patch_size", "16", "7"]),
+        ({"min_crop_scale": -1}, ["min_scale", "-1"]),
+        ({"max_text_length": 0}, ["max_length", "positive", "0"]),
+        ({"per_device_train_batch_size": 50}, ["50", "20"]),
+        ({"train_split": "trian"}, ["trian", "train", "validation"]),
+        ({"eval_split": "val"}, ["val", "test", "validation"]),
+        ({"caption_column": "texts"}, ["texts", "caption_column", "captions", "image_id"]),
+        ({"id_column": "imgid"}, ["imgid", "id_column", "image_id"]),
+        ({"model_name_or_path": "a", "text_model_name_or_path": "b"}, ["either", "not both"]),
+        ({"resume_from_checkpoint": "nowhere"}, ["resume_from_checkpoint", "'nowhere'", "does not exist"]),
+        ({"resume_from_checkpoint": "true"}, ["resume_from_checkpoint", "holds no checkpoint"]),
+    ],
+)
+def test_bad_value_stops_before_training(data, tmp_path, options, words):
+    # The latter is what `strict` configurations make of a ValueError.
+    with pytest.raises((ValueError, StrictDataclassClassValidationError)) as error:
+        train(tmp_path, data, **options)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert not list(tmp_path.glob("**/*.safetensors"))
+
+
+def test_nothing_to_do_and_nothing_to_evaluate(data, tmp_path):
+    with pytest.raises(ValueError, match="Nothing to do: give --do_train, --do_eval or --do_predict"):
+        train_pico.main(flags(output_dir=tmp_path, dataset_name=data, use_cpu=True))
+    with pytest.raises(ValueError, match="Give --model_name_or_path to evaluate a trained model"):
+        evaluate(tmp_path, data)
+
+
+def test_folder_with_a_run_is_refused_and_left_untouched(finished, data):
+    def state():
+        return {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*")}
+
+    before = state()
+    with pytest.raises(ValueError, match="already holds a run .checkpoint-6.*nothing was changed"):
+        train(finished.folder, data)
+    assert state() == before
+
+
+def test_a_finished_run_without_checkpoints_is_refused(data, tmp_path):
+    write(tmp_path / "all_results.json", "{}")
+    with pytest.raises(ValueError, match="already holds a run .all_results.json"):
+        train(tmp_path, data)
+
+
+# Data
+
+
+def spoil(data: str, folder: Path, column: str, rows: dict[int, object]) -> str:
+    """A copy of the data whose training rows differ at one column."""
+    splits = datasets.load_from_disk(data)
+    values = splits["train"][column][:]
+    for row, value in rows.items():
+        values[row] = value
+    feature = splits["train"].features[column]
+    order = splits["train"].column_names
+    changed = splits["train"].remove_columns(column).add_column(column, values, feature=feature)
+    datasets.DatasetDict({**splits, "train": changed.select_columns(order)}).save_to_disk(folder)
+    return str(folder)
+
+
+def test_bad_images(data, tmp_path, messages):
+    bad = {3: {"bytes": b"no image", "path": None}, 5: {"bytes": b"", "path": "gone.png"}}
+    spoilt = spoil(data, tmp_path / "data", "image", bad)
+    with pytest.raises(ValueError, match="(?s)2 of 20 images cannot be read.*row 3.*row 5.*gone.png.*'skip'"):
+        train(tmp_path / "a", spoilt)
+    results = train(tmp_path / "b", spoilt, on_bad_image="skip", num_train_epochs=1, prototype_start=0.5, max_steps=1)
+    assert "train_loss" in results
+    assert any("2 of 20 images" in message and "gone.png" in message for message in messages)
+
+
+def test_empty_captions(data, tmp_path, messages):
+    spoilt = spoil(data, tmp_path / "data", "captions", {0: ["", " "], 2: ["", "fine"]})
+    with pytest.raises(ValueError, match="1 of 20 images have no caption, .*rows .0.*on_empty_captions='skip'"):
+        train(tmp_path / "a", spoilt)
+    train(tmp_path / "b", spoilt, on_empty_captions="skip", max_steps=1)
+    assert any("3 of 39 captions are empty" in message for message in messages)
+
+
+def test_long_captions_are_reported_and_cut(data, tmp_path, messages):
+    results = train(tmp_path, data, max_text_length=5, max_steps=1, do_predict=True)
+    assert "test_rsum" in results
+    cut = [message for message in messages if "longer than 5 tokens" in message]
+    assert [message.split(":")[0] for message in cut] == ["train", "eval", "test"]

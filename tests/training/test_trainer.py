@@ -1,0 +1,389 @@
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from tiny import CountedDataset, arguments, assert_same_state, model, processor, prototype_log, rows, trainer
+from transformers import TrainerCallback
+
+from modeling_pico import PicoModel
+from modeling_pico.training import PicoTrainer
+from modeling_pico.training.callbacks import MAX_LOGIT_SCALE
+
+
+PURITY = {"style_probability": "purity", "sharpness": 4.0}
+
+
+class OnStep(TrainerCallback):
+    """Calls a function before each optimizer step."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.function(state.global_step, model)
+
+
+# Construction
+
+
+def test_construction_events_happen_when_configured_and_are_logged(tmp_path):
+    made = trainer(tmp_path, num_train_epochs=6, model_options=PURITY, save_strategy="no")
+    made.train()
+    log = prototype_log(made)
+    assert [(entry["step"], entry["epoch"]) for entry in log] == [(3, 1), (9, 3), (12, 4), (15, 5)]
+    assert [entry["prototype_stage"] for entry in log] == [1, 2, 2, 2]
+    names = {"prototype_stage", "prototype_feedback_gain", "prototype_feedback_weight"}
+    assert all(
+        set(entry) == names | {"visual_prototype_movement", "textual_prototype_movement", "epoch", "step"}
+        for entry in log
+    )
+    assert log[0]["prototype_feedback_weight"] == 1
+    # w_j = exp(g_j / kappa) / sum over the constructions so far, with kappa = 30 here.
+    shares = [math.exp(entry["prototype_feedback_gain"] / 30) for entry in log]
+    for count in range(1, 5):
+        weight = log[count - 1]["prototype_feedback_weight"]
+        assert weight == pytest.approx(shares[count - 1] / sum(shares[:count]), rel=1e-5)
+    assert made.model.style_prototypes.num_constructions == 4
+    assert made.model.style_prototypes.stage == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"prototype_start": 1.4, "prototype_update_start": 2.6}, [4, 8, 11]),
+        ({"prototype_schedule": "share", "prototype_start": 0.25, "prototype_update_start": 0.5}, [3, 6, 9]),
+        ({"prototype_start": 2, "prototype_update_start": 2.5, "prototype_interval": 0.1}, [6, 8, 9, 10, 11]),
+    ],
+)
+@pytest.mark.parametrize("feedback", ["counterfactual", "latest"])
+def test_fractional_and_relative_schedules(tmp_path, options, steps, feedback):
+    options = {"num_train_epochs": 4, **options}
+    made = trainer(tmp_path, save_strategy="no", eval_strategy="no", feedback=feedback, **options)
+    made.train()
+    assert [entry["step"] for entry in prototype_log(made)] == steps
+
+
+def test_a_training_too_short_for_prototypes_warns(tmp_path, monkeypatch):
+    warnings: list[str] = []
+    monkeypatch.setattr("modeling_pico.training.staging.logger.warning", warnings.append)
+    made = trainer(tmp_path, num_train_epochs=2, prototype_start=2, save_strategy="no")
+    made.train()
+    assert "ends at step 6" in warnings[0] and "`prototype_start`, now 2" in warnings[0]
+    assert prototype_log(made) == [] and made.model.style_prototypes.stage == 0
+
+
+def test_one_pass_over_the_data_and_no_evaluation_of_its_own(tmp_path, monkeypatch):
+    encoded = []
+    encode = PicoTrainer._encode
+    monkeypatch.setattr(PicoTrainer, "_encode", lambda self, loader: encoded.append(1) or encode(self, loader))
+    made = trainer(tmp_path, num_train_epochs=5, model_options=PURITY, save_strategy="no")
+    made.train()
+    assert len(prototype_log(made)) == 3
+    assert made.train_dataset.reads == 5 * 18
+    assert made.eval_dataset.reads == 5 * 9
+    assert len(encoded) == 5
+
+
+def test_a_construction_within_an_epoch_costs_one_evaluation(tmp_path):
+    made = trainer(tmp_path, num_train_epochs=2, prototype_start=0.5, prototype_update_start=1.7, save_strategy="no")
+    made.train()
+    assert len(prototype_log(made)) == 2
+    assert made.eval_dataset.reads == (2 + 2) * 9
+    # It serves the construction alone: neither the log nor the choice of the best checkpoint sees it.
+    assert [entry["epoch"] for entry in made.state.log_history if "eval_rsum" in entry] == [1, 2]
+
+
+def test_statistics_are_collected_in_their_windows_only(tmp_path):
+    counts, columns = {}, Counter()
+
+    class Watched(PicoTrainer):
+        def _collect(self, outputs, ids):
+            before = len(self.construction._columns)
+            super()._collect(outputs, ids)
+            columns[self.state.global_step] += len(self.construction._columns) - before
+            counts[self.state.global_step] = float(self.construction.prototypes.matched_count)
+
+    made = trainer(
+        tmp_path,
+        trainer_class=Watched,
+        num_train_epochs=5,
+        prototype_start=2,
+        prototype_update_start=4,
+        reservoir_pairs=7,
+        save_strategy="no",
+    )
+    made.train()
+    # Constructions after the steps 6 and 12; six pairs a step, an interval of an epoch, i.e. three steps.
+    windows = [3, 4, 5, 9, 10, 11]
+    assert {step: count for step, count in counts.items() if count} == dict(
+        zip(windows, [6, 12, 18, 6, 12, 18], strict=True)
+    )
+    # Seven pairs come from the last two steps of a window.
+    assert [step for step in range(15) if columns[step]] == [4, 5, 10, 11]
+
+
+def test_accumulation_collects_from_every_micro_batch(tmp_path):
+    counts = []
+    made = trainer(
+        tmp_path,
+        num_train_epochs=2,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        save_strategy="no",
+        callbacks=[OnStep(lambda step, net: counts.append(float(net.style_prototypes.matched_count)))],
+    )
+    made.train()
+    assert counts[:3] == [6, 12, 18]
+
+
+def test_counterfactual_gain_compares_prototypes_on_the_same_network(tmp_path):
+    made = trainer(tmp_path, num_train_epochs=3, prototype_start=2, model_options=PURITY)
+    made.train()
+    (entry,) = prototype_log(made)
+    saved = PicoModel.from_pretrained(tmp_path / "checkpoint-6")
+    before = trainer(tmp_path / "a", net=saved, num_train_epochs=3).evaluate()["eval_rsum"]
+    from safetensors.torch import load_file
+
+    tensors = load_file(tmp_path / "checkpoint-6" / "prototype_construction.safetensors")
+    buffers = dict(saved.style_prototypes.named_buffers())
+    for name, tensor in tensors.items():
+        if name.startswith("pending."):  # weight 1 for the first construction: pending is what was tried
+            buffers[name.removeprefix("pending.")].copy_(tensor)
+    buffers["stage"].fill_(1)
+    after = trainer(tmp_path / "b", net=saved, num_train_epochs=3).evaluate()["eval_rsum"]
+    assert entry["prototype_feedback_gain"] == after - before != 0
+
+
+# Feedback and validation sets
+
+
+def test_feedback_from_validation_needs_a_validation_set(tmp_path):
+    made = trainer(tmp_path, eval_data=None, eval_strategy="no", save_strategy="no")
+    with pytest.raises(ValueError, match="feedback='counterfactual'.*needs an `eval_dataset`.*'uniform'"):
+        made.train()
+
+
+@pytest.mark.parametrize(("feedback", "weights"), [("uniform", [1, 1 / 2, 1 / 3]), ("ema", [1, 0.2, 0.2])])
+def test_feedback_without_validation(tmp_path, feedback, weights):
+    made = trainer(
+        tmp_path,
+        eval_data=None,
+        eval_strategy="no",
+        save_strategy="no",
+        feedback=feedback,
+        feedback_ema_weight=0.2,
+        num_train_epochs=5,
+    )
+    made.train()
+    assert [entry["prototype_feedback_weight"] for entry in prototype_log(made)] == pytest.approx(weights)
+    assert not any("prototype_feedback_gain" in entry for entry in prototype_log(made))
+
+
+def test_the_first_of_several_validation_sets_gives_the_feedback(tmp_path):
+    sets = {"own": CountedDataset(rows(9, seed=1)), "other": CountedDataset(rows(7, seed=2))}
+    made = trainer(tmp_path, eval_data=sets, num_train_epochs=2, save_strategy="no", model_options=PURITY)
+    made.train()
+    history = made.state.log_history
+    assert sum("eval_own_rsum" in entry for entry in history) == sum("eval_other_rsum" in entry for entry in history)
+    assert (sets["own"].reads, sets["other"].reads) == (2 * 9, 2 * 7)
+    alone = trainer(tmp_path, eval_data=sets["own"], num_train_epochs=2, save_strategy="no", model_options=PURITY)
+    alone.train()
+    assert prototype_log(made) == prototype_log(alone)
+    assert len(prototype_log(made)) == 1
+
+
+# Optimizer
+
+
+def test_learning_rate_and_decay_of_each_group(tmp_path):
+    made = trainer(tmp_path, learning_rate=1e-2, backbone_learning_rate=None, weight_decay=0.1)
+    optimizer = made.create_optimizer()
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in made.model.named_parameters():
+        group = group_of.pop(id(parameter))
+        backbone = name.startswith(("vision_model.", "text_model."))
+        assert group["lr"] == pytest.approx(1e-3 if backbone else 1e-2), name
+        plain = name.endswith("bias") or "norm" in name.lower() or name == "logit_scale"
+        assert group["weight_decay"] == (0.0 if plain else 0.1), name
+    assert not group_of
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+
+
+def test_frozen_parameters_are_left_out(tmp_path):
+    net = model()
+    net.vision_model.requires_grad_(False)
+    before = {name: p.clone() for name, p in net.vision_model.named_parameters()}
+    made = trainer(tmp_path, net=net, num_train_epochs=1, save_strategy="no")
+    made.train()
+    assert sum(len(group["params"]) for group in made.optimizer.param_groups) == sum(
+        p.requires_grad for p in net.parameters()
+    )
+    assert all(torch.equal(before[name], p) for name, p in net.vision_model.named_parameters())
+
+
+def test_logged_rate_is_that_of_new_layers(tmp_path):
+    made = trainer(tmp_path, logging_steps=1, num_train_epochs=1, lr_scheduler_type="constant", save_strategy="no")
+    made.args.backbone_learning_rate = 1e-5
+    made.train()
+    assert {entry["learning_rate"] for entry in made.state.log_history if "learning_rate" in entry} == {1e-2}
+
+
+def test_logit_scale_stays_below_100(tmp_path):
+    net = model(logit_scale_init_value=4.7)
+    made = trainer(tmp_path, net=net, num_train_epochs=1, save_strategy="no", learning_rate=1e-6)
+    made.train()
+    assert net.logit_scale.item() == pytest.approx(MAX_LOGIT_SCALE)
+
+
+def test_hinge_counts_all_negatives_in_its_first_epochs(tmp_path, monkeypatch):
+    hardest = {}
+
+    class Watched(PicoTrainer):
+        def _loss_kwargs(self, outputs):
+            kwargs = super()._loss_kwargs(outputs)
+            hardest[self.state.global_step] = kwargs["hardest"]
+            return kwargs
+
+    made = trainer(
+        tmp_path,
+        trainer_class=Watched,
+        model_options={"loss_type": "hinge"},
+        hinge_warmup_epochs=4 / 3,
+        num_train_epochs=2,
+        save_strategy="no",
+    )
+    made.train()
+    assert hardest == {0: False, 1: False, 2: False, 3: False, 4: True, 5: True}
+    assert not made.model.logit_scale.requires_grad
+
+
+def test_chunks_train_as_whole_batches_do(tmp_path):
+    options = {
+        "optim": "sgd",
+        "model_options": {**PURITY, "dropout": 0.0},
+        "num_train_epochs": 2,
+        "save_strategy": "no",
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "logging_steps": 1,
+    }
+    whole, chunks = trainer(tmp_path, **options), trainer(tmp_path, gradient_cache_chunk_size=2, **options)
+    whole.train()
+    chunks.train()
+    mine, other = chunks.model.state_dict(), whole.model.state_dict()
+    for name in mine:
+        torch.testing.assert_close(mine[name], other[name], rtol=1e-4, atol=1e-5)
+    losses = [[entry["loss"] for entry in made.state.log_history if "loss" in entry] for made in (whole, chunks)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+# Checkpoints and results
+
+
+def test_best_model_is_loaded_and_saved_exactly(tmp_path):
+    made = trainer(
+        tmp_path, load_best_model_at_end=True, metric_for_best_model="rsum", num_train_epochs=4, model_options=PURITY
+    )
+    made.train()
+    logged = {entry["step"]: entry["eval_rsum"] for entry in made.state.log_history if "eval_rsum" in entry}
+    best = max(logged, key=logged.get)
+    assert best != max(logged)  # the last one would be right by accident
+    assert made.state.best_global_step == best
+    assert_same_state(made.model, PicoModel.from_pretrained(tmp_path / f"checkpoint-{best}"))
+    assert made.evaluate()["eval_rsum"] == logged[best]
+    made.save_model(str(tmp_path / "final"))
+    assert_same_state(made.model, PicoModel.from_pretrained(tmp_path / "final"))
+
+
+def test_predict_gives_scores_and_metrics(tmp_path):
+    made = trainer(tmp_path)
+    data = CountedDataset(rows(7, seed=3))
+    output = made.predict(data, metric_key_prefix="styles")
+    assert output.predictions.shape == (7, int(data.num_captions.sum()))
+    assert {"styles_rsum", "styles_loss", "styles_chance_rsum", "styles_text_to_image_recall_at_1"} <= set(
+        output.metrics
+    )
+    assert data.reads == 7
+
+
+def test_folds(tmp_path):
+    made = trainer(tmp_path, eval_num_folds=3)
+    assert made.evaluate()["eval_image_to_text_recall_at_10"] == 100.0  # at most nine captions in a fold
+    with pytest.raises(ValueError, match="9 images cannot be split into 2 folds"):
+        trainer(tmp_path, eval_num_folds=2).evaluate()
+
+
+def test_model_init_makes_a_model_for_each_training(tmp_path):
+    made = PicoTrainer(
+        model_init=lambda: model(**PURITY),
+        args=arguments(tmp_path, num_train_epochs=2, save_strategy="no"),
+        train_dataset=CountedDataset(rows(20, repeats=2)),
+        eval_dataset=CountedDataset(rows(9, seed=1)),
+        processing_class=processor(),
+    )
+    made.train()
+    first, log = made.model, prototype_log(made)
+    made.train()
+    assert made.model is not first
+    assert_same_state(made.model, first)
+    assert made.construction.prototypes is made.model.style_prototypes
+    assert prototype_log(made) == log and len(log) == 1
+    assert sum("Prototype" in type(callback).__name__ for callback in made.callback_handler.callbacks) == 1
+
+
+@pytest.mark.parametrize("head", ["fine_grained", "clip_style"])
+def test_heads_without_prototypes_use_the_same_trainer(tmp_path, head):
+    made = trainer(tmp_path, model_options={"alignment_head": head}, num_train_epochs=2)
+    made.train()
+    assert made.construction is None and prototype_log(made) == []
+    assert not (tmp_path / "checkpoint-6" / "prototype_construction.safetensors").exists()
+    losses = [entry["eval_loss"] for entry in made.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
+    resumed = trainer(tmp_path, model_options={"alignment_head": head}, num_train_epochs=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same_state(resumed.model, made.model)
+    # No validation is needed where nothing is fed back.
+    trainer(tmp_path, model_options={"alignment_head": head}, eval_data=None, eval_strategy="no", max_steps=1).train()
+
+
+# Wrong use
+
+
+def test_batch_of_one_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`batch_size` must be at least 2 .one sample has no negatives., got 1"):
+        trainer(tmp_path, per_device_train_batch_size=1).train()
+
+
+def test_fewer_meanings_than_a_batch_are_refused(tmp_path):
+    data = CountedDataset(rows(8, repeats=4))
+    with pytest.raises(ValueError, match="needs 6 different ids, but the data has 4"):
+        trainer(tmp_path, data=data).train()
+
+
+def test_wrong_arguments_are_refused(tmp_path):
+    from transformers import TrainingArguments
+
+    with pytest.raises(ValueError, match="must be PicoTrainingArguments, but got TrainingArguments"):
+        PicoTrainer(model=model(), args=TrainingArguments(str(tmp_path)), processing_class=processor())
+    with pytest.raises(ValueError, match="`compute_metrics` is not used"):
+        PicoTrainer(
+            model=model(), args=arguments(tmp_path), processing_class=processor(), compute_metrics=lambda _: {}
+        )
+    with pytest.raises(ValueError, match="`data_collator` or a `processing_class`"):
+        PicoTrainer(model=model(), args=arguments(tmp_path))
+    made = trainer(tmp_path, eval_data=None, eval_strategy="no")
+    with pytest.raises(ValueError, match="evaluation requires an eval_dataset"):
+        made.evaluate()
+    made.train_dataset = None
+    with pytest.raises(ValueError, match="training requires a train_dataset"):
+        made.get_train_dataloader()
+
+
+def test_optimizers_that_group_parameters_themselves_refuse_two_rates(tmp_path):
+    made = trainer(tmp_path, backbone_learning_rate=1e-3)
+    made.optimizer_cls_and_kwargs = (torch.optim.SGD, {"params": list(made.model.parameters()), "lr": 1e-2})
+    with pytest.raises(ValueError, match="groups parameters itself.*leave backbone_learning_rate out"):
+        made.create_optimizer()
