@@ -218,6 +218,38 @@ def load_split(split: str, data_args: DataArguments, limit: int | None, transfor
     return CaptionedImageDataset(dataset, transform=transform)
 
 
+@dataclass
+class Data:
+    """The splits that a run reads."""
+
+    train: CaptionedImageDataset | None
+    evaluation: CaptionedImageDataset | None
+    tests: dict[str, CaptionedImageDataset]
+
+    def by_name(self, data_args: DataArguments) -> dict[str, CaptionedImageDataset]:
+        """All splits under their own names."""
+        named = {data_args.train_split: self.train, data_args.eval_split: self.evaluation, **self.tests}
+        return {name: dataset for name, dataset in named.items() if dataset is not None}
+
+
+def load_data(model_args: ModelArguments, data_args: DataArguments, training_args: PicoTrainingArguments) -> Data:
+    """Loads the splits that the run needs, on the main process first."""
+    train = evaluation = None
+    tests = {}
+    needs_feedback = training_args.do_train and training_args.feedback_needs_validation
+    with training_args.main_process_first(desc="loading data"):
+        if training_args.do_train:
+            transform = None
+            if data_args.min_crop_scale < 1 or data_args.random_flip:
+                transform = RandomCropFlip(data_args.min_crop_scale, data_args.random_flip)
+            train = load_split(data_args.train_split, data_args, data_args.max_train_samples, transform)
+        if training_args.do_eval or (needs_feedback and model_args.method in (None, "pico")):
+            evaluation = load_split(data_args.eval_split, data_args, data_args.max_eval_samples)
+        if training_args.do_predict:
+            tests = {split: load_split(split, data_args, data_args.max_eval_samples) for split in data_args.test_split}
+    return Data(train, evaluation, tests)
+
+
 def is_pico_checkpoint(path: str | None, revision: str | None) -> bool:
     """Whether a checkpoint is one of PICO itself."""
     if path is None:
@@ -326,38 +358,26 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     checkpoint = find_checkpoint(training_args)
     set_seed(training_args.seed)
 
-    data: dict[str, CaptionedImageDataset] = {}
-    with training_args.main_process_first(desc="loading data"):
-        if training_args.do_train:
-            transform = None
-            if data_args.min_crop_scale < 1 or data_args.random_flip:
-                transform = RandomCropFlip(data_args.min_crop_scale, data_args.random_flip)
-            data["train"] = load_split(data_args.train_split, data_args, data_args.max_train_samples, transform)
-        needs_feedback = training_args.do_train and training_args.feedback_needs_validation
-        if training_args.do_eval or (needs_feedback and model_args.method in (None, "pico")):
-            data["eval"] = load_split(data_args.eval_split, data_args, data_args.max_eval_samples)
-        if training_args.do_predict:
-            for split in data_args.test_split:
-                data[split] = load_split(split, data_args, data_args.max_eval_samples)
-
+    data = load_data(model_args, data_args, training_args)
     captions = None
-    if training_args.do_train:
-        captions = [caption for row in data["train"].dataset["captions"] for caption in row]
+    if data.train is not None:
+        captions = [caption for row in data.train.dataset["captions"] for caption in row]
     model, processor = build(model_args, data_args, captions, checkpoint)
     if model_args.freeze_vision:
         model.vision_model.requires_grad_(False)
     if model_args.freeze_text:
         model.text_model.requires_grad_(False)
     collator = PicoDataCollator(processor, max_length=data_args.max_text_length)
+    splits = data.by_name(data_args)
     if training_args.should_log:
-        report_truncation(data, processor, collator.max_length)
+        report_truncation(splits, processor, collator.max_length)
 
     trainer = PicoTrainer(
         model=model,
         args=training_args,
         data_collator=collator,
-        train_dataset=data.get("train"),
-        eval_dataset=data.get("eval"),
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
         processing_class=processor,
     )
     bases = [model_args.model_name_or_path, model_args.vision_model_name_or_path, model_args.text_model_name_or_path]
@@ -365,11 +385,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         "base_models": [base for base in bases if base is not None],
         "dataset_name": data_args.dataset_name,
         "splits": {
-            name: {"images": len(split), "texts": int(split.num_captions.sum())} for name, split in data.items()
+            name: {"images": len(split), "texts": int(split.num_captions.sum())} for name, split in splits.items()
         },
         "command": shlex.join(["accelerate", "launch", "train_pico.py", *argv]),
     }
-    results = run(trainer, data, checkpoint, data_args)
+    trainer.card_split_names = {"eval": data_args.eval_split}
+    results = run(trainer, data.tests, checkpoint)
     if training_args.do_train:
         trainer.create_model_card()
         if training_args.push_to_hub:
@@ -377,7 +398,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     return results
 
 
-def run(trainer: PicoTrainer, data: dict[str, CaptionedImageDataset], checkpoint: str | None, data_args) -> dict:
+def run(trainer: PicoTrainer, tests: dict[str, CaptionedImageDataset], checkpoint: str | None) -> dict[str, float]:
     """Trains, evaluates and predicts as asked; writes `all_results.json`."""
     args = trainer.args
     results: dict[str, float] = {}
@@ -389,8 +410,8 @@ def run(trainer: PicoTrainer, data: dict[str, CaptionedImageDataset], checkpoint
     if args.do_eval:
         results.update(_record(trainer, "eval", trainer.evaluate()))
     if args.do_predict:
-        for split in data_args.test_split:
-            metrics = trainer.predict(data[split], metric_key_prefix=split).metrics
+        for split, dataset in tests.items():
+            metrics = trainer.predict(dataset, metric_key_prefix=split).metrics
             results.update(_record(trainer, split, metrics))
     return results
 

@@ -1,7 +1,8 @@
 """The pair score of PICO: how well every image of a batch or gallery agrees with every text, token by token.
 
 `pair_scores` is the one entry point. `reference_pair_scores` says in a few lines what it computes; the faster paths in
-`scoring_tiled_pico` compute the same without the `(images, texts, patches, words)` tensor and without work on padding.
+`scoring_tiled_pico` and, for CUDA devices, `scoring_triton_pico` compute the same without the
+`(images, texts, patches, words)` tensor and without work on padding.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .scoring_tiled_pico import tiled_pair_scores
 logger = logging.get_logger(__name__)
 
 BACKEND_VARIABLE = "PICO_SCORES_BACKEND"
-BACKENDS = ("auto", "reference", "tiled")
+BACKENDS = ("auto", "reference", "tiled", "triton")
 
 
 class ScoresBackendError(RuntimeError):
@@ -63,9 +64,10 @@ def pair_scores(
     An image or a text without a real token scores 0 with every partner and receives no gradient. Of equal maxima the
     first one receives the gradient.
 
-    The environment variable `PICO_SCORES_BACKEND` chooses how: `auto` (default), `tiled`, or `reference`, which holds
-    the similarities of all tokens at once. Compiled and traced calls record the reference; `torch.compiler.disable`
-    around the call keeps it tiled inside of a compiled model.
+    The environment variable `PICO_SCORES_BACKEND` chooses how: `tiled`, `triton` (CUDA kernels, which need the package
+    triton), `reference`, which holds the similarities of all tokens at once, or `auto` (default): `triton` on CUDA
+    where it can serve the call, else `tiled`, with a warning on CUDA. Compiled and traced calls record the reference;
+    `torch.compiler.disable` around the call keeps it fast inside of a compiled model.
 
     Args:
         image_embeds (`torch.Tensor` of shape `(images, patches, dim)`):
@@ -92,31 +94,53 @@ def pair_scores(
         raise ValueError(f"negative_slope is {negative_slope}; it must be a finite number of at least 0")
     image_mask = _boolean_mask("image", image_mask, image_embeds)
     text_mask = _boolean_mask("text", text_mask, text_embeds)
-    backend = _backend(image_embeds)
+    backend = _backend(image_embeds, text_embeds)
+    if backend == "triton":
+        from .scoring_triton_pico import triton_pair_scores as compute
+    else:
+        compute = reference_pair_scores if backend == "reference" else tiled_pair_scores
     device_type = image_embeds.device.type
     with torch.autocast(device_type, enabled=False) if device_type != "meta" else nullcontext():
-        compute = reference_pair_scores if backend == "reference" else tiled_pair_scores
         return compute(image_embeds, text_embeds, image_mask, text_mask, negative_slope)
 
 
-def _backend(embeds: Tensor) -> str:
+def _backend(image_embeds: Tensor, text_embeds: Tensor) -> str:
     """Returns the backend for this call: the one that the environment asks for, else the best that can serve it."""
     wanted = os.environ.get(BACKEND_VARIABLE, "auto")
     if wanted not in BACKENDS:
         raise ValueError(f"{BACKEND_VARIABLE} is {wanted!r}; allowed are {', '.join(BACKENDS)}")
-    # The tiled path reads token counts in Python, which a recorded call must not and a call without data cannot.
-    compiling, tracing = torch.compiler.is_compiling(), torch.jit.is_tracing()
-    if not compiling and not tracing and embeds.device.type != "meta":
-        return "tiled" if wanted == "auto" else wanted
-    if wanted == "tiled":
-        raise ScoresBackendError(
-            f"{BACKEND_VARIABLE}=tiled cannot serve a compiled or traced call, nor one on the meta device; use auto"
-        )
-    if tracing and wanted == "auto":  # torch.compile cannot log
-        logger.warning_once(
-            "pair_scores records its reference path, which holds the similarities of all tokens at once"
-        )
-    return "reference"
+    # The tiled path reads token counts in Python, which a recorded call must not and a call without data cannot; a
+    # kernel is no operator that could be recorded.
+    tracing = torch.jit.is_tracing()
+    if torch.compiler.is_compiling() or tracing or image_embeds.device.type == "meta":
+        if wanted in ("tiled", "triton"):
+            raise ScoresBackendError(
+                f"{BACKEND_VARIABLE}={wanted} cannot serve a compiled or traced call, nor one on the meta device; "
+                "use auto"
+            )
+        if tracing and wanted == "auto":  # torch.compile cannot log
+            logger.warning_once(
+                "pair_scores records its reference path, which holds the similarities of all tokens at once"
+            )
+        return "reference"
+    if wanted == "triton" or (wanted == "auto" and image_embeds.device.type == "cuda"):
+        return _triton_or_tiled(image_embeds, text_embeds, wanted)
+    return "tiled" if wanted == "auto" else wanted
+
+
+def _triton_or_tiled(image_embeds: Tensor, text_embeds: Tensor, wanted: str) -> str:
+    # Imported on first use: Triton takes long to load, and only CUDA devices use it.
+    from .scoring_triton_pico import refusal
+
+    reason = refusal(image_embeds, text_embeds)
+    if reason is None:
+        return "triton"
+    if wanted == "triton":
+        raise ScoresBackendError(f"{BACKEND_VARIABLE}=triton cannot serve this call: {reason}")
+    logger.warning_once(
+        f"pair_scores takes its tiled path on a CUDA device instead of the faster Triton kernels: {reason}"
+    )
+    return "tiled"
 
 
 def _check_embeds(image_embeds: Tensor, text_embeds: Tensor) -> None:

@@ -3,9 +3,9 @@
 A program owns one image and a group of captions that are neighbours by length. It walks over the words of all its
 captions in step: one matrix product gives the similarities of every caption's `j`-th word with a block of patches, so
 the maximum over words is an element-wise running maximum and the maximum over patches a reduction along rows. Both are
-complete when the program ends: no atomics, no padding between captions of unlike length, and nothing is packed, since
-tables of rows lead straight to the real tokens. For training, the positions of the maxima are kept; the backward
-kernels turn them into sparse tiles of weights and write every gradient once, so that the same inputs give the same bits.
+complete when the program ends: no atomics, hardly any work on padding, and nothing is packed, since tables of rows lead
+straight to the real tokens. For training, the positions of the maxima are kept; the backward kernels turn them into
+sparse tiles of weights and write every gradient once, so that the same inputs give the same bits.
 
 The module can be imported without Triton; [`refusal`] says whether the kernels can serve a call.
 """
@@ -149,14 +149,14 @@ def _score_kernel(
     for first_patch in range(0, split, BLOCK_P):
         word_best, best_patch, patch_sum = _score_patches(
             image_embeds, text_embeds, image_rows, text_rows, patch_at, first_patch, image_count, texts, rank,
-            text_count, longest, word_best, best_patch, patch_sum, slope, DIM, WORDS, BLOCK_P, BLOCK_D, TRAIN, PRECISION,
-            UPCAST,
+            text_count, longest, word_best, best_patch, patch_sum, slope, DIM, WORDS, BLOCK_P, BLOCK_D, TRAIN,
+            PRECISION, UPCAST,
         )  # fmt: skip
     if split < image_count:
         word_best, best_patch, patch_sum = _score_patches(
             image_embeds, text_embeds, image_rows, text_rows, patch_at, split, image_count, texts, rank,
-            text_count, longest, word_best, best_patch, patch_sum, slope, DIM, WORDS, TAIL, BLOCK_D, TRAIN, PRECISION,
-            UPCAST,
+            text_count, longest, word_best, best_patch, patch_sum, slope, DIM, WORDS, TAIL, BLOCK_D, TRAIN,
+            PRECISION, UPCAST,
         )  # fmt: skip
     columns = tl.arange(0, WORDS)
     spoken = columns[None, :] < text_count[:, None]
@@ -318,7 +318,7 @@ def triton_pair_scores(
     """Triton form of `pair_scores`, which documents the arguments; the masks are required and boolean.
 
     The call must be one that [`refusal`] does not refuse. Similarities of float32 embeddings are multiplied in TF32
-    where `torch.set_float32_matmul_precision` allows it; those of half-precision embeddings are exact up to the order
+    where torch allows it for CUDA products; those of half-precision embeddings are exact up to the order
     of summation.
     """
     dtype = image_embeds.dtype
@@ -388,9 +388,12 @@ def _block_d(dim: int, widest: int) -> int:
 
 def _precision(dtype: torch.dtype, grads: bool) -> str:
     if dtype == torch.float32:
-        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    # Half-precision products are exact. In the backward pass TF32 holds half-precision embeddings exactly and rounds the
-    # weights, which are float32 and may be too small for float16, to 11 bits.
+        matmul = torch.backends.cuda.matmul
+        # Newer versions of torch refuse to read the old setting once the new one has been used.
+        allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+        return "tf32" if allowed else "ieee"
+    # Half-precision products are exact. In the backward pass TF32 holds half-precision embeddings exactly and rounds
+    # the weights, which are float32 and may be too small for float16, to 11 bits.
     return "tf32" if grads else "ieee"
 
 
@@ -419,7 +422,7 @@ def _forward(
             BLOCK_D=_block_d(dim, 64 if half else 32), TRAIN=positions is not None,
             PRECISION=_precision(image_embeds.dtype, grads=False),
             UPCAST=not scores.is_cuda,  # the interpreter would multiply the bits of bfloat16
-            num_warps=8 if rows * width >= 64 * 64 else 4, num_stages=3 if half else 2,
+            num_warps=4 if half and rows * width < 64 * 64 else 8, num_stages=3 if half else 2,
         )  # fmt: skip
     ordered = torch.empty_like(scores)
     ordered[:, tables.order] = scores
@@ -444,7 +447,8 @@ class _PairScores(torch.autograd.Function):
         tables, positions = _Tables(*kept[:5]), _Positions(*kept[5:])
         grad = grad[:, tables.order].contiguous()
         grads = [
-            torch.zeros_like(x) if need else None for x, need in zip((image_embeds, text_embeds), ctx.needs_input_grad)
+            torch.zeros_like(embeds) if need else None
+            for embeds, need in zip((image_embeds, text_embeds), ctx.needs_input_grad[:2], strict=True)
         ]
         if image_embeds.numel() and text_embeds.numel():
             _backward(grad, image_embeds, text_embeds, tables, positions, grads, ctx.negative_slope)
@@ -475,5 +479,5 @@ def _backward(
             kernel[(programs, blocks_d)](
                 grad, other, *tables[:4], target, *positions, images, texts, patches, words, negative_slope,
                 DIM=dim, ROWS=rows, BLOCK_P=block_p, BLOCK_D=block_d, PRECISION=_precision(other.dtype, grads=True),
-                num_warps=4, num_stages=2,
+                num_warps=8, num_stages=2,
             )  # fmt: skip

@@ -398,4 +398,4 @@ def test_long_captions_are_reported_and_cut(data, tmp_path, messages):
     results = train(tmp_path, data, max_text_length=5, max_steps=1, do_predict=True)
     assert "test_rsum" in results
     cut = [message for message in messages if "longer than 5 tokens" in message]
-    assert [message.split(":")[0] for message in cut] == ["train", "eval", "test"]
+    assert [message.split(":")[0] for message in cut] == ["train", "validation", "test"]

@@ -104,6 +104,8 @@ class PicoTrainer(Trainer):
         self.construction: PrototypeConstruction | None = None
         # What the model card says beyond what the trainer knows; keyword arguments of `create_model_card`.
         self.card_info: dict[str, Any] = {}
+        # What the card calls the metrics that evaluations report under these prefixes.
+        self.card_split_names: dict[str, str] = {}
         self._card_metrics: dict[str, dict[str, float]] = {}
         super().__init__(
             model=model,
@@ -492,7 +494,7 @@ class PicoTrainer(Trainer):
             config=self._pico_model().config,
             training={**training, "processes": args.world_size},
             stage_log=[entry for entry in self.state.log_history if "prototype_stage" in entry],
-            metrics=self._card_metrics,
+            metrics={self.card_split_names.get(name, name): values for name, values in self._card_metrics.items()},
             framework_versions={module.__name__: module.__version__ for module in (transformers, torch, datasets)},
             language=language,
             license=license,
