@@ -3,7 +3,7 @@
 A program owns one image and a group of captions that are neighbours by length. It walks over the words of all its
 captions in step: one matrix product gives the similarities of every caption's `j`-th word with a block of patches, so
 the maximum over words is an element-wise running maximum and the maximum over patches a reduction along rows. Both are
-complete when the program ends: no atomics, hardly any work on padding, and nothing is packed, since tables of rows lead
+complete when the program ends: no atomics, hardly any work on padding, and nothing is packed, as tables of rows lead
 straight to the real tokens. For training, the positions of the maxima are kept; the backward kernels turn them into
 sparse tiles of weights and write every gradient once, so that the same inputs give the same bits.
 
@@ -133,9 +133,11 @@ def _score_kernel(
     UPCAST: tl.constexpr,
 ):
     """Scores one image with one group of captions."""
-    groups = tl.cdiv(texts, ROWS)
-    image = (tl.program_id(0) // groups).to(tl.int64)
-    rank = (tl.program_id(0) % groups) * ROWS + tl.arange(0, ROWS)
+    # The longest captions start first, for an even end. Neighbouring programs share a group, whose words take more memory
+    # than the patches of an image.
+    group = tl.cdiv(texts, ROWS) - 1 - tl.program_id(0) // images
+    image = (tl.program_id(0) % images).to(tl.int64)
+    rank = group * ROWS + tl.arange(0, ROWS)
     text_count = tl.load(text_counts + rank, mask=rank < texts, other=0)
     image_count = tl.load(image_counts + image)
     longest = tl.max(text_count, axis=0)
@@ -290,6 +292,10 @@ def _text_grad_kernel(
     tl.store(text_grad + text_row[:, None] * DIM + d[None, :], total, mask=spoken[:, None] & inside[None, :])
 
 
+def _interpreted() -> bool:
+    return not isinstance(_score_kernel, triton.runtime.JITFunction)
+
+
 def refusal(image_embeds: Tensor, text_embeds: Tensor) -> str | None:
     """Returns why the kernels cannot serve these embeddings, `None` if they can."""
     if triton is None:
@@ -300,7 +306,7 @@ def refusal(image_embeds: Tensor, text_embeds: Tensor) -> str | None:
             return "the kernels are made for NVIDIA devices"
         if torch.cuda.get_device_capability(device) < (8, 0):
             return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    elif device.type != "cpu" or isinstance(_score_kernel, triton.runtime.JITFunction):
+    elif device.type != "cpu" or not _interpreted():
         return (
             f"the device is {device.type} (on cpu, set TRITON_INTERPRET=1 before the first call to debug the kernels)"
         )
@@ -342,14 +348,16 @@ class _Tables(NamedTuple):
     @classmethod
     def of(cls, image_mask: Tensor, text_mask: Tensor) -> _Tables:
         order = text_mask.sum(dim=1).argsort(stable=True)
-        rows, counts = [], []
-        for mask, samples in ((image_mask, None), (text_mask, order)):
-            indices = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
-            if samples is not None:
-                mask, indices = mask[samples], indices[samples]
-            rows.append(indices.gather(1, mask.byte().argsort(dim=1, descending=True, stable=True)))
-            counts.append(mask.sum(dim=1, dtype=torch.int32))
-        return cls(*rows, *counts, order)
+        image_rows, image_counts = cls._of_side(image_mask, torch.arange(len(image_mask), device=order.device))
+        text_rows, text_counts = cls._of_side(text_mask, order)
+        return cls(image_rows, text_rows, image_counts, text_counts, order)
+
+    @staticmethod
+    def _of_side(mask: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = mask.shape[1]
+        mask = mask[order]
+        columns = mask.byte().argsort(dim=1, descending=True, stable=True)
+        return order[:, None] * tokens + columns, mask.sum(dim=1, dtype=torch.int32)
 
 
 class _Positions(NamedTuple):
@@ -421,7 +429,7 @@ def _forward(
             TAIL=min(block, max(16, triton.next_power_of_2(patches % block))),
             BLOCK_D=_block_d(dim, 64 if half else 32), TRAIN=positions is not None,
             PRECISION=_precision(image_embeds.dtype, grads=False),
-            UPCAST=not scores.is_cuda,  # the interpreter would multiply the bits of bfloat16
+            UPCAST=_interpreted(),  # the interpreter would multiply the bits of bfloat16
             num_warps=4 if half and rows * width < 64 * 64 else 8, num_stages=3 if half else 2,
         )  # fmt: skip
     ordered = torch.empty_like(scores)

@@ -1,7 +1,7 @@
 """The Triton kernels of the pair score against the reference, on the CPU by Triton's interpreter, and their dispatch.
 
-Triton decides at its import whether to interpret, so the tests named `test_interpreted_*` run in a process of their own,
-which `test_kernels_in_the_interpreter` starts.
+Triton decides at its import whether to interpret, so the tests named `test_interpreted_*` run in a process of their
+own, which `test_kernels_in_the_interpreter` starts.
 """
 
 from __future__ import annotations
@@ -232,19 +232,57 @@ def test_errors_of_the_kernels_are_not_swallowed(monkeypatch):
         pair_scores(torch.zeros(2, 3, 4), torch.zeros(3, 2, 4))
 
 
-def test_module_does_without_triton():
+def test_package_neither_needs_nor_loads_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
+        "from modeling_pico import scoring_pico\n"
+        "assert 'modeling_pico.scoring_triton_pico' not in sys.modules\n"
         "from modeling_pico.scoring_triton_pico import refusal\n"
         "assert refusal(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)) == 'the package triton is not installed'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_package_does_not_load_triton():
-    code = "import sys, modeling_pico.scoring_pico; assert 'modeling_pico.scoring_triton_pico' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_hub_upload_takes_the_kernels_along_without_requiring_triton():
+    dynamic_module_utils = pytest.importorskip("transformers.dynamic_module_utils")
+    assert scoring_triton_pico.__file__ in dynamic_module_utils.get_relative_import_files(scoring_pico.__file__)
+    assert "triton" not in dynamic_module_utils.get_imports(scoring_triton_pico.__file__)
+
+
+POINTERS = {"counts": "*i32", "rows": "*i64", "patch_at": "*i8", "word_at": "*i16", "scores": "*fp32", "grad": "*fp32"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs triton and no interpreter")
+@pytest.mark.parametrize("one", [False, True], ids=["many", "one_of_each"])
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["score", "image_grad", "text_grad"])
+def test_kernels_compile_without_a_device(monkeypatch, tmp_path, name, dtype, capability, one):
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = getattr(scoring_triton_pico, f"_{name}_kernel")
+    constants = {"DIM": 512, "WORDS": 32, "ROWS": 64, "BLOCK_P": 64, "TAIL": 16, "BLOCK_D": 64, "TRAIN": True}
+    constants |= {"PRECISION": "ieee" if name == "score" or dtype == "fp32" else "tf32", "UPCAST": False}
+    if one:  # what a launch does with integers that are 1
+        constants |= {"images": 1, "texts": 1, "patches": 1, "words": 1}
+    signature = {}
+    for argument in kernel.arg_names:
+        ends = [kind for end, kind in POINTERS.items() if argument.endswith(end)]
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument.endswith("embeds") or argument in ("image_grad", "text_grad"):
+            signature[argument] = f"*{dtype}"
+        else:
+            signature[argument] = ends[0] if ends else "fp32" if argument == "slope" else "i32"
+    constants = {(kernel.arg_names.index(key),): value for key, value in constants.items() if key in kernel.arg_names}
+    compiled = compile(ASTSource(kernel, signature, constants), GPUTarget("cuda", capability, 32))
+    assert "cubin" in compiled.asm
+    assert compiled.metadata.shared <= 99 * 1024  # what every device since capability 8.0 can give
 
 
 @pytest.mark.cuda

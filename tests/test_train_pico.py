@@ -399,3 +399,9 @@ def test_long_captions_are_reported_and_cut(data, tmp_path, messages):
     assert "test_rsum" in results
     cut = [message for message in messages if "longer than 5 tokens" in message]
     assert [message.split(":")[0] for message in cut] == ["train", "validation", "test"]
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_understood(recipe):
+    model_args, data_args, training_args = train_pico.parse_arguments([str(recipe)])
+    assert training_args.do_train

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
-from torch.distributed.nn.functional import all_gather
+from torch import distributed
 
 
 @dataclass
@@ -49,7 +49,7 @@ def gather_batch(outputs, ids: torch.Tensor) -> GatheredBatch:
     counts = shapes[:, 0].tolist()
     rows, patches, words = shapes.amax(dim=0).tolist()
     gathered = [
-        torch.cat([block[:count] for block, count in zip(all_gather(padded), counts, strict=True)])
+        torch.cat([block[:count] for block, count in zip(_AllGather.apply(padded), counts, strict=True)])
         for padded in (
             _pad(outputs.image_embeds, rows, patches),
             _pad(outputs.image_mask.to(torch.uint8), rows, patches),
@@ -70,6 +70,26 @@ def gather_batch(outputs, ids: torch.Tensor) -> GatheredBatch:
         own=slice(start, start + counts[process]),
         loss_share=counts[process] * len(counts) / sum(counts),
     )
+
+
+class _AllGather(torch.autograd.Function):
+    """
+    Stacks a tensor of all processes; the gradient of each process's loss reaches the process the tensor came from.
+
+    torch's own function with a gradient is deprecated, and its successor is newer than the oldest torch we support.
+    """
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+        gathered = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(gathered, tensor)
+        return torch.stack(gathered)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(gradient)
+        return gradient[distributed.get_rank()]
 
 
 def _pad(tensor: torch.Tensor, *sizes: int) -> torch.Tensor:
