@@ -133,8 +133,8 @@ def _score_kernel(
     UPCAST: tl.constexpr,
 ):
     """Scores one image with one group of captions."""
-    # The longest captions start first, for an even end. Neighbouring programs share a group, whose words take more memory
-    # than the patches of an image.
+    # The longest captions start first, for an even end. Neighbouring programs share a group, as its words take more
+    # memory than the patches of an image.
     group = tl.cdiv(texts, ROWS) - 1 - tl.program_id(0) // images
     image = (tl.program_id(0) % images).to(tl.int64)
     rank = group * ROWS + tl.arange(0, ROWS)

@@ -69,7 +69,7 @@ def test_interpreted_scores_match_hand_computation():
         ((3, 5, 9, 6, 48), 0.0),
         ((3, 5, 9, 6, 10), 0.1),  # not a multiple of what a matrix product takes
         ((2, 3, 5, 4, 512), 0.1),
-        ((2, 70, 70, 3, 16), 0.1),  # two groups of captions, two blocks of patches
+        ((2, 70, 5, 3, 16), 0.1),  # two groups of captions
         ((1, 2, 4, 100, 16), 0.1),  # positions from 64 on
         ((2, 3, 1, 1, 1), 1.0),
     ],
@@ -102,9 +102,11 @@ def test_interpreted_small_gradients_do_not_vanish_in_float16():
 def test_interpreted_gradient_of_ties_goes_to_the_first_token(slope):
     generator = torch.Generator().manual_seed(0)
     # Small integers are exact in every order of summation, so ties are ties on both paths.
-    images = torch.randint(-1, 2, (3, 70, 4), generator=generator).float()
+    images = torch.randint(-1, 2, (6, 135, 4), generator=generator).float()
     texts = torch.randint(-1, 2, (5, 8, 4), generator=generator).float()
-    assert_equals_reference((images, texts, *ragged(3, 5, 70, 8)[2:], slope), grad_tolerance=1e-6)
+    # In blocks of 64 and at the end 16: 16, 64, 64 + 16, 2 * 64, 2 * 64, and 2 * 64 + 16.
+    image_mask = torch.arange(135) < torch.tensor([5, 64, 70, 90, 128, 135])[:, None]
+    assert_equals_reference((images, texts, image_mask, ragged(texts=5, words=8)[3], slope), grad_tolerance=1e-6)
 
 
 @interpreted
@@ -253,11 +255,10 @@ def test_hub_upload_takes_the_kernels_along_without_requiring_triton():
 POINTERS = {"counts": "*i32", "rows": "*i64", "patch_at": "*i8", "word_at": "*i16", "scores": "*fp32", "grad": "*fp32"}
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs triton and no interpreter")
-@pytest.mark.parametrize("one", [False, True], ids=["many", "one_of_each"])
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("capability", "dtype", "one"), [(90, "bf16", False), (90, "bf16", True), (80, "fp32", False)]
+)
 @pytest.mark.parametrize("name", ["score", "image_grad", "text_grad"])
 def test_kernels_compile_without_a_device(monkeypatch, tmp_path, name, dtype, capability, one):
     from triton import compile

@@ -165,7 +165,7 @@ class RetrievalEvaluator:
         (`chance_rsum`), and the in-batch loss over consecutive images with their first caption (`loss`).
         """
         metrics = self.retrieval_metrics(encoded, scores)
-        metrics["chance_rsum"] = chance_rsum(encoded.image_ids, encoded.text_ids)
+        metrics["chance_rsum"] = chance_rsum(encoded.image_ids, encoded.text_ids, self.num_folds)
         metrics["loss"] = self._loss(model, encoded, scores)
         return metrics
 

@@ -236,7 +236,9 @@ def folded_retrieval_metrics(
 
 
 def chance_rsum(
-    image_ids: Tensor | np.ndarray | Sequence[int], text_ids: Tensor | np.ndarray | Sequence[int]
+    image_ids: Tensor | np.ndarray | Sequence[int],
+    text_ids: Tensor | np.ndarray | Sequence[int],
+    num_folds: int = 1,
 ) -> float:
     """
     Expected rSum of a random ranking without ties: a query with `r` right answers among `n` items finds one of them
@@ -245,11 +247,15 @@ def chance_rsum(
     Args:
         image_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each image, shape `(images,)`.
         text_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each text, shape `(texts,)`.
+        num_folds (`int`, *optional*, defaults to 1): Folds to average over, see [`folded_retrieval_metrics`].
 
     Returns:
         `float`: The sum of the six expected recalls, in percent.
     """
     images, texts = _as_ids(image_ids, text_ids)
+    if num_folds > 1:
+        blocks = images.split(len(images) // num_folds)
+        return math.fsum(chance_rsum(block, texts[torch.isin(texts, block)]) for block in blocks) / len(blocks)
     total = 0.0
     for queries, gallery in ((images, texts), (texts, images)):
         ids, counts = gallery.unique(return_counts=True)

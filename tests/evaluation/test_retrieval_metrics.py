@@ -231,3 +231,9 @@ def _stream(*tiles):
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_chance_over_folds_is_that_of_one_fold_when_all_are_alike():
+    image_ids = np.arange(40)
+    text_ids = np.repeat(image_ids, 5)
+    assert chance_rsum(image_ids, text_ids, num_folds=4) == pytest.approx(chance_rsum(image_ids[:10], text_ids[:50]))
