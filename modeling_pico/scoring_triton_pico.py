@@ -324,13 +324,14 @@ def triton_pair_scores(
     """Triton form of `pair_scores`, which documents the arguments; the masks are required and boolean.
 
     The call must be one that [`refusal`] does not refuse. Similarities of float32 embeddings are multiplied in TF32
-    where torch allows it for CUDA products; those of half-precision embeddings are exact up to the order
-    of summation.
+    where torch allows it for CUDA products; those of half-precision embeddings are exact up to the order of summation.
+    Gradients of half-precision embeddings are summed in float32 from products in TF32.
     """
     dtype = image_embeds.dtype
     if dtype != text_embeds.dtype:
         dtype = torch.promote_types(torch.promote_types(dtype, text_embeds.dtype), torch.float32)
     embeds = image_embeds.to(dtype).contiguous(), text_embeds.to(dtype).contiguous()
+    negative_slope = float(negative_slope)  # an integer would be compiled in
     if torch.is_grad_enabled() and (image_embeds.requires_grad or text_embeds.requires_grad):
         return _PairScores.apply(*embeds, image_mask, text_mask, negative_slope)
     return _forward(*embeds, _Tables.of(image_mask, text_mask), negative_slope)

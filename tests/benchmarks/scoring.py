@@ -40,6 +40,7 @@ PACKAGES = (
     "colpali-engine",
     "maxsim-cpu",
     "late-interaction-kernels",
+    "triton",
 )
 
 Scorer = Callable[..., torch.Tensor]
@@ -422,6 +423,76 @@ def memory_growth(texts: list[int], threads: int) -> dict:
     return {"title": "Memory against the gallery", "notes": [note], "rows": rows}
 
 
+def backend_scorer(backend: str) -> Scorer:
+    def score(*data):
+        os.environ["PICO_SCORES_BACKEND"] = backend
+        try:
+            return pair_scores(*data)
+        finally:
+            del os.environ["PICO_SCORES_BACKEND"]
+
+    return score
+
+
+def late_interaction_kernels_on_cuda(v, t, v_mask, t_mask):
+    from late_interaction_kernels import maxsim
+
+    by_image = maxsim(v, t, v_mask, t_mask) / v_mask.sum(dim=1)[:, None]
+    return by_image + maxsim(t, v, t_mask, v_mask).T / t_mask.sum(dim=1)
+
+
+def on_cuda(images: int, texts: int, dtype: torch.dtype, train: bool, repeats: int) -> dict:
+    """Our backends, late-interaction-kernels in both directions and the floor on the current CUDA device."""
+    inputs = make_data(images, texts)
+    data = [
+        *(values.to("cuda", dtype).requires_grad_(train) for values in inputs[:2]),
+        *(m.cuda() for m in inputs[2:]),
+    ]
+    patches, words = data[0].detach().flatten(0, 1), data[1].detach()[data[3]]
+    upstream = torch.randn(images, texts, device="cuda")
+    scorers = {f"pair_scores, {name}": backend_scorer(name) for name in ("triton", "tiled", "reference")}
+    scorers["late-interaction-kernels `maxsim`, twice"] = late_interaction_kernels_on_cuda
+
+    def measured(scorer: Scorer | None) -> None:
+        if scorer is None:
+            bare_products(patches, words) if train else torch.matmul(words, patches.T)
+        elif train:
+            torch.autograd.grad(scorer(*data), data[:2], upstream)
+        else:
+            scorer(*data)
+        torch.cuda.synchronize()
+
+    functions, rows = {FLOOR: lambda: measured(None)}, {FLOOR: {"path": FLOOR}}
+    with torch.no_grad():
+        expected = backend_scorer("tiled")(*(values.detach() for values in data)).cpu()
+    for name, scorer in scorers.items():
+        try:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            measured(scorer)
+            extra = (torch.cuda.max_memory_allocated() - before) / 2**20
+            with torch.no_grad():
+                difference = float((scorer(*data).float().cpu() - expected).abs().max())
+        except Exception as error:  # a path that cannot run, for any reason, is no reason to stop
+            rows[name] = {"path": name, "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        else:
+            rows[name] = {"path": name, "extra MiB": extra, "difference from tiled": difference}
+            functions[name] = lambda scorer=scorer: measured(scorer)
+    seconds = interleaved(functions, repeats)
+    floor = statistics.median(seconds[FLOOR])
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        rows[name] |= {
+            "median ms": median * 1e3,
+            "fastest ms": min(times) * 1e3,
+            "of the floor's rate": floor / median,
+        }
+    kind = "Training" if train else "Inference"
+    title = f"{kind} on {torch.cuda.get_device_name()}, {images} images × {texts} captions, {str(dtype)[6:]}"
+    note = f"{len(words)} real words of {data[3].numel()} padded; medians of {repeats} interleaved rounds."
+    return {"title": title, "notes": [note], "rows": list(rows.values())}
+
+
 # Report
 
 
@@ -505,6 +576,11 @@ def main() -> None:
         "padding": lambda: growth_with_padding([32, 64] if quick else [32, 64, 128, 256], 3 if quick else repeats),
         "memory": lambda: memory_growth([16, 32] if quick else [256, 1024, 4096, 8192], threads),
     }
+    if torch.cuda.is_available():
+        size = 32 if quick else 256
+        for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+            plan[f"cuda-inference-{name}"] = lambda dtype=dtype: on_cuda(size, 5 * size, dtype, False, repeats)
+            plan[f"cuda-training-{name}"] = lambda dtype=dtype: on_cuda(size, size, dtype, True, repeats)
     unknown = set(options.only or ()) - set(plan)
     if unknown:
         parser.error(f"--only has {', '.join(sorted(unknown))}; allowed are {', '.join(plan)}")
