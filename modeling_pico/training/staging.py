@@ -65,9 +65,9 @@ class PrototypeConstruction:
         unit = self._max_steps if args.prototype_schedule == "share" else self._steps_per_epoch
         done = int(self.prototypes.num_constructions) + (self.pending is not None)
         if done == 0:
-            return max(1, round(args.prototype_start * unit))
+            return _steps(args.prototype_start * unit)
         interval = args.prototype_interval * self._steps_per_epoch
-        return max(1, round(args.prototype_update_start * unit + (done - 1) * interval))
+        return _steps(args.prototype_update_start * unit + (done - 1) * interval)
 
     def is_reached(self, step: int) -> bool:
         """
@@ -78,8 +78,8 @@ class PrototypeConstruction:
 
     def needs_statistics(self, step: int) -> bool:
         """Whether the batch of step `step` (0-based) lies in the interval before the next construction."""
-        interval = round(self.args.prototype_interval * self._steps_per_epoch)
-        return self.next_step() < self._max_steps and step >= self.next_step() - max(interval, 1)
+        interval = _steps(self.args.prototype_interval * self._steps_per_epoch)
+        return self.next_step() < self._max_steps and step >= self.next_step() - interval
 
     def needs_columns(self, step: int, pairs_per_step: int) -> bool:
         """Whether the batch of step `step` will be among the last `reservoir_pairs` before the next construction."""
@@ -237,6 +237,11 @@ class PrototypeConstruction:
         pending = {name.removeprefix("pending."): tensors[name] for name in tensors if name.startswith("pending.")}
         if pending:
             self.pending = PrototypeState(**pending)
+
+
+def _steps(value: float) -> int:
+    # Halves go up, so that equal intervals stay equal; `round` would send them to the even neighbour.
+    return max(1, math.floor(value + 0.5))
 
 
 __all__ = ["PrototypeConstruction"]

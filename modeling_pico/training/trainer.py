@@ -174,6 +174,9 @@ class PicoTrainer(Trainer):
 
     def _own_rows(self, dataset: Dataset) -> range:
         processes, process = self.args.world_size, self.args.process_index
+        if len(dataset) < processes:
+            # Raised on every process: the ones with images would wait for ever for the others.
+            raise ValueError(f"The evaluation set has {len(dataset)} images, fewer than the {processes} processes.")
         return range(len(dataset) * process // processes, len(dataset) * (process + 1) // processes)
 
     # Optimizer

@@ -69,7 +69,7 @@ def finish(construction: PrototypeConstruction) -> None:
     ("options", "steps"),
     [
         ({}, [20, 40, 50, 60]),
-        ({"prototype_start": 0.5, "prototype_update_start": 1.25}, [5, 12, 22, 32]),
+        ({"prototype_start": 0.5, "prototype_update_start": 1.25}, [5, 13, 23, 33]),
         ({"prototype_start": 0.01, "prototype_update_start": 0.5, "prototype_interval": 0.3}, [1, 5, 8, 11]),
         ({"prototype_interval": 2.0}, [20, 40, 60, 80]),
         ({"prototype_schedule": "share", "prototype_start": 0.1, "prototype_update_start": 0.3}, [10, 30, 40, 50]),
