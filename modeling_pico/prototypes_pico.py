@@ -24,7 +24,6 @@ STAGE_PLAIN, STAGE_INITIAL, STAGE_UPDATED = 0, 1, 2
 # Semantic probabilities are kept above this, so that a sample in which every column looks like style has equal
 # weights instead of a division by zero.
 MIN_PROBABILITY = 1e-6
-MODALITIES = ("image", "text")
 
 
 def feature_columns(
