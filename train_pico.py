@@ -18,12 +18,14 @@ import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import torch
 import yaml
-from transformers import HfArgumentParser, set_seed
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, HfArgumentParser, set_seed
 from transformers import logging as hf_logging
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_pico import PicoConfig, PicoModel, PicoProcessor
+from modeling_pico.backbones_pico import build_backbone, load_backbone
 from modeling_pico.configuration_pico import ALIGNMENT_HEADS
 from modeling_pico.data import (
     CaptionedImageDataset,
@@ -254,8 +256,6 @@ def is_pico_checkpoint(path: str | None, revision: str | None) -> bool:
     """Whether a checkpoint is one of PICO itself."""
     if path is None:
         return False
-    from transformers import AutoConfig
-
     return isinstance(AutoConfig.from_pretrained(path, revision=revision), PicoConfig)
 
 
@@ -277,8 +277,6 @@ def build(
         loading["attn_implementation"] = model_args.attn_implementation
     options = model_args.config_options()
     if checkpoint or is_pico_checkpoint(source, revision.get("revision")):
-        import torch
-
         model = PicoModel.from_pretrained(source, dtype=torch.float32, **loading, **({} if checkpoint else options))
         return model, PicoProcessor.from_pretrained(source, **revision)
     if joint is not None:
@@ -289,10 +287,6 @@ def build(
 
 def build_towers(model_args, data_args, train_captions, loading, revision, options) -> tuple[PicoModel, PicoProcessor]:
     """Each tower from its checkpoint if one is given, else small and from scratch."""
-    from transformers import AutoImageProcessor, AutoTokenizer
-
-    from modeling_pico.backbones_pico import build_backbone, load_backbone
-
     vision, text = model_args.vision_model_name_or_path, model_args.text_model_name_or_path
     if vision is None:
         config = small_vision_config(

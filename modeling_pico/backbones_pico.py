@@ -96,16 +96,15 @@ def final_norm(model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Ten
     return hidden_states
 
 
-def image_token_states(model: PreTrainedModel, outputs, keep_special_tokens: bool) -> torch.Tensor:
+def image_token_states(model: PreTrainedModel, outputs) -> torch.Tensor:
     """
-    Hidden states `(batch, tokens, hidden)` of an image's tokens. Feature maps `(batch, hidden, height, width)` of
-    convolutional backbones are laid out as tokens.
+    Hidden states `(batch, tokens, hidden)` of an image's tokens, special ones included. Feature maps
+    `(batch, hidden, height, width)` of convolutional backbones are laid out as tokens.
     """
     hidden_states = outputs.last_hidden_state
     if hidden_states.dim() == 4:
         hidden_states = hidden_states.flatten(2).transpose(1, 2)
-    hidden_states = final_norm(model, hidden_states)
-    return hidden_states if keep_special_tokens else hidden_states[:, num_prefix_tokens(model.config) :]
+    return final_norm(model, hidden_states)
 
 
 def text_token_mask(attention_mask: torch.Tensor, keep_special_tokens: bool) -> torch.Tensor:

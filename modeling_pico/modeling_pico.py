@@ -395,13 +395,25 @@ class PicoModel(PicoPreTrainedModel):
         head = self.alignment_head
         tokens, mask = head.embed(token_states, mask, class_state, modality)
         embeds, probability = head.weight(tokens, mask, modality) if weighted else (tokens, None)
-        pooled = nn.functional.normalize((embeds * mask.unsqueeze(-1)).sum(dim=1), dim=-1)
-        return {"tokens": tokens, "embeds": embeds, "mask": mask, "pooled": pooled, "probability": probability}
+        return {"tokens": tokens, "embeds": embeds, "mask": mask, "probability": probability}
+
+    def _features_output(self, outputs, features: dict[str, torch.Tensor | None], modality: str) -> PicoFeatures:
+        # Pooled here and not in `_features`: training never asks for it.
+        pooled = self.alignment_head.pool(features["embeds"], features["mask"], None, modality)
+        return PicoFeatures(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=pooled,
+            hidden_states=outputs.hidden_states,
+            attentions=getattr(outputs, "attentions", None),
+            embeds=features["embeds"],
+            mask=features["mask"],
+            semantic_probability=features["probability"],
+        )
 
     def _encode_images(self, pixel_values: torch.Tensor, weighted: bool, **kwargs):
         config = self.config
         outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
-        states = image_token_states(self.vision_model, outputs, keep_special_tokens=True)
+        states = image_token_states(self.vision_model, outputs)
         class_state = None
         if config.pooling == "class_token":
             class_state = class_token_state(self.vision_model, outputs, states, "image")
@@ -440,7 +452,7 @@ class PicoModel(PicoPreTrainedModel):
             [`PicoFeatures`]
         """
         outputs, features = self._encode_images(pixel_values, weighted, **kwargs)
-        return _features_output(outputs, features)
+        return self._features_output(outputs, features, "image")
 
     @can_return_tuple
     def get_text_features(
@@ -469,7 +481,7 @@ class PicoModel(PicoPreTrainedModel):
         outputs, features = self._encode_texts(
             input_ids, attention_mask, weighted, position_ids=position_ids, token_type_ids=token_type_ids, **kwargs
         )
-        return _features_output(outputs, features)
+        return self._features_output(outputs, features, "text")
 
     @can_return_tuple
     def forward(
@@ -551,18 +563,6 @@ class PicoModel(PicoPreTrainedModel):
             vision_model_output=vision_outputs,
             text_model_output=text_outputs,
         )
-
-
-def _features_output(outputs, features: dict[str, torch.Tensor | None]) -> PicoFeatures:
-    return PicoFeatures(
-        last_hidden_state=outputs.last_hidden_state,
-        pooler_output=features["pooled"],
-        hidden_states=outputs.hidden_states,
-        attentions=getattr(outputs, "attentions", None),
-        embeds=features["embeds"],
-        mask=features["mask"],
-        semantic_probability=features["probability"],
-    )
 
 
 __all__ = ["PicoFeatures", "PicoModel", "PicoOutput", "PicoPreTrainedModel"]

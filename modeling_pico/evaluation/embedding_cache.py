@@ -42,7 +42,8 @@ def cache_key(model: nn.Module, loader: DataLoader) -> str:
         dataset.dataset._fingerprint,
         str(collator.max_length),
         processor.image_processor.to_json_string(),
-        repr(processor.tokenizer),
+        # The vocabulary as well: the representation names its size alone.
+        repr(processor.tokenizer) + str(sorted(processor.tokenizer.get_vocab().items())),
     )
     for text in described:
         digest.update(text.encode())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +119,7 @@ class RetrievalEvaluator:
         for _ in range(len(encoded), num_batches or 0):
             model(**inputs, return_logits=False)
         image_tokens, image_mask, text_tokens, text_mask, image_ids, text_ids = (
-            _concatenate(tensors) for tensors in zip(*encoded, strict=True)
+            concatenate_padded(tensors) for tensors in zip(*encoded, strict=True)
         )
         return EncodedRetrieval(
             image_tokens=image_tokens,
@@ -175,12 +175,11 @@ class RetrievalEvaluator:
 
     def _loss(self, model: nn.Module, encoded: EncodedRetrieval, scores: torch.Tensor) -> float:
         config = model.config
-        matches = encoded.image_ids[:, None] == encoded.text_ids[None, :]
-        first_caption = matches.float().argmax(dim=1)
         total = 0.0
         for start in range(0, len(scores), self.loss_batch_size):
             rows = torch.arange(start, min(start + self.loss_batch_size, len(scores)), device=scores.device)
-            block = scores[rows][:, first_caption[rows]]
+            matches = encoded.image_ids[rows, None] == encoded.text_ids[None, :]
+            block = scores[rows][:, matches.float().argmax(dim=1)]
             loss = image_text_loss(
                 block,
                 block.T,
@@ -209,7 +208,8 @@ def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
 
 
-def _concatenate(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def concatenate_padded(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Concatenates along the first dimension; the second may differ and is padded with zeros."""
     if tensors[0].dim() == 1:
         return torch.cat(tensors)
     width = max(tensor.shape[1] for tensor in tensors)
@@ -222,4 +222,4 @@ def _concatenate(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return result
 
 
-__all__ = ["EncodedRetrieval", "RetrievalEvaluator", "gather_rows"]
+__all__ = ["EncodedRetrieval", "RetrievalEvaluator", "concatenate_padded", "gather_rows"]

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from ..evaluation.evaluator import concatenate_padded
 from ..modeling_pico import PicoOutput
 
 
@@ -98,15 +99,8 @@ def cached_backward(
 
 
 def _join(outputs: list[PicoOutput]) -> PicoOutput:
-    joined = {}
-    for name in (*_EMBEDS, *_OTHERS):
-        tensors = [getattr(output, name) for output in outputs]
-        width = max(tensor.shape[1] for tensor in tensors)
-        padded = [
-            torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, width - tensor.shape[1]))
-            for tensor in tensors
-        ]
-        joined[name] = torch.cat(padded)
+    names = (*_EMBEDS, *_OTHERS)
+    joined = {name: concatenate_padded([getattr(output, name) for output in outputs]) for name in names}
     for name in _EMBEDS:
         joined[name].requires_grad_()
     return PicoOutput(**joined, logit_scale=outputs[0].logit_scale.clone().requires_grad_())

@@ -220,16 +220,13 @@ class PicoTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         """As `Trainer.train`."""
-        if self.args.feedback_needs_validation and self.eval_dataset is None and self._uses_prototypes():
+        prototypes = self._pico_model().style_prototypes
+        if prototypes is not None and self.args.feedback_needs_validation and self.eval_dataset is None:
             raise ValueError(
                 f"feedback={self.args.feedback!r} weighs prototypes by validation retrieval and needs an "
                 "`eval_dataset`. Give one, or choose `feedback` from 'ema', 'uniform', 'latest'."
             )
         return super().train(*args, **kwargs)
-
-    def _uses_prototypes(self) -> bool:
-        model = self.accelerator.unwrap_model(self.model)
-        return model.config.alignment_head == "pico"
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         # The model exists for certain only here: `model_init` and hyper-parameter search make a new one each time.
@@ -288,7 +285,8 @@ class PicoTrainer(Trainer):
     def _batch_loss(self, outputs: PicoOutput, ids: torch.Tensor, collect: bool) -> torch.Tensor:
         if collect and self.construction is not None:
             self._collect(outputs, ids)
-        return self._gathered_loss(outputs, ids) if self.args.gather_negatives else self._local_loss(outputs, ids)
+        gathers = self.args.gather_negatives and self.args.world_size > 1
+        return self._gathered_loss(outputs, ids) if gathers else self._local_loss(outputs, ids)
 
     def _loss_kwargs(self, outputs: PicoOutput) -> dict[str, Any]:
         config = self._pico_model().config
@@ -308,8 +306,6 @@ class PicoTrainer(Trainer):
         return image_text_loss(scores, scores.T, image_ids=ids, **self._loss_kwargs(outputs))
 
     def _gathered_loss(self, outputs: PicoOutput, ids: torch.Tensor) -> torch.Tensor:
-        if self.args.world_size == 1:
-            return self._local_loss(outputs, ids)
         slope = self._pico_model().config.negative_slope
         batch = gather_batch(outputs, ids)
         own = batch.own
