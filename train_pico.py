@@ -405,7 +405,8 @@ def run(trainer: PicoTrainer, tests: dict[str, CaptionedImageDataset], checkpoin
         results.update(_record(trainer, "eval", trainer.evaluate()))
     if args.do_predict:
         for split, dataset in tests.items():
-            metrics = trainer.predict(dataset, metric_key_prefix=split).metrics
+            # Not `predict`, which also gathers the matrix of all scores.
+            metrics = trainer.evaluate(dataset, metric_key_prefix=split)
             results.update(_record(trainer, split, metrics))
     return results
 

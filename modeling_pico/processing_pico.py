@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
 
@@ -74,6 +76,119 @@ class PicoProcessor(ProcessorMixin):
         text_embeds, text_mask = _padded(text_embeds, text_mask)
         scores = pair_scores(image_embeds, text_embeds, image_mask, text_mask, negative_slope=negative_slope)
         return scores.to(output_device)
+
+    @torch.no_grad()
+    def retrieve(
+        self,
+        query_embeds: torch.Tensor | list[torch.Tensor],
+        gallery_embeds: torch.Tensor | list[torch.Tensor],
+        query_mask: torch.Tensor | None = None,
+        gallery_mask: torch.Tensor | None = None,
+        *,
+        k: int = 10,
+        batch_size: int = 256,
+        negative_slope: float = 1.0,
+        output_device: str | torch.device = "cpu",
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""
+        Finds the best matches of each query in a gallery: texts in images or images in texts, since the score is the
+        same either way. Embeddings are those of [`score_retrieval`]. Only `batch_size` queries are scored with
+        `batch_size` items at a time, on the device of the queries: a gallery may stay in main memory.
+
+        Args:
+            query_embeds (`torch.Tensor` of shape `(queries, tokens, dim)` or list of `(tokens_i, dim)`):
+                Score-ready token embeddings of what is asked.
+            gallery_embeds (`torch.Tensor` of shape `(items, tokens, dim)` or list of `(tokens_i, dim)`):
+                Score-ready token embeddings of what is searched.
+            query_mask (`torch.Tensor` of shape `(queries, tokens)`, *optional*):
+                True at tokens that take part; all by default. Not used with a list.
+            gallery_mask (`torch.Tensor` of shape `(items, tokens)`, *optional*): Likewise for the gallery.
+            k (`int`, *optional*, defaults to 10): Matches of each query; a smaller gallery is returned whole.
+            batch_size (`int`, *optional*, defaults to 256): Queries and items scored at a time.
+            negative_slope (`float`, *optional*, defaults to 1.0): The model's `config.negative_slope`.
+            output_device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Device of the result.
+
+        Returns:
+            `tuple(torch.Tensor, torch.Tensor)`, both of shape `(queries, min(k, items))`: scores in float32, best
+            first, and indices into the gallery. Of equal scores the lower index comes first; an item without any
+            token scores 0.
+
+        Raises:
+            `ValueError`: If the gallery is empty, `k` or `batch_size` is below 1, or embeddings do not fit.
+        """
+        if k < 1 or batch_size < 1:
+            raise ValueError(f"k and batch_size must be at least 1, got k={k} and batch_size={batch_size}.")
+        _check_query_and_gallery(query_embeds, gallery_embeds, query_mask, gallery_mask)
+        size = (len(query_embeds), min(k, len(gallery_embeds)))
+        scores = torch.empty(size, device=output_device)
+        indices = torch.empty(size, dtype=torch.int64, device=output_device)
+        for start, query, mask in _batches(query_embeds, query_mask, batch_size):
+            gallery = _batches(gallery_embeds, gallery_mask, batch_size)
+            rows = slice(start, start + len(query))
+            scores[rows], indices[rows] = _best_of_gallery(query, mask, gallery, k, negative_slope)
+        return scores, indices
+
+
+def _check_query_and_gallery(
+    query_embeds: torch.Tensor | list[torch.Tensor],
+    gallery_embeds: torch.Tensor | list[torch.Tensor],
+    query_mask: torch.Tensor | None,
+    gallery_mask: torch.Tensor | None,
+) -> None:
+    if len(gallery_embeds) == 0:
+        raise ValueError("The gallery is empty.")
+    for side, embeds, mask in (("query", query_embeds, query_mask), ("gallery", gallery_embeds, gallery_mask)):
+        if not isinstance(embeds, torch.Tensor):
+            continue
+        if embeds.ndim != 3:
+            raise ValueError(f"{side}_embeds has shape {tuple(embeds.shape)}; expected (samples, tokens, dim).")
+        if mask is not None and mask.shape != embeds.shape[:2]:
+            raise ValueError(
+                f"{side}_mask has shape {tuple(mask.shape)}; {side}_embeds of shape {tuple(embeds.shape)} needs "
+                f"{tuple(embeds.shape[:2])}."
+            )
+    dims = [embeds[0].shape[-1] for embeds in (query_embeds, gallery_embeds) if len(embeds)]
+    if dims[0] != dims[-1]:
+        raise ValueError(f"query_embeds has dim {dims[0]} and gallery_embeds has dim {dims[-1]}; they must be equal.")
+
+
+_Batches = Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]
+
+
+def _batches(embeds: torch.Tensor | list[torch.Tensor], mask: torch.Tensor | None, size: int) -> _Batches:
+    """Gives the index of its first sample, embeddings and mask of each batch; lists are padded batch by batch."""
+    for start in range(0, len(embeds), size):
+        rows = slice(start, start + size)
+        yield start, *_padded(embeds[rows], None if mask is None else mask[rows])
+
+
+def _best_of_gallery(
+    query: torch.Tensor, query_mask: torch.Tensor | None, gallery: _Batches, k: int, negative_slope: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = torch.empty(len(query), 0, device=query.device)
+    indices = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
+    for start, items, mask in gallery:
+        items, mask = items.to(query.device), None if mask is None else mask.to(query.device)
+        new_scores = _symmetric_scores(query, items, query_mask, mask, negative_slope)
+        new_indices = torch.arange(start, start + len(items), device=query.device).expand_as(new_scores)
+        # The sort is stable and what was found earlier stands first, so that of equal scores the lower index wins.
+        scores, order = torch.cat([scores, new_scores], dim=1).sort(dim=1, descending=True, stable=True)
+        scores, order = scores[:, :k], order[:, :k]
+        indices = torch.cat([indices, new_indices], dim=1).gather(1, order)
+    return scores, indices
+
+
+def _symmetric_scores(
+    query: torch.Tensor,
+    items: torch.Tensor,
+    query_mask: torch.Tensor | None,
+    item_mask: torch.Tensor | None,
+    negative_slope: float,
+) -> torch.Tensor:
+    # The score is symmetric; it is computed faster with the longer samples in the place of images.
+    if query.shape[1] < items.shape[1]:
+        return pair_scores(items, query, item_mask, query_mask, negative_slope=negative_slope).T
+    return pair_scores(query, items, query_mask, item_mask, negative_slope=negative_slope)
 
 
 def _padded(

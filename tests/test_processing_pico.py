@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from PIL import Image
@@ -117,3 +119,116 @@ def test_wrong_embeddings_are_refused(tiny_processor, encoded):
         tiny_processor.score_retrieval(list(images), texts, image_mask)
     with pytest.raises(ValueError, match="dim"):
         tiny_processor.score_retrieval(images, texts[:, :, :3])
+
+
+@pytest.fixture
+def shelf():
+    """Four one-token items; the query (1, 0) scores twice the first feature: 0.4, 1.6, 1.6, -0.8."""
+    return torch.tensor([[[0.2, 0.9]], [[0.8, 0.1]], [[0.8, -0.3]], [[-0.4, 0.0]]]), torch.tensor([[[1.0, 0.0]]])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 256])
+def test_retrieve_by_hand(tiny_processor, shelf, batch_size):
+    gallery, query = shelf
+    # Of the equal scores of items 1 and 2 the lower index comes first, whatever batches they are in.
+    scores, indices = tiny_processor.retrieve(query, gallery, k=3, batch_size=batch_size)
+    torch.testing.assert_close(scores, torch.tensor([[1.6, 1.6, 0.4]]))
+    assert indices.tolist() == [[1, 2, 0]] and indices.dtype == torch.int64
+    assert tiny_processor.retrieve(query, gallery, k=1, batch_size=batch_size)[1].tolist() == [[1]]
+    # The LeakyReLU takes the negative score to -0.08; a gallery smaller than k is returned whole.
+    scores, indices = tiny_processor.retrieve(query, gallery, batch_size=batch_size, negative_slope=0.1)
+    torch.testing.assert_close(scores, torch.tensor([[1.6, 1.6, 0.4, -0.08]]))
+    assert indices.tolist() == [[1, 2, 0, 3]]
+
+
+def test_retrieve_ranks_an_item_without_tokens_at_zero(tiny_processor, shelf):
+    gallery, query = shelf
+    mask = torch.tensor([[True], [False], [True], [True]])
+    scores, indices = tiny_processor.retrieve(query, gallery, gallery_mask=mask, k=4, batch_size=3)
+    assert indices.tolist() == [[2, 0, 1, 3]] and scores[0, 2] == 0
+    scores, indices = tiny_processor.retrieve(query, gallery, torch.zeros(1, 1, dtype=torch.bool), k=2, batch_size=3)
+    assert indices.tolist() == [[0, 1]] and scores.tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize(("k", "batch_size"), [(1, 4), (3, 2), (7, 3), (23, 5), (50, 64)])
+def test_retrieve_equals_sorting_all_scores_in_both_directions(tiny_processor, k, batch_size):
+    generator = torch.Generator().manual_seed(k)
+    # Few small integers and powers of two for lengths: exact scores with many ties.
+    images = torch.randint(-1, 2, (23, 4, 3), generator=generator).float()
+    texts = torch.randint(-1, 2, (9, 2, 3), generator=generator).float()
+    image_mask = torch.arange(4) < torch.tensor([0, 1, 2, 4])[torch.randint(4, (23, 1), generator=generator)]
+    matrix = pair_scores(images, texts, image_mask)
+    for query, gallery, masks, expected in (
+        (texts, images, {"gallery_mask": image_mask}, matrix.T),
+        (images, texts, {"query_mask": image_mask}, matrix),
+    ):
+        best, order = expected.sort(dim=1, descending=True, stable=True)
+        assert any(len(row.unique()) < len(row) for row in best[:, :k]) or k == 1
+        scores, indices = tiny_processor.retrieve(query, gallery, **masks, k=k, batch_size=batch_size)
+        assert torch.equal(scores, best[:, :k]) and torch.equal(indices, order[:, :k])
+
+
+def test_retrieve_of_lists_and_of_no_queries(tiny_processor, encoded):
+    images, texts, image_mask, text_mask = encoded
+    image_list = [row[mask] for row, mask in zip(images, image_mask, strict=True)]
+    text_list = [row[mask] for row, mask in zip(texts, text_mask, strict=True)]
+    expected = tiny_processor.retrieve(texts, images, text_mask, image_mask, k=2)
+    for batch_size in (1, 2, 8):
+        scores, indices = tiny_processor.retrieve(text_list, image_list, k=2, batch_size=batch_size)
+        torch.testing.assert_close(scores, expected[0])
+        assert torch.equal(indices, expected[1])
+    assert [part.shape for part in tiny_processor.retrieve(texts[:0], images)] == [(0, 3), (0, 3)]
+    assert tiny_processor.retrieve([], image_list, k=1)[1].shape == (0, 1)
+
+
+def test_retrieve_scores_batches_only(tiny_processor, monkeypatch):
+    module = sys.modules[type(tiny_processor).__module__]
+    shapes = []
+    original = module.pair_scores
+
+    def watched(*args, **kwargs):
+        scores = original(*args, **kwargs)
+        shapes.append(tuple(scores.shape))
+        return scores
+
+    monkeypatch.setattr(module, "pair_scores", watched)
+    tiny_processor.retrieve(torch.randn(5, 2, 3), torch.randn(7, 4, 3), k=2, batch_size=3)
+    # The side with the longer samples is first.
+    assert shapes == [(3, 3), (3, 3), (1, 3), (3, 2), (3, 2), (1, 2)]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_retrieve_from_a_gallery_in_main_memory(tiny_processor):
+    generator = torch.Generator().manual_seed(0)
+    queries, gallery = torch.randn(5, 6, 16, generator=generator), torch.randn(40, 12, 16, generator=generator)
+    expected = tiny_processor.retrieve(queries, gallery, k=4, batch_size=16)
+    scores, indices = tiny_processor.retrieve(queries.cuda(), gallery, k=4, batch_size=16)
+    torch.testing.assert_close(scores, expected[0], rtol=1e-2, atol=1e-2)
+    assert torch.equal(indices, expected[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((torch.ones(2, 1, 3), torch.ones(0, 1, 3)), {}, "gallery is empty"),
+        (([torch.ones(1, 3)], []), {}, "gallery is empty"),
+        ((torch.ones(2, 1, 3), torch.ones(2, 1, 3)), {"k": 0}, "k=0 and batch_size=256"),
+        ((torch.ones(2, 1, 3), torch.ones(2, 1, 3)), {"batch_size": 0}, "k=10 and batch_size=0"),
+        ((torch.ones(2, 1, 3), torch.ones(2, 1, 4)), {}, "query_embeds has dim 3 and gallery_embeds has dim 4"),
+        ((torch.ones(2, 3), torch.ones(2, 1, 3)), {}, r"query_embeds has shape \(2, 3\); expected \(samples, tokens"),
+        (
+            (torch.ones(2, 1, 3), torch.ones(2, 1, 3), None, torch.ones(3, 1, dtype=torch.bool)),
+            {},
+            r"gallery_mask has shape \(3, 1\); gallery_embeds of shape \(2, 1, 3\) needs \(2, 1\)",
+        ),
+        (
+            ([torch.ones(1, 3)], torch.ones(2, 1, 3), torch.ones(1, 1, dtype=torch.bool)),
+            {},
+            "carries its own lengths; give no mask",
+        ),
+    ],
+)
+def test_retrieve_names_bad_input(tiny_processor, arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_processor.retrieve(*arguments, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,14 @@ from torch import nn
 
 from ..loss_pico import image_text_loss
 from ..scoring_pico import pair_scores
-from .retrieval_metrics import chance_rsum, folded_retrieval_metrics
+from .retrieval_metrics import (
+    RetrievalRanks,
+    chance_rsum,
+    fold_members,
+    folded_retrieval_metrics,
+    mean_metrics,
+    retrieval_metrics,
+)
 
 
 @dataclass
@@ -37,6 +44,31 @@ class EncodedRetrieval:
     image_ids: torch.Tensor
     text_ids: torch.Tensor
 
+    def first_image(self) -> int:
+        """Index of this process's first image among those of all processes."""
+        counts = gather(torch.tensor([len(self.image_tokens)], device=self.image_tokens.device))
+        return int(counts[: PartialState().process_index].sum())
+
+
+@dataclass
+class _Block:
+    """
+    Images or texts that are scored together.
+
+    Attributes:
+        tokens (`slice` or `torch.Tensor`): Where their tokens are.
+        positions (`torch.Tensor`): Where their scores belong.
+        ids (`tuple(int, int)`): Lowest and highest identity.
+    """
+
+    tokens: slice | torch.Tensor
+    positions: torch.Tensor
+    ids: tuple[int, int]
+
+    def may_match(self, other: _Block) -> bool:
+        """Whether an identity may be in both."""
+        return self.ids[0] <= other.ids[1] and other.ids[0] <= self.ids[1]
+
 
 class RetrievalEvaluator:
     r"""
@@ -44,6 +76,12 @@ class RetrievalEvaluator:
 
     Knows nothing of the alignment head: it keeps token embeddings before weighting and asks the head for score-ready
     ones when it scores.
+
+    Metrics need ranks alone, so no score matrix is held. Images and texts are scored in tiles, in the order of their
+    identities, where only the tiles along the diagonal hold right pairs. These come first and are kept until all
+    processes know what each query's best right answer scores; every other tile is counted and dropped. So every pair
+    is scored once (a second time, in another tile, it might be rounded differently), and memory grows with the number
+    of images and texts, not with their product. Pairs that no fold ranks are not scored.
 
     Args:
         num_folds (`int`, *optional*, defaults to 1):
@@ -72,8 +110,7 @@ class RetrievalEvaluator:
         """
         Encodes, scores and measures. See [`encode`] for `batches`; returns [`metrics`].
         """
-        encoded = self.encode(model, batches)
-        return self.metrics(model, encoded, self.score(model, encoded))
+        return self.metrics(model, self.encode(model, batches))
 
     @torch.no_grad()
     def encode(
@@ -133,7 +170,8 @@ class RetrievalEvaluator:
     @torch.no_grad()
     def score(self, model: nn.Module, encoded: EncodedRetrieval) -> torch.Tensor:
         """
-        Scores every image of all processes against every text, under the prototypes the model holds now.
+        Scores every image of all processes against every text, under the prototypes the model holds now. No metric
+        needs this matrix, which is 0.5 GB for 5,000 images with five captions each.
 
         Args:
             model (`nn.Module`): The [`PicoModel`], unwrapped.
@@ -142,54 +180,135 @@ class RetrievalEvaluator:
         Returns:
             `torch.Tensor` of shape `(images, texts)` in float32, the same on every process.
         """
-        head, slope = model.alignment_head, model.config.negative_slope
-        rows = []
-        for image_start in range(0, len(encoded.image_tokens), self.image_chunk):
-            image_rows = slice(image_start, image_start + self.image_chunk)
-            image_mask = encoded.image_mask[image_rows]
-            images, _ = head.weight(encoded.image_tokens[image_rows], image_mask, "image")
-            tiles = []
-            # Texts are weighted tile by tile as well: a weighted copy of a large gallery would double its memory.
-            for text_start in range(0, len(encoded.text_tokens), self.text_chunk):
-                text_rows = slice(text_start, text_start + self.text_chunk)
-                text_mask = encoded.text_mask[text_rows]
-                texts, _ = head.weight(encoded.text_tokens[text_rows], text_mask, "text")
-                tiles.append(pair_scores(images, texts, image_mask, text_mask, negative_slope=slope))
-            rows.append(torch.cat(tiles, dim=1))
-        return gather_rows(torch.cat(rows))
+        first, own = encoded.first_image(), len(encoded.image_tokens)
+        image_rows = torch.arange(own)
+        image_blocks = _blocks(encoded.image_ids[first : first + own], image_rows, image_rows, self.image_chunk)
+        text_rows = torch.arange(len(encoded.text_tokens))
+        text_blocks = _blocks(encoded.text_ids, text_rows, text_rows, self.text_chunk)
+        scores = encoded.image_tokens.new_empty(own, len(encoded.text_tokens), dtype=torch.float32)
+        for rows, columns, tile in self._tiles(model, encoded, [(block, text_blocks) for block in image_blocks]):
+            scores[rows[:, None], columns] = tile
+        return gather_rows(scores)
 
     @torch.no_grad()
-    def metrics(self, model: nn.Module, encoded: EncodedRetrieval, scores: torch.Tensor) -> dict[str, float]:
+    def metrics(
+        self, model: nn.Module, encoded: EncodedRetrieval, scores: torch.Tensor | None = None
+    ) -> dict[str, float]:
         """
         Recalls at 1, 5 and 10 in both directions in percent, median ranks, rSum, the rSum of a random ranking
-        (`chance_rsum`), and the in-batch loss over consecutive images with their first caption (`loss`).
+        (`chance_rsum`), and the in-batch loss over consecutive images with their first caption (`loss`). Give the
+        `scores` of [`score`] where they are there for another reason.
         """
-        metrics = self.retrieval_metrics(encoded, scores)
+        metrics = self.retrieval_metrics(model, encoded, scores)
         metrics["chance_rsum"] = chance_rsum(encoded.image_ids, encoded.text_ids, self.num_folds)
-        metrics["loss"] = self._loss(model, encoded, scores)
+        metrics["loss"] = self._loss(model, encoded)
         return metrics
 
-    def retrieval_metrics(self, encoded: EncodedRetrieval, scores: torch.Tensor) -> dict[str, float]:
-        """Recalls, median ranks and rSum of a score matrix."""
-        return folded_retrieval_metrics(scores, encoded.image_ids, encoded.text_ids, num_folds=self.num_folds)
+    @torch.no_grad()
+    def retrieval_metrics(
+        self, model: nn.Module, encoded: EncodedRetrieval, scores: torch.Tensor | None = None
+    ) -> dict[str, float]:
+        """Recalls, median ranks and rSum under the prototypes the model holds now; see [`metrics`]."""
+        if scores is not None:
+            return folded_retrieval_metrics(scores, encoded.image_ids, encoded.text_ids, num_folds=self.num_folds)
+        first = encoded.first_image()
+        members = fold_members(encoded.image_ids, encoded.text_ids, self.num_folds)
+        return mean_metrics([retrieval_metrics(*self._ranks(model, encoded, first, *fold)) for fold in members])
 
-    def _loss(self, model: nn.Module, encoded: EncodedRetrieval, scores: torch.Tensor) -> float:
-        config = model.config
+    def _ranks(
+        self, model: nn.Module, encoded: EncodedRetrieval, first: int, images: slice, texts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ranks of both directions among these images and texts; `first` is the first image of this process."""
+        image_ids, text_ids = encoded.image_ids[images], encoded.text_ids[texts]
+        start, stop = max(images.start, first), min(images.stop, first + len(encoded.image_tokens))
+        own = torch.arange(start, max(start, stop))
+        image_blocks = _blocks(encoded.image_ids[own], own - first, own - images.start, self.image_chunk)
+        text_blocks = _blocks(text_ids, texts, torch.arange(len(texts)), self.text_chunk)
+        ranks = RetrievalRanks(image_ids, text_ids)
+        parts = {
+            right: [
+                (block, [other for other in text_blocks if block.may_match(other) == right]) for block in image_blocks
+            ]
+            for right in (True, False)
+        }
+        kept = []
+        for tile in self._tiles(model, encoded, parts[True]):
+            ranks.observe(*tile)
+            kept.append(tile)
+        ranks.best.copy_(gather(ranks.best[None]).amax(dim=0))
+        while kept:
+            ranks.count(*kept.pop())
+        for tile in self._tiles(model, encoded, parts[False]):
+            ranks.count(*tile)
+        ranks.counts.copy_(gather(ranks.counts[None]).sum(dim=0))
+        return ranks.compute()
+
+    def _tiles(
+        self, model: nn.Module, encoded: EncodedRetrieval, parts: Iterable[tuple[_Block, list[_Block]]]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Scores each block of images with its blocks of texts; gives positions of both and scores in float32."""
+        slope = model.config.negative_slope
+        for image_block, text_blocks in parts:
+            if not text_blocks:
+                continue
+            images, image_mask = _score_ready(model, encoded, "image", image_block.tokens)
+            # Texts are weighted tile by tile as well: a weighted copy of a large gallery would double its memory.
+            for text_block in text_blocks:
+                texts, text_mask = _score_ready(model, encoded, "text", text_block.tokens)
+                tile = pair_scores(images, texts, image_mask, text_mask, negative_slope=slope)
+                yield image_block.positions, text_block.positions, tile.float()
+
+    def _loss(self, model: nn.Module, encoded: EncodedRetrieval) -> float:
+        config, size, first = model.config, self.loss_batch_size, encoded.first_image()
+        sorted_ids, order = encoded.text_ids.sort(stable=True)
+        captions = order[torch.searchsorted(sorted_ids, encoded.image_ids)]
+        end = first + len(encoded.image_tokens)
+        rows = []
+        # Batches of the images of all processes; of the first and the last, other processes may have a part.
+        for start in range(first // size * size, end, size):
+            own = slice(max(start, first) - first, min(start + size, end) - first)
+            images, image_mask = _score_ready(model, encoded, "image", own)
+            texts, text_mask = _score_ready(model, encoded, "text", captions[start : start + size])
+            block = pair_scores(images, texts, image_mask, text_mask, negative_slope=config.negative_slope)
+            rows.append(block.float())
+        scores = gather_rows(concatenate_padded(rows))
         total = 0.0
-        for start in range(0, len(scores), self.loss_batch_size):
-            rows = torch.arange(start, min(start + self.loss_batch_size, len(scores)), device=scores.device)
-            matches = encoded.image_ids[rows, None] == encoded.text_ids[None, :]
-            block = scores[rows][:, matches.float().argmax(dim=1)]
+        for start in range(0, len(scores), size):
+            ids = encoded.image_ids[start : start + size]
+            block = scores[start : start + size, : len(ids)]
             loss = image_text_loss(
                 block,
                 block.T,
-                image_ids=encoded.image_ids[rows],
+                image_ids=ids,
                 loss_type=config.loss_type,
                 logit_scale=model.logit_scale.float().exp(),
                 margin=config.margin,
             )
-            total += float(loss) * len(rows)
+            total += float(loss) * len(ids)
         return total / len(scores)
+
+
+def _score_ready(
+    model: nn.Module, encoded: EncodedRetrieval, modality: str, rows: slice | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted tokens and mask of some images (`modality="image"`) or texts (`"text"`)."""
+    tokens, mask = getattr(encoded, f"{modality}_tokens")[rows], getattr(encoded, f"{modality}_mask")[rows]
+    return model.alignment_head.weight(tokens, mask, modality)[0], mask
+
+
+def _blocks(ids: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, size: int) -> list[_Block]:
+    """Cuts images or texts into blocks of `size` in the order of their identities; see [`_Block`]."""
+    sorted_ids, order = ids.cpu().sort(stable=True)
+    tokens, blocks = tokens.cpu(), []
+    for part, part_ids in zip(order.split(size), sorted_ids.split(size), strict=True):
+        if len(part):  # an empty tensor is split into one empty part
+            rows = tokens[part]
+            # A slice gives a view of the tokens, indices give a copy.
+            is_run = bool((rows.diff() == 1).all())
+            where = slice(int(rows[0]), int(rows[-1]) + 1) if is_run else rows.to(ids.device)
+            lowest_and_highest = int(part_ids[0]), int(part_ids[-1])
+            blocks.append(_Block(where, positions[part].to(ids.device), lowest_and_highest))
+    return blocks
 
 
 def gather_rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,77 +15,82 @@ RECALL_LEVELS = (1, 5, 10)
 
 class RetrievalRanks:
     """
-    Exact ranks of both directions from tiles of whole score rows, without the full score matrix.
+    Exact ranks of both directions from tiles of the score matrix, in any order and without ever holding the matrix.
 
     Text `j` is a right answer to image `i`, and the other way round, if and only if `text_ids[j] == image_ids[i]`. A
     query's rank is the number of wrong items that score at least as high as its best right one, so a tie never speaks
     for the right answer and no sorting is involved.
 
-    A tile holds all right answers of its images, but the right images of a text may come with a later tile. Therefore
-    the scores of the right pairs, which are few, are wanted up front.
+    What a wrong item is compared with has to be known before it is counted. Therefore every tile that holds right
+    pairs, which are few where images and texts are ordered by identity, is shown to [`observe`] first, and then every
+    tile, those included, to [`count`].
+
+    Several processes may share the work: between the two phases each takes the elementwise maximum of all `best`, and
+    after the second one the sum of all `counts`.
 
     Args:
         image_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each image, shape `(images,)`.
         text_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each text, shape `(texts,)`.
-        positive_scores (`torch.Tensor` or `numpy.ndarray`):
-            Best score of each text with one of its right images, shape `(texts,)`. Counting happens on its device.
-        tie_tolerance (`float`, *optional*, defaults to 0.0):
-            Largest rounding difference between `positive_scores` and the same pairs' scores in the tiles. 0 asks for
-            equal bits. A wrong image within the tolerance counts as a tie, against the text.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Type of the tiles.
+        device (`torch.device`, *optional*): Device of the tiles; that of `image_ids` by default.
+
+    Attributes:
+        best (`torch.Tensor` of shape `(images + texts,)`): Best right score so far of each image, then of each text.
+        counts (`torch.Tensor` of shape `(images + texts + 3,)`, int64):
+            Wrong items so far that score at least as high as `best`, of each image, then of each text; then counted
+            pairs, scores that are NaN or infinite, and right pairs that were not observed.
 
     Raises:
-        `ValueError`: If a query has no right answer, or shapes and dtypes do not fit.
+        `ValueError`: If a query has no right answer.
     """
 
     def __init__(
         self,
         image_ids: Tensor | np.ndarray | Sequence[int],
         text_ids: Tensor | np.ndarray | Sequence[int],
-        positive_scores: Tensor | np.ndarray,
         *,
-        tie_tolerance: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
     ) -> None:
-        self.positive_scores = _as_scores(positive_scores, "positive_scores")
-        self.image_ids, self.text_ids = (ids.to(self.positive_scores.device) for ids in _as_ids(image_ids, text_ids))
-        if self.positive_scores.shape != self.text_ids.shape:
-            raise ValueError(
-                f"positive_scores must hold one score per text, shape {tuple(self.text_ids.shape)}, got "
-                f"{tuple(self.positive_scores.shape)}."
-            )
-        if not 0 <= tie_tolerance < math.inf:
-            raise ValueError(f"tie_tolerance must be finite and at least 0, got {tie_tolerance}.")
-        self.tie_tolerance = tie_tolerance
-        # -1 marks images whose row has not come yet.
-        self._image_ranks = torch.full_like(self.image_ids, -1)
-        self._text_ranks = torch.zeros_like(self.text_ids)
-        self._seen_positive_scores = torch.full_like(self.positive_scores, -math.inf)
+        self.image_ids, self.text_ids = (ids.to(device) for ids in _as_ids(image_ids, text_ids))
+        sizes = [len(self.image_ids), len(self.text_ids)]
+        self.best = torch.full((sum(sizes),), -math.inf, dtype=dtype, device=self.image_ids.device)
+        self.counts = self.image_ids.new_zeros(sum(sizes) + 3)
+        # Views: what is written to the vectors, also by a reduction over processes, is seen here.
+        self._image_best, self._text_best = self.best.split(sizes)
+        self._image_ranks, self._text_ranks, self._totals = self.counts.split([*sizes, 3])
 
-    def update(self, row_start: int, score_tile: Tensor | np.ndarray) -> None:
+    def observe(self, rows: Tensor | slice, columns: Tensor | slice, tile: Tensor) -> None:
         """
-        Counts one tile. Every image's row must come once, in any order.
+        Takes the scores of right pairs from a tile; wrong pairs in it are left alone.
 
         Args:
-            row_start (`int`): Index of the tile's first image.
-            score_tile (`torch.Tensor` or `numpy.ndarray`): Scores of shape `(rows, texts)`, against all texts.
+            rows (`torch.Tensor` or `slice`): Which images the tile holds, each once.
+            columns (`torch.Tensor` or `slice`): Which texts the tile holds, each once.
+            tile (`torch.Tensor`): Scores of shape `(rows, columns)`.
 
         Raises:
-            `ValueError`: If the tile does not fit, repeats a row, or holds NaN or infinity.
+            `ValueError`: If the tile's shape or type does not fit.
         """
-        tile = _as_scores(score_tile, "score_tile").to(self.positive_scores.device)
-        if tile.ndim != 2 or tile.shape[1] != len(self.text_ids):
-            raise ValueError(f"score_tile must be (rows, {len(self.text_ids)}), got {tuple(tile.shape)}.")
-        row_end = row_start + len(tile)
-        if not 0 <= row_start < row_end <= len(self.image_ids):
-            raise ValueError(f"Rows {row_start} to {row_end} do not lie within {len(self.image_ids)} images.")
-        if (self._image_ranks[row_start:row_end] >= 0).any():
-            raise ValueError(f"Rows {row_start} to {row_end} were partly counted before.")
-        right = self.image_ids[row_start:row_end, None] == self.text_ids
-        right_scores = tile.masked_fill(~right, -math.inf)
-        wrong_scores = tile.masked_fill(right, -math.inf)
-        best_right = right_scores.amax(dim=1, keepdim=True)
-        self._image_ranks[row_start:row_end] = (wrong_scores >= best_right).sum(dim=1)
-        self._text_ranks += (wrong_scores >= self.positive_scores - self.tie_tolerance).sum(dim=0)
-        self._seen_positive_scores = torch.maximum(self._seen_positive_scores, right_scores.amax(dim=0))
+        right_scores = tile.masked_fill(~self._right(rows, columns, tile), -math.inf)
+        self._image_best[rows] = torch.maximum(self._image_best[rows], right_scores.amax(dim=1))
+        self._text_best[columns] = torch.maximum(self._text_best[columns], right_scores.amax(dim=0))
+
+    def count(self, rows: Tensor | slice, columns: Tensor | slice, tile: Tensor) -> None:
+        """
+        Counts the wrong pairs of a tile, once all right pairs were observed. Arguments and errors as in [`observe`];
+        every pair must come once, and a score that was observed must come again bit for bit.
+        """
+        right = self._right(rows, columns, tile)
+        reaches_image = tile >= self._image_best[rows, None]
+        reaches_text = tile >= self._text_best[columns]
+        self._image_ranks[rows] += (reaches_image & ~right).sum(dim=1)
+        self._text_ranks[columns] += (reaches_text & ~right).sum(dim=0)
+        # Judged in `compute`: reading a number here would make an accelerator wait at every tile.
+        self._totals[0] += tile.numel()
+        self._totals[1] += (~tile.isfinite()).sum()
+        above_best = (tile > self._image_best[rows, None]) | (tile > self._text_best[columns])
+        self._totals[2] += (above_best & right).sum()
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """
@@ -94,18 +99,27 @@ class RetrievalRanks:
             `(images,)` and text to image of shape `(texts,)`.
 
         Raises:
-            `ValueError`: If rows are missing, or the tiles contradict `positive_scores`.
+            `ValueError`: If scores are NaN or infinite, or pairs were not observed, left out or counted twice.
         """
-        missing = int((self._image_ranks < 0).sum())
-        if missing:
-            raise ValueError(f"{missing} of {len(self.image_ids)} images were not fed to update().")
-        difference = float((self._seen_positive_scores - self.positive_scores).abs().max())
-        if difference > self.tie_tolerance:
-            raise ValueError(
-                f"positive_scores and the tiles differ by up to {difference:.3g} in the same pairs, more than "
-                f"tie_tolerance={self.tie_tolerance:.3g}. If that is rounding, raise tie_tolerance."
-            )
+        counted, not_finite, unobserved = self._totals.tolist()
+        pairs = len(self.image_ids) * len(self.text_ids)
+        if not_finite:
+            raise ValueError(f"The scores hold {not_finite} values that are NaN or infinite.")
+        if counted != pairs:
+            raise ValueError(f"count() was given {counted} pairs, but there are {pairs}: every pair must come once.")
+        if unobserved:
+            raise ValueError(f"{unobserved} right pairs score higher in count() than anything given to observe().")
         return self._image_ranks.clone(), self._text_ranks.clone()
+
+    def _right(self, rows: Tensor | slice, columns: Tensor | slice, tile: Tensor) -> Tensor:
+        right = self.image_ids[rows, None] == self.text_ids[columns]
+        if tile.shape != right.shape:
+            raise ValueError(
+                f"The tile must be {tuple(right.shape)} as its rows and columns, got {tuple(tile.shape)}."
+            )
+        if tile.dtype != self.best.dtype:
+            raise ValueError(f"The tile is {tile.dtype}, but `dtype` announced {self.best.dtype}.")
+        return right
 
 
 def retrieval_ranks(
@@ -137,16 +151,11 @@ def retrieval_ranks(
         raise ValueError(f"scores must be (images, texts) = ({len(images)}, {len(texts)}), got {tuple(scores.shape)}.")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
-    images, texts = images.to(scores.device), texts.to(scores.device)
-    starts = range(0, len(images), chunk_size)
-    positive_scores = torch.full((len(texts),), -math.inf, dtype=_score_dtype(scores), device=scores.device)
-    for start in starts:
-        chunk = _as_scores(scores[start : start + chunk_size], "scores")
-        wrong = images[start : start + chunk_size, None] != texts
-        positive_scores = torch.maximum(positive_scores, chunk.masked_fill(wrong, -math.inf).amax(dim=0))
-    ranks = RetrievalRanks(images, texts, positive_scores)
-    for start in starts:
-        ranks.update(start, scores[start : start + chunk_size])
+    ranks = RetrievalRanks(images, texts, dtype=_score_dtype(scores), device=scores.device)
+    for phase in (ranks.observe, ranks.count):
+        for start in range(0, len(images), chunk_size):
+            rows = slice(start, start + chunk_size)
+            phase(rows, slice(None), scores[rows].to(ranks.best.dtype))
     return ranks.compute()
 
 
@@ -219,20 +228,47 @@ def folded_retrieval_metrics(
     """
     images, texts = _as_ids(image_ids, text_ids)
     scores = _as_tensor(scores, "scores")
-    if num_folds < 1 or len(images) % num_folds:
-        raise ValueError(f"{len(images)} images cannot be split into {num_folds} folds of equal size.")
+    blocks = fold_members(images, texts, num_folds)
     if scores.shape != (len(images), len(texts)):
         raise ValueError(f"scores must be (images, texts) = ({len(images)}, {len(texts)}), got {tuple(scores.shape)}.")
     if num_folds == 1:
+        # Without the copy of the matrix that a choice of columns makes.
         return retrieval_metrics(*retrieval_ranks(scores, images, texts))
-    size = len(images) // num_folds
     folds = []
-    for start in range(0, len(images), size):
-        fold_images = images[start : start + size]
-        columns = torch.isin(texts, fold_images).nonzero().squeeze(1)
-        fold_scores = scores[start : start + size].index_select(1, columns.to(scores.device))
-        folds.append(retrieval_metrics(*retrieval_ranks(fold_scores, fold_images, texts[columns])))
-    return {name: math.fsum(fold[name] for fold in folds) / num_folds for name in folds[0]}
+    for rows, columns in blocks:
+        fold_scores = scores[rows].index_select(1, columns.to(scores.device))
+        folds.append(retrieval_metrics(*retrieval_ranks(fold_scores, images[rows], texts[columns])))
+    return mean_metrics(folds)
+
+
+def fold_members(
+    image_ids: Tensor | np.ndarray | Sequence[int], text_ids: Tensor | np.ndarray | Sequence[int], num_folds: int
+) -> list[tuple[slice, Tensor]]:
+    """
+    Which images and texts each fold of [`folded_retrieval_metrics`] has.
+
+    Args:
+        image_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each image, shape `(images,)`.
+        text_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each text, shape `(texts,)`.
+        num_folds (`int`): Number of folds; must divide the number of images.
+
+    Returns:
+        `list(tuple(slice, torch.Tensor))`: By fold, its consecutive images and the indices of their texts.
+
+    Raises:
+        `ValueError`: If the folds would differ in size, or a query has no right answer.
+    """
+    images, texts = _as_ids(image_ids, text_ids)
+    if num_folds < 1 or len(images) % num_folds:
+        raise ValueError(f"{len(images)} images cannot be split into {num_folds} folds of equal size.")
+    size = len(images) // num_folds
+    blocks = [slice(start, start + size) for start in range(0, len(images), size)]
+    return [(rows, torch.isin(texts, images[rows]).nonzero().squeeze(1)) for rows in blocks]
+
+
+def mean_metrics(folds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean of each metric over the folds."""
+    return {name: math.fsum(fold[name] for fold in folds) / len(folds) for name in folds[0]}
 
 
 def chance_rsum(
@@ -253,9 +289,9 @@ def chance_rsum(
         `float`: The sum of the six expected recalls, in percent.
     """
     images, texts = _as_ids(image_ids, text_ids)
-    if num_folds > 1:
-        blocks = images.split(len(images) // num_folds)
-        return math.fsum(chance_rsum(block, texts[torch.isin(texts, block)]) for block in blocks) / len(blocks)
+    if num_folds != 1:
+        folds = [chance_rsum(images[rows], texts[columns]) for rows, columns in fold_members(images, texts, num_folds)]
+        return math.fsum(folds) / num_folds
     total = 0.0
     for queries, gallery in ((images, texts), (texts, images)):
         ids, counts = gallery.unique(return_counts=True)
@@ -278,14 +314,6 @@ def _as_tensor(values: Tensor | np.ndarray | Sequence[int], name: str) -> Tensor
 
 def _score_dtype(scores: Tensor) -> torch.dtype:
     return torch.promote_types(scores.dtype, torch.float32) if scores.is_floating_point() else torch.float64
-
-
-def _as_scores(values: Tensor | np.ndarray, name: str) -> Tensor:
-    scores = _as_tensor(values, name)
-    scores = scores.to(_score_dtype(scores))
-    if not torch.isfinite(scores).all():
-        raise ValueError(f"{name} holds {int((~torch.isfinite(scores)).sum())} values that are NaN or infinite.")
-    return scores
 
 
 def _as_ids(

@@ -356,9 +356,7 @@ class PicoTrainer(Trainer):
                 # choice of the best checkpoint untouched.
                 name = self._feedback_dataset()
                 encoded = self._encode(self.get_eval_dataloader(name))
-                model = self._pico_model()
-                metrics = self.evaluator.retrieval_metrics(encoded, self.evaluator.score(model, encoded))
-                self._propose(encoded, metrics["rsum"])
+                self._propose(encoded, self.evaluator.retrieval_metrics(self._pico_model(), encoded)["rsum"])
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # Evaluation
@@ -384,9 +382,11 @@ class PicoTrainer(Trainer):
         Returns metrics under `{metric_key_prefix}_rsum`, `..._image_to_text_recall_at_1` and so on, and, from
         `Trainer.predict`, the score matrix `(images, texts)` as predictions.
         """
+        if prediction_loss_only is None:
+            prediction_loss_only = self.args.prediction_loss_only
         encoded = self._encode(dataloader)
         model = self._pico_model()
-        scores = self.evaluator.score(model, encoded)
+        scores = None if prediction_loss_only else self.evaluator.score(model, encoded)
         metrics = self.evaluator.metrics(model, encoded, scores)
         self._card_metrics[metric_key_prefix] = metrics
         construction = self.construction
@@ -395,7 +395,7 @@ class PicoTrainer(Trainer):
                 self._propose(encoded, metrics["rsum"])
             construction.observe(metrics["rsum"])
         return EvalLoopOutput(
-            predictions=None if prediction_loss_only else scores.cpu().numpy(),
+            predictions=None if scores is None else scores.cpu().numpy(),
             label_ids=None,
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
             num_samples=len(dataloader.dataset),
@@ -439,7 +439,7 @@ class PicoTrainer(Trainer):
         model = self._pico_model()
 
         def score() -> float:
-            return self.evaluator.retrieval_metrics(encoded, self.evaluator.score(model, encoded))["rsum"]
+            return self.evaluator.retrieval_metrics(model, encoded)["rsum"]
 
         self.log(self.construction.propose(rsum, score))
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from modeling_pico.evaluation import folded_retrieval_metrics
+
 
 WORKER = Path(__file__).with_name("worker.py")
 pytestmark = pytest.mark.distributed
@@ -82,6 +84,16 @@ def test_evaluation_of_an_odd_set_is_that_of_one_process(results, run):
         if name != "eval_runtime":
             assert first["evaluation"][name] == second["evaluation"][name]
             assert first["evaluation"][name] == pytest.approx(single["evaluation"][name], abs=1e-4)
+
+
+@pytest.mark.parametrize("run", ["infonce", "hinge"])
+def test_folds_that_processes_share_are_those_of_the_full_matrix(results, run):
+    single, first, second = (result[run] for result in results)
+    assert first["folds"] == second["folds"]
+    assert first["folds"] == pytest.approx(single["folds"], abs=1e-4)
+    expected = folded_retrieval_metrics(single["scores"], *single["eval_ids"], num_folds=3)
+    assert {name: first["folds"][name] for name in expected} == expected
+    assert first["folds"]["rsum"] != first["evaluation"]["eval_rsum"]
 
 
 def test_two_processes_resume_bit_for_bit(results):

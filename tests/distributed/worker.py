@@ -20,6 +20,7 @@ from accelerate import PartialState
 from tiny import prototype_log, trainer
 from transformers import logging
 
+from modeling_pico import RetrievalEvaluator
 from modeling_pico.training import PicoTrainer
 
 
@@ -59,6 +60,9 @@ def run(folder: Path, model_options: dict, checkpoint: str | None = None, **opti
     made.train(resume_from_checkpoint=checkpoint)
     evaluation = made.evaluate()
     prediction = made.predict(made.eval_dataset)
+    # Folds, tiles and batches of the loss that end within a process's images; one process has none of the first fold.
+    made.evaluator = RetrievalEvaluator(num_folds=3, loss_batch_size=3, image_chunk=2, text_chunk=5)
+    encoded = made._encode(made.get_eval_dataloader())
     return {
         "gradients": made.gradients,
         "losses": made.losses,
@@ -67,6 +71,8 @@ def run(folder: Path, model_options: dict, checkpoint: str | None = None, **opti
         "state": {name: tensor.clone() for name, tensor in made._pico_model().state_dict().items()},
         "log": prototype_log(made),
         "evaluation": {name: evaluation[name] for name in evaluation if "per_second" not in name},
+        "folds": made.evaluator.metrics(made._pico_model(), encoded),
+        "eval_ids": (encoded.image_ids, encoded.text_ids),
         "scores": torch.from_numpy(prediction.predictions),
         "steps": made.state.global_step,
     }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -12,9 +13,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from tiny import CountedDataset, model, processor, rows
 
-from modeling_pico import RetrievalEvaluator, image_text_loss
+from modeling_pico import RetrievalEvaluator, image_text_loss, pair_scores
 from modeling_pico.data import PicoDataCollator
-from modeling_pico.evaluation import retrieval_metrics, retrieval_ranks
+from modeling_pico.evaluation import (
+    EncodedRetrieval,
+    RetrievalRanks,
+    folded_retrieval_metrics,
+    retrieval_metrics,
+    retrieval_ranks,
+)
 from modeling_pico.training import PrototypeState
 
 
@@ -141,3 +148,85 @@ def test_empty_set_is_refused(net):
 def test_folds_are_consecutive_images(net, data):
     with pytest.raises(ValueError, match="11 images cannot be split into 2 folds"):
         RetrievalEvaluator(num_folds=2)(net, loader(data, 4))
+
+
+def exact_set(ids: list[int], captions: int, seed: int) -> EncodedRetrieval:
+    """
+    Tokens of small integers, one, two or four to a sample: scores without any rounding, whatever the tile, and with
+    many ties. Texts are shuffled.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    image_ids = torch.tensor(ids)
+    text_ids = image_ids.unique().repeat_interleave(captions)
+    text_ids = text_ids[torch.randperm(len(text_ids), generator=generator)]
+    parts = {}
+    for side, length in (("image", len(image_ids)), ("text", len(text_ids))):
+        parts[f"{side}_tokens"] = torch.randint(-1, 2, (length, 4, 2), generator=generator).float()
+        lengths = torch.tensor([1, 2, 4])[torch.randint(3, (length, 1), generator=generator)]
+        parts[f"{side}_mask"] = torch.arange(4) < lengths
+    return EncodedRetrieval(**parts, image_ids=image_ids, text_ids=text_ids)
+
+
+IDS = {
+    "ordered": list(range(24)),
+    "shuffled": torch.randperm(24, generator=torch.Generator().manual_seed(4)).tolist(),
+    # Every meaning in every fold and block of images.
+    "repeated": [1000, -7, 3] * 8,
+    "one meaning": [5] * 24,
+    "some repeated": [*range(20), 0, 7, 19, 7],
+}
+
+
+@pytest.mark.parametrize("folds", [1, 2, 3, 24])
+@pytest.mark.parametrize("chunks", [(1, 1), (5, 7), (24, 1000)], ids=str)
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
+def test_streamed_metrics_equal_those_of_the_full_matrix(ids, chunks, folds):
+    net = model(alignment_head="fine_grained").eval()
+    evaluator = RetrievalEvaluator(folds, image_chunk=chunks[0], text_chunk=chunks[1])
+    encoded = exact_set(ids, captions=3, seed=folds)
+    scores = evaluator.score(net, encoded)
+    expected = pair_scores(encoded.image_tokens, encoded.text_tokens, encoded.image_mask, encoded.text_mask)
+    assert torch.equal(scores, expected)
+    assert len(scores.unique()) < 60  # of at least 72 * 3: ties everywhere
+    metrics = evaluator.retrieval_metrics(net, encoded)
+    assert metrics == folded_retrieval_metrics(scores, encoded.image_ids, encoded.text_ids, num_folds=folds)
+    assert metrics == evaluator.retrieval_metrics(net, encoded, scores)
+    assert evaluator.metrics(net, encoded, scores) == evaluator.metrics(net, encoded)
+
+
+@pytest.mark.parametrize("folds", [1, 4])
+def test_every_pair_is_scored_once_and_in_tiles(monkeypatch, folds):
+    net = model(alignment_head="fine_grained").eval()
+    encoded = exact_set(list(range(24)), captions=5, seed=0)
+    evaluator = RetrievalEvaluator(folds, image_chunk=5, text_chunk=8)
+    monkeypatch.setattr(evaluator, "score", lambda *_: pytest.fail("the full matrix"))
+    tiles = []
+
+    def watched(images, texts, *args, **kwargs):
+        tiles.append((len(images), len(texts)))
+        return pair_scores(images, texts, *args, **kwargs)
+
+    monkeypatch.setattr(sys.modules[RetrievalEvaluator.__module__], "pair_scores", watched)
+    evaluator.retrieval_metrics(net, encoded)
+    assert all(rows <= 5 and columns <= 8 for rows, columns in tiles)
+    # With folds only pairs of one fold are scored.
+    assert sum(rows * columns for rows, columns in tiles) == 24 * 120 // folds
+
+
+def test_only_tiles_along_the_diagonal_are_kept(monkeypatch):
+    net = model(alignment_head="fine_grained").eval()
+    encoded = exact_set(torch.randperm(40).tolist(), captions=5, seed=0)
+    evaluator = RetrievalEvaluator(image_chunk=4, text_chunk=20)
+    observed = []
+    original = RetrievalRanks.observe
+    monkeypatch.setattr(RetrievalRanks, "observe", lambda *args: (observed.append(1), original(*args)))
+    evaluator.retrieval_metrics(net, encoded)
+    assert len(observed) == 10  # of 100
+
+
+def test_scores_that_are_not_numbers_are_refused(net, data):
+    evaluator = RetrievalEvaluator(image_chunk=3)
+    encoded = evaluator.encode(net, loader(data, 4))
+    encoded.image_tokens[2, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="values that are NaN or infinite"):
+        evaluator.metrics(net, encoded)

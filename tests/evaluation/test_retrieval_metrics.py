@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -16,6 +17,7 @@ from modeling_pico.evaluation import (
     retrieval_metrics,
     retrieval_ranks,
 )
+from modeling_pico.evaluation.retrieval_metrics import fold_members
 
 
 METRIC_NAMES = [
@@ -106,31 +108,52 @@ def test_ranks_equal_brute_force(problem, chunk_size):
     assert text_ranks.tolist() == _brute_force_ranks(scores.T.tolist(), text_ids, image_ids)
 
 
-@settings(max_examples=40, deadline=None)
-@given(problem=_problems(), cuts=st.integers(0, 2**8 - 1), backwards=st.booleans())
-def test_tiles_in_any_order_equal_the_full_matrix(problem, cuts, backwards):
+def _cut(size: int, cuts: int, order: list[int]) -> list[torch.Tensor]:
+    """Parts of `order`, cut where `cuts` has a bit."""
+    edges = [0] + [place for place in range(1, size) if cuts >> place & 1] + [size]
+    return [torch.tensor(order[start:end]) for start, end in zip(edges, edges[1:], strict=False)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=_problems(), cuts=st.tuples(st.integers(0, 2**8 - 1), st.integers(0, 2**12 - 1)), data=st.data())
+def test_tiles_in_any_order_equal_the_full_matrix(problem, cuts, data):
     scores, image_ids, text_ids = problem
-    right = torch.tensor(image_ids)[:, None] == torch.tensor(text_ids)
-    ranks = RetrievalRanks(image_ids, text_ids, scores.masked_fill(~right, -math.inf).amax(dim=0))
-    edges = [0] + [row for row in range(1, len(image_ids)) if cuts >> row & 1] + [len(image_ids)]
-    tiles = list(zip(edges, edges[1:], strict=False))
-    for start, end in reversed(tiles) if backwards else tiles:
-        ranks.update(start, scores[start:end])
-    for streamed, full in zip(ranks.compute(), retrieval_ranks(scores, image_ids, text_ids), strict=True):
+    rows, columns = (
+        _cut(size, cut, data.draw(st.permutations(range(size)))) for size, cut in zip(scores.shape, cuts, strict=True)
+    )
+    tiles = data.draw(st.permutations(list(itertools.product(rows, columns))))
+    # Two processes, each with a part of the tiles; between them go maxima and sums alone.
+    shares = [tiles[: len(tiles) // 2], tiles[len(tiles) // 2 :]]
+    processes = [RetrievalRanks(image_ids, text_ids) for _ in shares]
+    for process, share in zip(processes, shares, strict=True):
+        for some, others in share:
+            if torch.isin(torch.tensor(image_ids)[some], torch.tensor(text_ids)[others]).any():
+                process.observe(some, others, scores[some[:, None], others])
+    best = torch.maximum(processes[0].best, processes[1].best)
+    for process, share in zip(processes, shares, strict=True):
+        process.best.copy_(best)
+        for some, others in share:
+            process.count(some, others, scores[some[:, None], others])
+    processes[0].counts += processes[1].counts
+    for streamed, full in zip(processes[0].compute(), retrieval_ranks(scores, image_ids, text_ids), strict=True):
         assert torch.equal(streamed, full)
 
 
-def test_positive_scores_that_differ_from_the_tiles_need_a_tolerance():
+def test_a_right_pair_that_was_not_observed_is_noticed():
+    ranks = RetrievalRanks([0, 1], [0, 1])
     scores = torch.tensor([[0.5, 0.1], [0.5, 0.7]])
-    rounded = scores.diagonal() + torch.tensor([1e-6, 0.0])
-    strict = RetrievalRanks([0, 1], [0, 1], rounded)
-    strict.update(0, scores)
-    with pytest.raises(ValueError, match=r"differ by up to 1.*e-06 .* tie_tolerance=0"):
-        strict.compute()
-    # The tie of text 0 is still seen, although its right score was given a little too high.
-    tolerant = RetrievalRanks([0, 1], [0, 1], rounded, tie_tolerance=1e-5)
-    tolerant.update(0, scores)
-    assert tolerant.compute()[1].tolist() == [1, 0]
+    ranks.observe(slice(0, 1), slice(None), scores[:1])
+    for start in (0, 1):
+        ranks.count(slice(start, start + 1), slice(None), scores[start : start + 1])
+    with pytest.raises(ValueError, match="1 right pairs score higher in count"):
+        ranks.compute()
+
+
+def test_fold_members_by_hand():
+    # The identity 1 has an image in both folds, so its text is in both.
+    (first, its_texts), (second, other_texts) = fold_members([0, 1, 1, 2], [2, 1, 0, 0], 2)
+    assert (first, its_texts.tolist()) == (slice(0, 2), [1, 2, 3])
+    assert (second, other_texts.tolist()) == (slice(2, 4), [0, 1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
@@ -196,10 +219,14 @@ def test_chance_agrees_with_random_rankings():
 
 
 def _stream(*tiles):
-    ranks = RetrievalRanks([0, 1], [0, 1], torch.ones(2))
+    ranks = RetrievalRanks([0, 1], [0, 1])
+    ranks.observe(slice(None), slice(None), torch.eye(2))
     for tile in tiles:
-        ranks.update(*tile)
+        ranks.count(*tile)
     return ranks.compute()
+
+
+ALL = slice(None)
 
 
 @pytest.mark.parametrize(
@@ -219,13 +246,14 @@ def _stream(*tiles):
         (lambda: folded_retrieval_metrics(torch.eye(5), range(4), range(4), 2), r"= \(4, 4\), got \(5, 5\)"),
         (lambda: recall_at_k(torch.tensor([]), 1), "at least one query"),
         (lambda: recall_at_k(torch.tensor([0]), 0), "k must be at least 1, got 0"),
-        (lambda: RetrievalRanks([0, 1], [0, 1], torch.ones(3)), r"one score per text, shape \(2,\), got \(3,\)"),
-        (lambda: RetrievalRanks([0], [0], torch.ones(1), tie_tolerance=-1.0), "at least 0, got -1.0"),
-        (lambda: _stream((0, torch.eye(2)[:1])), "1 of 2 images were not fed"),
-        (lambda: _stream((0, torch.eye(2)), (1, torch.eye(2)[1:])), "Rows 1 to 2 were partly counted before"),
-        (lambda: _stream((1, torch.eye(2))), "Rows 1 to 3 do not lie within 2 images"),
-        (lambda: _stream((0, torch.ones(2, 3))), r"score_tile must be \(rows, 2\), got \(2, 3\)"),
-        (lambda: _stream((0, torch.full((2, 2), math.nan))), "score_tile holds 4 values that are NaN"),
+        (lambda: chance_rsum(range(5), range(5), 2), "5 images .* 2 folds of equal size"),
+        (lambda: fold_members([0, 1], [0, 1], 0), "2 images .* 0 folds"),
+        (lambda: RetrievalRanks([0, 1], [0]), "1 of 2 images have no right text"),
+        (lambda: _stream((slice(0, 1), ALL, torch.eye(2)[:1])), "given 2 pairs, but there are 4"),
+        (lambda: _stream((ALL, ALL, torch.eye(2)), (ALL, slice(1), torch.eye(2)[:, :1])), "given 6 pairs, .* are 4"),
+        (lambda: _stream((slice(1, 3), ALL, torch.eye(2))), r"must be \(1, 2\) as its rows .* got \(2, 2\)"),
+        (lambda: _stream((ALL, ALL, torch.eye(2).half())), "is torch.float16, but `dtype` announced torch.float32"),
+        (lambda: _stream((ALL, ALL, torch.full((2, 2), math.nan))), "hold 4 values that are NaN"),
     ],
 )
 def test_bad_input_is_named(call, message):
