@@ -11,6 +11,7 @@ Options come from one YAML or JSON file, from flags, or from a file followed by 
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import os
 import shlex
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from datasets import Dataset, concatenate_datasets
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, HfArgumentParser, set_seed
 from transformers import logging as hf_logging
 from transformers.trainer_utils import get_last_checkpoint
@@ -35,6 +37,7 @@ from modeling_pico.data import (
     count_truncated,
     load_captioned_images,
 )
+from modeling_pico.evaluation.style_report import order_styles
 from modeling_pico.training import PicoTrainer, PicoTrainingArguments
 from modeling_pico.training.from_scratch import (
     small_image_processor,
@@ -132,6 +135,17 @@ class DataArguments:
     caption_column: str | None = field(default=None, metadata={"help": "Column with a caption or a list of captions."})
     id_column: str | None = field(default=None, metadata={"help": "Column with the identity of the meaning."})
     style_column: str | None = field(default=None, metadata={"help": "Column with the style (default: style)."})
+    style_report: bool = field(
+        default=False,
+        metadata={
+            "help": "With --do_predict: also report on all test splits together how retrieval depends on the style of "
+            "the images (style_report.json, style_report.md)."
+        },
+    )
+    seen_styles: list[str] | None = field(
+        default=None,
+        metadata={"help": "Styles that training has shown, for the style report (default: those of --train_split)."},
+    )
     image_dir: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
     cache_dir: str | None = field(default=None, metadata={"help": "Cache folder of downloaded data."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use the first images only."})
@@ -169,8 +183,9 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Pic
                 hint = f" Did you mean {', '.join(close)}?" if close else ""
                 raise ValueError(f"{path}: unknown option {name!r}.{hint}")
         # Lists and the words true and false are values of a file, but strings on the command line.
-        if isinstance(options.get("test_split"), str):
-            options["test_split"] = [options["test_split"]]
+        for name in ("test_split", "seen_styles"):
+            if isinstance(options.get(name), str):
+                options[name] = [options[name]]
         if isinstance(options.get("resume_from_checkpoint"), bool):
             options["resume_from_checkpoint"] = str(options["resume_from_checkpoint"]).lower()
         parser.set_defaults(**options)
@@ -200,20 +215,26 @@ def find_checkpoint(args: PicoTrainingArguments) -> str | None:
     return None
 
 
-def load_split(split: str, data_args: DataArguments, limit: int | None, transform=None) -> CaptionedImageDataset:
+def load_rows(split: str, data_args: DataArguments, **options) -> Dataset:
+    """The rows of one split as the arguments describe them."""
+    described = {
+        "image_column": data_args.image_column,
+        "caption_column": data_args.caption_column,
+        "id_column": data_args.id_column,
+        "style_column": data_args.style_column,
+        "image_dir": data_args.image_dir,
+        "config_name": data_args.dataset_config_name,
+        "cache_dir": data_args.cache_dir,
+        "on_empty_captions": data_args.on_empty_captions,
+    }
+    return load_captioned_images(data_args.dataset_name, split=split, **{**described, **options})
+
+
+def load_split(
+    split: str, data_args: DataArguments, limit: int | None, transform=None, **options
+) -> CaptionedImageDataset:
     """Loads one split, checks its images, and cuts it to `limit` rows."""
-    dataset = load_captioned_images(
-        data_args.dataset_name,
-        split=split,
-        image_column=data_args.image_column,
-        caption_column=data_args.caption_column,
-        id_column=data_args.id_column,
-        style_column=data_args.style_column,
-        image_dir=data_args.image_dir,
-        config_name=data_args.dataset_config_name,
-        cache_dir=data_args.cache_dir,
-        on_empty_captions=data_args.on_empty_captions,
-    )
+    dataset = load_rows(split, data_args, **options)
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
     dataset = check_images(dataset, data_args.on_bad_image, data_args.preprocessing_num_workers)
@@ -227,6 +248,9 @@ class Data:
     train: CaptionedImageDataset | None
     evaluation: CaptionedImageDataset | None
     tests: dict[str, CaptionedImageDataset]
+    # All test splits together for the style report, and the styles among them that training has shown.
+    styled: CaptionedImageDataset | None = None
+    seen_styles: list[str] | None = None
 
     def by_name(self, data_args: DataArguments) -> dict[str, CaptionedImageDataset]:
         """All splits under their own names."""
@@ -248,8 +272,53 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, training_arg
         if training_args.do_eval or (needs_feedback and model_args.method in (None, "pico")):
             evaluation = load_split(data_args.eval_split, data_args, data_args.max_eval_samples)
         if training_args.do_predict:
-            tests = {split: load_split(split, data_args, data_args.max_eval_samples) for split in data_args.test_split}
-    return Data(train, evaluation, tests)
+            # Named, so that a split without styles is refused with the columns that it has.
+            named = {"style_column": data_args.style_column or "style"} if data_args.style_report else {}
+            tests = {
+                split: load_split(split, data_args, data_args.max_eval_samples, **named)
+                for split in data_args.test_split
+            }
+        data = Data(train, evaluation, tests)
+        if data_args.style_report:
+            data.styled = join_splits(tests, data_args.id_column is not None)
+            data.seen_styles = find_seen_styles(data, data_args)
+            order_styles(data.styled.styles, data.seen_styles)  # what cannot be reported is refused before training
+    return data
+
+
+def join_splits(splits: dict[str, CaptionedImageDataset], shared_ids: bool) -> CaptionedImageDataset:
+    """All splits as one set. Equal ids in two splits are one meaning only if a column of the data says so."""
+    parts = []
+    for name, dataset in splits.items():
+        rows = dataset.dataset
+        if not shared_ids:
+            ids = [f"{name}: {image_id}" for image_id in rows["image_id"]]
+            rows = rows.remove_columns("image_id").add_column("image_id", ids)
+        parts.append(rows)
+    return CaptionedImageDataset(concatenate_datasets(parts))
+
+
+def find_seen_styles(data: Data, data_args: DataArguments) -> list[str] | None:
+    """The reported styles that training has shown: as given, else those of the training split; None if unknown."""
+    if data_args.seen_styles is not None:
+        return data_args.seen_styles
+    reason = "has no column with them"
+    seen = None
+    if data.train is not None:
+        seen = data.train.styles
+    else:
+        try:
+            rows = load_rows(data_args.train_split, data_args, with_images=False)
+            seen = rows["style"][:] if "style" in rows.column_names else None
+        except (ValueError, OSError) as error:
+            reason = f"cannot be read ({error})"
+    if seen is None:
+        logger.warning(
+            f"Which styles training has shown is not known: the split {data_args.train_split!r} {reason}. The style "
+            "report will have no gaps between seen and unseen styles; name the seen ones by --seen_styles."
+        )
+        return None
+    return sorted(set(seen) & set(data.styled.styles))
 
 
 def is_pico_checkpoint(path: str | None, revision: str | None) -> bool:
@@ -349,6 +418,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     set_up_logging(training_args.get_process_log_level())
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise ValueError("Nothing to do: give --do_train, --do_eval or --do_predict.")
+    if data_args.style_report and not training_args.do_predict:
+        raise ValueError("--style_report reports on the test splits; give --do_predict as well.")
+    if data_args.seen_styles is not None and not data_args.style_report:
+        raise ValueError("--seen_styles is for the style report; give --style_report true as well.")
     checkpoint = find_checkpoint(training_args)
     set_seed(training_args.seed)
 
@@ -384,7 +457,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         "command": shlex.join(["accelerate", "launch", "train_pico.py", *argv]),
     }
     trainer.card_split_names = {"eval": data_args.eval_split}
-    results = run(trainer, data.tests, checkpoint)
+    results = run(trainer, data, checkpoint)
     if training_args.do_train:
         trainer.create_model_card()
         if training_args.push_to_hub:
@@ -392,7 +465,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     return results
 
 
-def run(trainer: PicoTrainer, tests: dict[str, CaptionedImageDataset], checkpoint: str | None) -> dict[str, float]:
+def run(trainer: PicoTrainer, data: Data, checkpoint: str | None) -> dict[str, float]:
     """Trains, evaluates and predicts as asked; writes `all_results.json`."""
     args = trainer.args
     results: dict[str, float] = {}
@@ -404,10 +477,18 @@ def run(trainer: PicoTrainer, tests: dict[str, CaptionedImageDataset], checkpoin
     if args.do_eval:
         results.update(_record(trainer, "eval", trainer.evaluate()))
     if args.do_predict:
-        for split, dataset in tests.items():
+        for split, dataset in data.tests.items():
             # Not `predict`, which also gathers the matrix of all scores.
             metrics = trainer.evaluate(dataset, metric_key_prefix=split)
             results.update(_record(trainer, split, metrics))
+    if data.styled is not None:
+        report = trainer.measure_styles(data.styled, data.seen_styles)
+        results.update(_record(trainer, "style", report.metrics()))
+        trainer.card_info["style_metrics"] = {name: style.retrieval for name, style in report.styles.items()}
+        if trainer.is_world_process_zero():
+            text = json.dumps(report.to_dict(), indent=4, ensure_ascii=False)
+            Path(args.output_dir, "style_report.json").write_text(text + "\n", encoding="utf-8")
+            Path(args.output_dir, "style_report.md").write_text(report.to_markdown(), encoding="utf-8")
     return results
 
 

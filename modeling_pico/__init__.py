@@ -22,7 +22,7 @@ from .scoring_pico import pair_scores
 
 if TYPE_CHECKING:
     from .data import CaptionedImageDataset, PicoDataCollator, load_captioned_images, styled_shapes
-    from .evaluation import ImageTextRecall, RetrievalEvaluator
+    from .evaluation import ImageTextRecall, RetrievalEvaluator, StyleReport, measure_styles
     from .training import PicoTrainer, PicoTrainingArguments
 
 
@@ -35,6 +35,8 @@ _LAZY = {
     "styled_shapes": "data",
     "ImageTextRecall": "evaluation",
     "RetrievalEvaluator": "evaluation",
+    "StyleReport": "evaluation",
+    "measure_styles": "evaluation",
     "PicoTrainer": "training",
     "PicoTrainingArguments": "training",
 }
@@ -53,8 +55,10 @@ __all__ = [
     "PicoTrainingArguments",
     "RetrievalEvaluator",
     "StylePrototypes",
+    "StyleReport",
     "image_text_loss",
     "load_captioned_images",
+    "measure_styles",
     "pair_scores",
     "styled_shapes",
 ]

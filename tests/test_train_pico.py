@@ -237,6 +237,87 @@ def test_push_uploads_model_processor_card_and_code(data, tmp_path, monkeypatch)
     assert needed | code <= files
 
 
+# Style report
+
+
+@pytest.fixture(scope="module")
+def styled(tmp_path_factory) -> str:
+    """Two styles to train on, a third one in `test`, a split without styles, and one with a single style."""
+    folder = tmp_path_factory.mktemp("styled")
+    names = {"train": "ink oil", "validation": "ink", "seen": "ink oil", "test": "neon", "again": "neon"}
+    splits = {"plain": tiny.rows(7)}
+    for seed, (split, styles) in enumerate(names.items()):
+        rows = tiny.rows(8, seed=seed)
+        splits[split] = rows.add_column("style", [styles.split()[row % len(styles.split())] for row in range(8)])
+    datasets.DatasetDict(splits).save_to_disk(folder)
+    return str(folder)
+
+
+REPORT = {"do_predict": True, "style_report": True, "test_split": ["seen", "test"]}
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory, styled) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("runs") / "reported"
+    options = {"per_device_train_batch_size": 4, "max_steps": 2, "save_strategy": "no", "id_column": "image_id"}
+    return SimpleNamespace(folder=folder, results=train(folder, styled, **REPORT, **options))
+
+
+def test_style_report_of_a_run(reported):
+    results = json.loads((reported.folder / "all_results.json").read_text())
+    assert results == pytest.approx(reported.results)
+    assert {"style_ink_rsum", "style_neon_gap", "style_gap", "style_probe_weighted_accuracy"} <= set(results)
+    report = json.loads((reported.folder / "style_report.json").read_text())
+    assert {name: style["seen"] for name, style in report["styles"].items()} == {
+        "ink": True,
+        "oil": True,
+        "neon": False,
+    }
+    # The split `test` holds this style and no other.
+    assert report["styles"]["neon"]["retrieval"]["rsum"] == results["test_rsum"] == results["style_neon_rsum"]
+    assert report["styles"]["neon"]["first_right_expected"] == pytest.approx(50)  # ids are those of a column
+    assert (reported.folder / "style_report.md").read_text().count("| neon |") == 2
+    assert "By style" in (reported.folder / "README.md").read_text()
+
+
+def test_style_report_of_a_checkpoint(reported, styled, tmp_path):
+    options = {"do_eval": None, "model_name_or_path": reported.folder, **REPORT}
+    results = evaluate(tmp_path / "a", styled, **options, id_column="image_id")
+    for name in ("style_neon_gap", "style_probe_accuracy", "style_ink_rsum"):
+        assert results[name] == pytest.approx(reported.results[name])
+    # Without ids of their own, images of two splits never mean the same.
+    evaluate(tmp_path / "b", styled, **options, seen_styles="oil")
+    styles = json.loads((tmp_path / "b" / "style_report.json").read_text())["styles"]
+    assert [name for name, style in styles.items() if style["seen"]] == ["oil"]
+    assert {style["first_right_share"] for style in styles.values()} == {None}
+
+
+def test_style_report_when_the_seen_styles_are_unknown(reported, styled, tmp_path, messages):
+    options = {"do_eval": None, "model_name_or_path": reported.folder, **REPORT}
+    for split, reason in (("plain", "has no column with them"), ("trian", "has no split 'trian'")):
+        results = evaluate(tmp_path, styled, **options, train_split=split)
+        assert "style_neon_rsum" in results and not any("gap" in name for name in results)
+        assert reason in messages[-1] and "--seen_styles" in messages[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"test_split": ["seen", "plain"]}, ["no column 'style'", "['image', 'captions', 'image_id']"]),
+        ({"style_column": "look"}, ["no column 'look'", "'style'"]),
+        ({"test_split": ["test", "again"]}, ["at least two", "all 16 images", "['neon']"]),
+        ({"seen_styles": ["ink", "noen"]}, ["['noen']", "['ink', 'neon', 'oil']"]),
+        ({"do_predict": None}, ["--style_report", "--do_predict"]),
+        ({"style_report": None, "seen_styles": ["ink"]}, ["--seen_styles", "--style_report"]),
+    ],
+)
+def test_bad_style_report_is_refused_before_training(styled, tmp_path, options, words):
+    with pytest.raises(ValueError) as error:
+        train(tmp_path, styled, **{**REPORT, **options})
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert not list(tmp_path.glob("**/*.safetensors"))
+
+
 # Options
 
 
@@ -259,9 +340,11 @@ def test_file_and_flags_that_override_it(tmp_path, suffix):
 
 
 def test_values_of_a_file_that_are_no_strings_of_the_command_line(tmp_path):
-    file = write(tmp_path / "run.yaml", "resume_from_checkpoint: true\ntest_split: neon\nlearning_rate: 1e-3\n")
+    text = "resume_from_checkpoint: true\ntest_split: neon\nseen_styles: ink\nlearning_rate: 1e-3\n"
+    file = write(tmp_path / "run.yaml", text)
     _, data_args, training_args = train_pico.parse_arguments([file, "--output_dir", str(tmp_path)])
     assert (training_args.resume_from_checkpoint, data_args.test_split) == ("true", ["neon"])
+    assert (data_args.seen_styles, data_args.style_report) == (["ink"], False)
     assert training_args.learning_rate == 1e-3
     with pytest.raises(ValueError, match="resume_from_checkpoint.*holds no checkpoint"):
         train_pico.find_checkpoint(training_args)

@@ -68,7 +68,7 @@ class CaptionedImageDataset(Dataset):
                 f"The data set lacks the column(s) {sorted(missing)}; it has {dataset.column_names}. "
                 "`load_captioned_images` makes them."
             )
-        columns = ["image", "captions", "image_id"]
+        columns = ["image", "captions", "image_id"] + ["style"] * ("style" in dataset.column_names)
         self.dataset = dataset.select_columns(columns).cast_column("image", datasets.Image(decode=False))
         self.transform = transform
         codes: dict[str, int] = {}

@@ -17,6 +17,7 @@ from .retrieval_metrics import (
 
 if TYPE_CHECKING:
     from .recall_metric import ImageTextRecall
+    from .style_report import StyleReport, measure_styles
 
 
 __all__ = [
@@ -24,8 +25,10 @@ __all__ = [
     "ImageTextRecall",
     "RetrievalEvaluator",
     "RetrievalRanks",
+    "StyleReport",
     "chance_rsum",
     "folded_retrieval_metrics",
+    "measure_styles",
     "recall_at_k",
     "retrieval_metrics",
     "retrieval_ranks",
@@ -38,4 +41,8 @@ def __getattr__(name: str) -> Any:
         from .recall_metric import ImageTextRecall
 
         return ImageTextRecall
+    if name in ("StyleReport", "measure_styles"):
+        from . import style_report
+
+        return getattr(style_report, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

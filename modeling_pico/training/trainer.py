@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -20,6 +21,7 @@ from transformers.utils import logging
 from ..data import CaptionedImageDataset, PicoDataCollator, UniqueIdBatchSampler
 from ..evaluation.embedding_cache import cache_key, load_embeddings, save_embeddings
 from ..evaluation.evaluator import EncodedRetrieval, RetrievalEvaluator, gather_rows
+from ..evaluation.style_report import StyleReport
 from ..loss_pico import image_text_loss
 from ..model_card import create_model_card
 from ..modeling_pico import PicoModel, PicoOutput
@@ -400,6 +402,15 @@ class PicoTrainer(Trainer):
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
             num_samples=len(dataloader.dataset),
         )
+
+    def measure_styles(self, dataset: CaptionedImageDataset, seen_styles: Sequence[str] | None = None) -> StyleReport:
+        """As [`~modeling_pico.measure_styles`], in the precision and on the processes of this trainer."""
+        encoded = self._encode(self.get_eval_dataloader(dataset))
+        report = StyleReport.from_encoded(
+            self._pico_model(), encoded, dataset.styles, dataset.num_captions, seen_styles
+        )
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, report.metrics())
+        return report
 
     def _encode(self, dataloader: DataLoader) -> EncodedRetrieval:
         model = self._wrap_model(self.model, training=False)

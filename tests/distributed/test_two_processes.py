@@ -84,6 +84,7 @@ def test_evaluation_of_an_odd_set_is_that_of_one_process(results, run):
         if name != "eval_runtime":
             assert first["evaluation"][name] == second["evaluation"][name]
             assert first["evaluation"][name] == pytest.approx(single["evaluation"][name], abs=1e-4)
+    assert first["styles"] == second["styles"] == pytest.approx(single["styles"], abs=1e-4)
 
 
 @pytest.mark.parametrize("run", ["infonce", "hinge"])

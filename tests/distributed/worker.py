@@ -60,6 +60,8 @@ def run(folder: Path, model_options: dict, checkpoint: str | None = None, **opti
     made.train(resume_from_checkpoint=checkpoint)
     evaluation = made.evaluate()
     prediction = made.predict(made.eval_dataset)
+    made.eval_dataset.styles = ["ink", "oil", "oil"] * 3
+    styles = made.measure_styles(made.eval_dataset, ["ink"]).metrics()
     # Folds, tiles and batches of the loss that end within a process's images; one process has none of the first fold.
     made.evaluator = RetrievalEvaluator(num_folds=3, loss_batch_size=3, image_chunk=2, text_chunk=5)
     encoded = made._encode(made.get_eval_dataloader())
@@ -73,6 +75,7 @@ def run(folder: Path, model_options: dict, checkpoint: str | None = None, **opti
         "evaluation": {name: evaluation[name] for name in evaluation if "per_second" not in name},
         "folds": made.evaluator.metrics(made._pico_model(), encoded),
         "eval_ids": (encoded.image_ids, encoded.text_ids),
+        "styles": styles,
         "scores": torch.from_numpy(prediction.predictions),
         "steps": made.state.global_step,
     }
