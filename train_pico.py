@@ -38,6 +38,7 @@ from modeling_pico.data import (
     load_captioned_images,
 )
 from modeling_pico.evaluation.style_report import order_styles
+from modeling_pico.plots import has_matplotlib, require_matplotlib, save_run_plots
 from modeling_pico.training import PicoTrainer, PicoTrainingArguments
 from modeling_pico.training.from_scratch import (
     small_image_processor,
@@ -164,6 +165,13 @@ class DataArguments:
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that check images."})
     min_crop_scale: float = field(default=1.0, metadata={"help": "Smallest area of random training crops; 1 is off."})
     random_flip: bool = field(default=False, metadata={"help": "Mirror half of the training images."})
+    plots: str = field(
+        default="auto",
+        metadata={
+            "help": "Draw pictures of the run into output_dir/plots; auto: where matplotlib is installed.",
+            "choices": ["auto", "true", "false"],
+        },
+    )
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, PicoTrainingArguments]:
@@ -186,8 +194,9 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Pic
         for name in ("test_split", "seen_styles"):
             if isinstance(options.get(name), str):
                 options[name] = [options[name]]
-        if isinstance(options.get("resume_from_checkpoint"), bool):
-            options["resume_from_checkpoint"] = str(options["resume_from_checkpoint"]).lower()
+        for name in ("resume_from_checkpoint", "plots"):
+            if isinstance(options.get(name), bool):
+                options[name] = str(options[name]).lower()
         parser.set_defaults(**options)
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     return model_args, data_args, training_args
@@ -411,6 +420,15 @@ def set_up_logging(level: int) -> None:
             named.propagate = False
 
 
+def wants_plots(plots: str) -> bool:
+    """Whether to draw pictures; ImportError where they are asked for and matplotlib is missing."""
+    if plots not in ("auto", "true", "false"):
+        raise ValueError(f"--plots must be one of 'auto', 'true', 'false', but got {plots!r}.")
+    if plots == "true":
+        require_matplotlib()
+    return plots == "true" or (plots == "auto" and has_matplotlib())
+
+
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Runs what the arguments ask for; returns all metrics."""
     argv = sys.argv[1:] if argv is None else argv
@@ -422,6 +440,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         raise ValueError("--style_report reports on the test splits; give --do_predict as well.")
     if data_args.seen_styles is not None and not data_args.style_report:
         raise ValueError("--seen_styles is for the style report; give --style_report true as well.")
+    plots = wants_plots(data_args.plots)
     checkpoint = find_checkpoint(training_args)
     set_seed(training_args.seed)
 
@@ -462,6 +481,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         trainer.create_model_card()
         if training_args.push_to_hub:
             trainer.push_to_hub()
+    if plots:
+        # After the upload: pictures show images of the data, which may not be meant to be published.
+        save_run_plots(trainer, splits, main=data_args.eval_split)
     return results
 
 

@@ -23,6 +23,7 @@ from .scoring_pico import pair_scores
 if TYPE_CHECKING:
     from .data import CaptionedImageDataset, PicoDataCollator, load_captioned_images, styled_shapes
     from .evaluation import ImageTextRecall, RetrievalEvaluator, StyleReport, measure_styles
+    from .plots import save_plots
     from .training import PicoTrainer, PicoTrainingArguments
 
 
@@ -37,6 +38,7 @@ _LAZY = {
     "RetrievalEvaluator": "evaluation",
     "StyleReport": "evaluation",
     "measure_styles": "evaluation",
+    "save_plots": "plots",
     "PicoTrainer": "training",
     "PicoTrainingArguments": "training",
 }
@@ -60,6 +62,7 @@ __all__ = [
     "load_captioned_images",
     "measure_styles",
     "pair_scores",
+    "save_plots",
     "styled_shapes",
 ]
 

@@ -52,6 +52,7 @@ TRAINING = {
     "use_cpu": True,
     "disable_tqdm": True,
     "log_level": "error",
+    "plots": "false",
 }
 
 
@@ -100,6 +101,7 @@ def train(folder, data, **options) -> dict[str, float]:
 
 def evaluate(folder, data, **options) -> dict[str, float]:
     defaults = {"use_cpu": True, "report_to": "none", "do_eval": True, "log_level": "error", "disable_tqdm": True}
+    defaults["plots"] = "false"
     return train_pico.main(flags(**{**defaults, "output_dir": folder, "dataset_name": data, **options}))
 
 
@@ -107,7 +109,7 @@ def evaluate(folder, data, **options) -> dict[str, float]:
 def finished(tmp_path_factory, data) -> SimpleNamespace:
     """A finished run from scratch."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    return SimpleNamespace(folder=folder, results=train(folder, data, do_eval=True, do_predict=True))
+    return SimpleNamespace(folder=folder, results=train(folder, data, do_eval=True, do_predict=True, plots="auto"))
 
 
 # Runs
@@ -128,6 +130,22 @@ def test_run_from_scratch_leaves_all_files(finished):
     assert PicoProcessor.from_pretrained(finished.folder).tokenizer.model_max_length == 64
 
 
+def test_run_draws_its_pictures(finished):
+    pytest.importorskip("matplotlib")
+    names = ["training_curves", "stage_timeline", "pair_scores", "prototypes", "semantic_probability"]
+    expected = {f"{name}.png" for name in (*names, "matches_0", "matches_2", "matches_4", "matches_6")}
+    assert {path.name for path in (finished.folder / "plots").iterdir()} == expected
+
+
+def test_pictures_that_cannot_be_drawn_are_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    with pytest.raises(ImportError, match=r"pip install modeling-pico\[plots\]"):
+        train_pico.wants_plots("true")
+    assert not train_pico.wants_plots("auto") and not train_pico.wants_plots("false")
+    with pytest.raises(ValueError, match="--plots must be one of 'auto', 'true', 'false', but got 'maybe'"):
+        train_pico.wants_plots("maybe")
+
+
 def test_saved_model_gives_the_same_results_in_a_new_process(finished, data, tmp_path):
     command = [sys.executable, str(ROOT / "train_pico.py")] + flags(
         model_name_or_path=finished.folder,
@@ -137,6 +155,7 @@ def test_saved_model_gives_the_same_results_in_a_new_process(finished, data, tmp
         do_predict=True,
         use_cpu=True,
         report_to="none",
+        plots="false",
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
@@ -340,11 +359,11 @@ def test_file_and_flags_that_override_it(tmp_path, suffix):
 
 
 def test_values_of_a_file_that_are_no_strings_of_the_command_line(tmp_path):
-    text = "resume_from_checkpoint: true\ntest_split: neon\nseen_styles: ink\nlearning_rate: 1e-3\n"
+    text = "resume_from_checkpoint: true\ntest_split: neon\nseen_styles: ink\nplots: true\nlearning_rate: 1e-3\n"
     file = write(tmp_path / "run.yaml", text)
     _, data_args, training_args = train_pico.parse_arguments([file, "--output_dir", str(tmp_path)])
     assert (training_args.resume_from_checkpoint, data_args.test_split) == ("true", ["neon"])
-    assert (data_args.seen_styles, data_args.style_report) == (["ink"], False)
+    assert (data_args.seen_styles, data_args.style_report, data_args.plots) == (["ink"], False, "true")
     assert training_args.learning_rate == 1e-3
     with pytest.raises(ValueError, match="resume_from_checkpoint.*holds no checkpoint"):
         train_pico.find_checkpoint(training_args)
@@ -379,6 +398,7 @@ def test_wrong_file_is_refused(tmp_path, text, words):
         ({"method": "pica"}, ["pica", "pico", "fine_grained", "clip_style"]),
         ({"on_bad_image": "ignore"}, ["ignore", "error", "skip"]),
         ({"on_empty_captions": "ignore"}, ["ignore", "error", "skip"]),
+        ({"plots": "maybe"}, ["maybe", "auto", "true", "false"]),
         ({"feedback": "best"}, ["best", "counterfactual", "uniform"]),
         ({"caption_sampling": "one"}, ["one", "random", "all"]),
         ({"num_train_epochs": "many"}, ["num_train_epochs", "many"]),

@@ -348,8 +348,19 @@ class PicoTrainer(Trainer):
                 gather_rows(prototypes.columns(text_tokens[valid], text_mask[valid], "text")),
             )
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.log`; the training loss is accompanied by the logit scale, where it is learned."""
+        scale = self._pico_model().logit_scale
+        # No process holds the whole of a sharded parameter.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if "loss" in logs and isinstance(scale, nn.Parameter) and not sharded:
+            logs["logit_scale"] = float(scale.detach().exp())
+        super().log(logs, *args, **kwargs)
+
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         construction = self.construction
+        # `Trainer` takes what the construction logs for the log of this step, and would leave the loss out.
+        should_log = self.control.should_log
         if construction is not None and construction.due:
             if not self.args.feedback_needs_validation:
                 self.log(construction.propose())
@@ -359,6 +370,7 @@ class PicoTrainer(Trainer):
                 name = self._feedback_dataset()
                 encoded = self._encode(self.get_eval_dataloader(name))
                 self._propose(encoded, self.evaluator.retrieval_metrics(self._pico_model(), encoded)["rsum"])
+        self.control.should_log = should_log
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # Evaluation

@@ -195,6 +195,18 @@ def test_the_first_of_several_validation_sets_gives_the_feedback(tmp_path):
     assert len(prototype_log(made)) == 1
 
 
+def test_every_step_logs_its_loss_and_logit_scale(tmp_path):
+    made = trainer(tmp_path, num_train_epochs=4, logging_steps=1, save_strategy="no", prototype_start=4 / 3)
+    made.train()
+    losses = [entry for entry in made.state.log_history if "loss" in entry]
+    # The one within an epoch after which prototypes are built as well.
+    assert [entry["step"] for entry in losses] == list(range(1, 13)) and prototype_log(made)
+    assert losses[-1]["logit_scale"] == pytest.approx(float(made.model.logit_scale.detach().exp()))
+    hinge = trainer(tmp_path, num_train_epochs=1, logging_steps=1, model_options={"loss_type": "hinge"})
+    hinge.train()
+    assert not any("logit_scale" in entry for entry in hinge.state.log_history)
+
+
 # Optimizer
 
 
