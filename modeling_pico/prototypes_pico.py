@@ -77,42 +77,54 @@ def feature_columns(
 
 class _ColumnStatistics(torch.autograd.Function):
     """
-    Mean, standard deviation, maximum and minimum of each column, with a gradient in two passes over the tokens.
+    Mean, standard deviation, maximum and minimum of each column, with a gradient in few passes over the tokens.
 
     The gradient that autograd derives from the four reductions takes longer than a small tower's; the values are the
-    same. Of equal extremes the first one receives the gradient.
+    same. Equal extremes share the gradient, as in `torch.amax`.
     """
 
     @staticmethod
     def forward(ctx, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         unit = tokens.shape[-1] ** 0.5
         values = tokens.detach().float()
-        padding = ~mask.unsqueeze(-1)
+        # Only where looking does not wait for a device.
+        ctx.has_padding = tokens.device.type != "cpu" or not bool(mask.all())
         count = mask.sum(dim=1, keepdim=True).clamp(min=1).float()  # (batch, 1)
         weights = mask.float().div(count).unsqueeze(1)  # (batch, 1, tokens)
         mean = (weights @ values).squeeze(1)
         # The small constant keeps the gradient of the root finite at a constant column.
         centred = values - mean.unsqueeze(1)
         spread = ((weights @ centred.square_()).squeeze(1) + 1e-8 / unit**2).sqrt()
-        highest, high_index = values.masked_fill(padding, -torch.inf).max(dim=1)
-        lowest, low_index = values.masked_fill(padding, torch.inf).min(dim=1)
-        ctx.save_for_backward(tokens, mask, count, mean, spread, high_index, low_index)
+        # Not `max`, whose indices take most of its time; the positions are found again in the backward pass.
+        if ctx.has_padding:
+            padding = torch.zeros_like(weights).masked_fill_(~mask.unsqueeze(1), torch.inf).transpose(1, 2)
+            highest, lowest = (values - padding).amax(dim=1), (values + padding).amin(dim=1)
+        else:
+            highest, lowest = values.amax(dim=1), values.amin(dim=1)
+        ctx.save_for_backward(tokens, mask, count, mean, spread, highest, lowest)
         columns = torch.stack([mean, spread, highest, lowest], dim=-1) * unit
         # A sample without a real token has infinities above.
-        return columns.masked_fill(~mask.any(dim=1).view(-1, 1, 1), 0.0)
+        return columns.masked_fill(~mask.any(dim=1).view(-1, 1, 1), 0.0) if ctx.has_padding else columns
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        tokens, mask, count, mean, spread, high_index, low_index = ctx.saved_tensors
+        tokens, mask, count, mean, spread, highest, lowest = ctx.saved_tensors
+        values = tokens.float()
         gradient = gradient * (tokens.shape[-1] ** 0.5 * mask.any(dim=1).view(-1, 1, 1))
         of_mean, of_spread, of_highest, of_lowest = gradient.unbind(dim=-1)
         slope = of_spread / (count * spread)
         offset = of_mean / count - slope * mean
-        result = torch.addcmul(offset.unsqueeze(1), slope.unsqueeze(1), tokens.float())
-        result *= mask.unsqueeze(-1)
-        result.scatter_add_(1, high_index.unsqueeze(1), of_highest.unsqueeze(1))
-        result.scatter_add_(1, low_index.unsqueeze(1), of_lowest.unsqueeze(1))
+        result = torch.addcmul(offset.unsqueeze(1), slope.unsqueeze(1), values)
+        is_extreme = torch.empty_like(values)
+        for extreme, of_extreme in ((highest, of_highest), (lowest, of_lowest)):
+            torch.eq(values, extreme.unsqueeze(1), out=is_extreme)
+            if ctx.has_padding:
+                is_extreme *= mask.unsqueeze(-1)
+            share = of_extreme / is_extreme.sum(dim=1).clamp(min=1)
+            result.addcmul_(is_extreme, share.unsqueeze(1))
+        if ctx.has_padding:
+            result *= mask.unsqueeze(-1)
         return result.to(tokens.dtype), None
 
 

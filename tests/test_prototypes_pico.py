@@ -104,6 +104,26 @@ def test_columns_are_finite_with_finite_gradients(mode, length):
     assert tokens.grad[0].abs().sum() > 0
 
 
+@pytest.mark.parametrize("padded", [True, False])
+def test_the_gradient_of_statistics_is_that_of_autograd_and_equal_extremes_share_it(padded):
+    tokens = random_tokens(batch=3)
+    tokens[0] = 0.25  # every token is the maximum and the minimum
+    tokens[1, 2] = tokens[1, 0]
+    mask = some_mask() if padded else torch.ones(3, 6, dtype=torch.bool)
+    upstream = torch.randn(3, 12, 4, generator=torch.Generator().manual_seed(1))
+    first, second = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
+    feature_columns(first, mask).backward(upstream)
+    values, valid = second * 12**0.5, mask.unsqueeze(-1)
+    count = valid.sum(dim=1)
+    mean = (values * valid).sum(dim=1) / count
+    spread = ((((values - mean.unsqueeze(1)) ** 2) * valid).sum(dim=1) / count + 1e-8).sqrt()
+    highest, lowest = values.masked_fill(~valid, -torch.inf).amax(1), values.masked_fill(~valid, torch.inf).amin(1)
+    torch.stack([mean, spread, highest, lowest], dim=-1).backward(upstream)
+    torch.testing.assert_close(first.grad[1], second.grad[1])
+    # The spread of a constant column has a steep slope, in which rounding shows.
+    torch.testing.assert_close(first.grad, second.grad, rtol=1e-3, atol=1e-3)
+
+
 def test_columns_are_float32_for_half_precision():
     assert feature_columns(random_tokens().bfloat16(), some_mask()).dtype == torch.float32
 
