@@ -58,8 +58,9 @@ class ModelArguments:
     method: str | None = field(
         default=None,
         metadata={
-            "help": "pico: weighted patch-by-word score; fine_grained: the same score without weights; clip_style: "
-            "pooled embeddings. Default: pico, or what the checkpoint is.",
+            "help": "pico: weighted patch-by-word score; fine_grained: the same score without weights; "
+            "instance_norm: the same with column means removed; clip_style: pooled embeddings. Default: pico, or what "
+            "the checkpoint is.",
             "choices": ALIGNMENT_HEADS,
         },
     )
@@ -98,6 +99,7 @@ class ModelArguments:
     column_length: int | None = field(default=None, metadata={"help": "Points of a quantile or position column."})
     probability_estimator: str | None = field(default=None, metadata={"help": "matched or chance_corrected."})
     style_probability: str | None = field(default=None, metadata={"help": "learned, purity, nearest, cosine, global."})
+    comparator: str | None = field(default=None, metadata={"help": "style_rates, network or free_gate, for learned."})
     comparator_statistics: bool | None = field(default=None, metadata={"help": "The comparator reads statistics too."})
     probability_combination: str | None = field(default=None, metadata={"help": "product, image or text."})
     probability_gradient: bool | None = field(default=None, metadata={"help": "Gradient through the probability."})

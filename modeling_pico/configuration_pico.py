@@ -4,11 +4,12 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 
-ALIGNMENT_HEADS = ("pico", "fine_grained", "clip_style")
+ALIGNMENT_HEADS = ("pico", "fine_grained", "instance_norm", "clip_style")
 POOLINGS = ("mean", "class_token")
 COLUMN_MODES = ("statistics", "quantile", "position")
 PROBABILITY_ESTIMATORS = ("matched", "chance_corrected")
 STYLE_PROBABILITIES = ("learned", "purity", "nearest", "cosine", "global")
+COMPARATORS = ("style_rates", "network", "free_gate")
 PROBABILITY_COMBINATIONS = ("product", "image", "text")
 LOSS_TYPES = ("infonce", "hinge")
 
@@ -21,6 +22,7 @@ _CHOICES = {
     "column_mode": COLUMN_MODES,
     "probability_estimator": PROBABILITY_ESTIMATORS,
     "style_probability": STYLE_PROBABILITIES,
+    "comparator": COMPARATORS,
     "probability_combination": PROBABILITY_COMBINATIONS,
     "loss_type": LOSS_TYPES,
 }
@@ -53,7 +55,9 @@ class PicoConfig(PreTrainedConfig):
             Number of features (feature columns) of a token embedding.
         alignment_head (`str`, *optional*, defaults to `"pico"`):
             `"pico"`: patch-by-word score with every feature column weighted by its semantic probability;
-            `"fine_grained"`: the same score without weights; `"clip_style"`: cosine of two pooled vectors.
+            `"fine_grained"`: the same score without weights; `"instance_norm"`: the same, with the mean of each
+            feature column subtracted (style as a column's mean: instance normalisation, arXiv 1607.08022);
+            `"clip_style"`: cosine of two pooled vectors.
         pooling (`str`, *optional*, defaults to `"mean"`):
             What `"clip_style"` scores: `"mean"` over a sample's tokens, or `"class_token"` (CLS; end of text for CLIP
             text towers; the mean where the backbone has no such token). The other heads do not use it.
@@ -73,14 +77,19 @@ class PicoConfig(PreTrainedConfig):
             Pseudo-semantic probability of a column: share of positive products over matched pairs (`"matched"`, the
             paper's), or that share corrected for the share over mismatched pairs (`"chance_corrected"`, *ours*).
         style_probability (`str`, *optional*, defaults to `"learned"`):
-            How a column's style probability follows from the prototypes *(all ours)*: `"learned"` (a small comparator
-            network reads the distances), `"purity"` (soft assignment times the prototypes' style rates), `"nearest"`
-            (Gaussian of the distance to the nearest), `"cosine"` (highest cosine), or `"global"` (the pseudo-semantic
-            probability itself, without prototypes).
+            How a column's style probability follows from the prototypes *(all ours)*: `"learned"` (see `comparator`),
+            `"purity"` (soft assignment times the prototypes' style rates), `"nearest"` (Gaussian of the distance to
+            the nearest), `"cosine"` (highest cosine), or `"global"` (the pseudo-semantic probability itself, without
+            prototypes).
+        comparator (`str`, *optional*, defaults to `"style_rates"`):
+            What is learned with `style_probability="learned"`: for every feature column its own style rate of every
+            prototype, weighted by soft assignment as in `"purity"` (`"style_rates"`); a small network, shared by all
+            columns, that reads the distances to the prototypes (`"network"`); or, as an ablation, such a network that
+            reads the column's statistics and knows no prototypes (`"free_gate"`). All start neutral.
         comparator_hidden_size (`int`, *optional*, defaults to 32):
-            Hidden units of the comparator of `style_probability="learned"`.
+            Hidden units of the two networks.
         comparator_statistics (`bool`, *optional*, defaults to `False`):
-            Whether that comparator also reads the column's mean, standard deviation, maximum and minimum.
+            Whether `comparator="network"` also reads the column's mean, standard deviation, maximum and minimum.
         probability_combination (`str`, *optional*, defaults to `"product"`):
             Sides that are weighted: both (`"product"`), `"image"` or `"text"` *(ours)*.
         probability_gradient (`bool`, *optional*):
@@ -136,6 +145,7 @@ class PicoConfig(PreTrainedConfig):
     column_length: int = 16
     probability_estimator: str = "matched"
     style_probability: str = "learned"
+    comparator: str = "style_rates"
     comparator_hidden_size: int = 32
     comparator_statistics: bool = False
     probability_combination: str = "product"

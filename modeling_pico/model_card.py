@@ -264,7 +264,9 @@ def _option_table(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
         if config.get("column_mode") != "statistics":
             names.append("column_length")
         if config.get("style_probability") == "learned":
-            names += ["comparator_hidden_size", "comparator_statistics"]
+            names.append("comparator")
+            if config.get("comparator") == "network":
+                names += ["comparator_hidden_size", "comparator_statistics"]
     sides = [side for side in ("vision_config", "text_config") if config.get(side)]
     rows = [(f"{side}.model_type", config[side].get("model_type")) for side in sides]
     rows += [(name, config.get(name)) for name in names]

@@ -22,7 +22,7 @@ from .backbones_pico import (
 )
 from .configuration_pico import PicoConfig
 from .loss_pico import image_text_loss
-from .prototypes_pico import ColumnComparator, StylePrototypes
+from .prototypes_pico import ColumnComparator, StylePrototypes, StyleRates
 from .scoring_pico import pair_scores
 
 
@@ -155,6 +155,19 @@ class ClipStyleHead(FineGrainedHead):
         return pooled.unsqueeze(1), mask.any(dim=1, keepdim=True)
 
 
+class InstanceNormHead(FineGrainedHead):
+    """
+    Subtracts each feature column's mean over the sample's tokens and scores without weights: the simple remedy for
+    style from image stylisation.
+    """
+
+    def embed(self, token_states, mask, class_state, modality):
+        projection = self.visual_projection if modality == "image" else self.text_projection
+        states, valid = projection(token_states).float(), mask.unsqueeze(-1)
+        mean = (states * valid).sum(dim=1, keepdim=True) / valid.sum(dim=1, keepdim=True).clamp(min=1)
+        return nn.functional.normalize(states - mean, dim=-1) * valid, mask
+
+
 class PicoHead(FineGrainedHead):
     """Weights every feature column by its semantic probability, which style prototypes give."""
 
@@ -169,6 +182,7 @@ class PicoHead(FineGrainedHead):
 _HEADS: dict[str, type[FineGrainedHead]] = {
     "pico": PicoHead,
     "fine_grained": FineGrainedHead,
+    "instance_norm": InstanceNormHead,
     "clip_style": ClipStyleHead,
 }
 
@@ -242,13 +256,17 @@ class PicoPreTrainedModel(PreTrainedModel):
             # A zero output layer makes the probability constant, so training starts at the unweighted score.
             init.zeros_(module.output_weight)
             init.constant_(module.output_bias, 2.0)
+        elif isinstance(module, StyleRates):
+            init.zeros_(module.rate)
+            init.constant_(module.bias, 2.0)
         elif isinstance(module, TokenProjection):
             init.normal_(module.weight, std=module.in_features**-0.5)
 
 
 def _size_message(path, kwargs: dict, details: str) -> str:
-    names = ("num_style_prototypes", "column_mode", "column_length", "embedding_dim", "comparator_hidden_size")
-    asked = ", ".join(f"{name}={kwargs[name]!r}" for name in (*names, "comparator_statistics") if name in kwargs)
+    names = ("num_style_prototypes", "column_mode", "column_length", "embedding_dim")
+    options = (*names, "comparator", "comparator_hidden_size", "comparator_statistics")
+    asked = ", ".join(f"{name}={kwargs[name]!r}" for name in options if name in kwargs)
     return (
         f"The tensors of {str(path)!r} do not have the sizes that the configuration asks for"
         f"{f' ({asked})' if asked else ''}: {details}. The number and length of style prototypes "

@@ -249,39 +249,80 @@ def pseudo_semantic_probability(
     raise ValueError(f"estimator must be one of 'matched', 'chance_corrected', but got {estimator!r}.")
 
 
+class StyleRates(nn.Module):
+    r"""
+    Style rates of the prototypes, learned for each feature column *(ours)*.
+
+    `p_d = sigmoid(b_d - sum_k a_dk r_dk)` with the soft assignment `a_dk` of column `d` to prototype `k`, which is
+    that of `style_probability="purity"`. Where purity takes one measured rate per prototype for all columns, each
+    feature learns here in which looks it speaks of style. It starts constant, that is, with weights of exactly one.
+    """
+
+    # Rates are stored divided by this, so that a step of the optimizer moves the probability as fast as the tokens.
+    gain = 4.0
+
+    def __init__(self, config: PicoConfig):
+        super().__init__()
+        # Parameters of its own and no `nn.Linear`: transformers takes a module that only has sub-modules for
+        # initialised when it is defined outside of transformers, and would leave the start to `nn.Linear`.
+        self.rate = nn.Parameter(torch.empty(config.embedding_dim, config.num_style_prototypes))
+        self.bias = nn.Parameter(torch.empty(config.embedding_dim))
+
+    def forward(
+        self, columns: torch.Tensor, prototypes: torch.Tensor, scale: torch.Tensor, temperature: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Args:
+            columns (`torch.Tensor` of shape `(batch, dim, length)`): The columns.
+            prototypes (`torch.Tensor` of shape `(prototypes, length)`): Style prototypes.
+            scale (`torch.Tensor` of shape `(length,)`): Unit of each coordinate.
+            temperature (`torch.Tensor`, scalar): Mean squared distance of a column to its nearest prototype.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, dim)`: semantic probability in (0, 1).
+        """
+        # The squared length of the column is the same for all prototypes and cancels in the softmax.
+        unit = scale.square() * temperature
+        nearness = nn.functional.linear(columns, 2 * prototypes / unit, -(prototypes.square() / unit).sum(dim=-1))
+        style = (nearness.softmax(dim=-1) * self.rate.float()).sum(dim=-1)
+        return (self.bias.float() - self.gain * style).sigmoid()
+
+
 class ColumnComparator(nn.Module):
     """
-    Reads how a feature column relates to the style prototypes and gives its semantic probability *(ours)*.
+    Small network, shared by all columns of a modality, that gives a column's semantic probability *(ours)*.
 
-    One small network, shared by all columns of a modality. Its inputs are `log(1 + distance² / temperature)` to each
-    prototype, smooth also where a column meets a prototype, and on request the column's four statistics. It starts
-    constant, that is, with weights of exactly one.
+    Its inputs are `log(1 + distance² / temperature)` to each prototype, smooth also where a column meets a prototype,
+    and on request the column's four statistics; or, as a free gate, these statistics alone. It starts constant, that
+    is, with weights of exactly one.
     """
 
     def __init__(self, config: PicoConfig):
         super().__init__()
-        num_inputs = config.num_style_prototypes + (NUM_COLUMN_STATISTICS if config.comparator_statistics else 0)
-        # Parameters of its own and no `nn.Linear`: transformers takes a module that only has sub-modules for
-        # initialised when it is defined outside of transformers, and would leave the start to `nn.Linear`.
+        reads_prototypes = config.comparator == "network"
+        num_inputs = config.num_style_prototypes if reads_prototypes else 0
+        if config.comparator_statistics or not reads_prototypes:
+            num_inputs += NUM_COLUMN_STATISTICS
         self.hidden_weight = nn.Parameter(torch.empty(config.comparator_hidden_size, num_inputs))
         self.hidden_bias = nn.Parameter(torch.empty(config.comparator_hidden_size))
         self.output_weight = nn.Parameter(torch.empty(1, config.comparator_hidden_size))
         self.output_bias = nn.Parameter(torch.empty(1))
 
-    def forward(self, distances: torch.Tensor, statistics: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, distances: torch.Tensor | None, statistics: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
-            distances (`torch.Tensor` of shape `(..., prototypes)`): Squared distances divided by the temperature.
+            distances (`torch.Tensor` of shape `(..., prototypes)`, *optional*):
+                Squared distances divided by the temperature.
             statistics (`torch.Tensor` of shape `(..., 4)`, *optional*): The column's statistics.
 
         Returns:
             `torch.Tensor` of shape `(...)`: semantic probability in (0, 1).
         """
-        features = torch.log1p(distances)
+        features = [] if distances is None else [torch.log1p(distances)]
         if statistics is not None:
-            features = torch.cat([features, statistics], dim=-1)
+            features.append(statistics)
         hidden = nn.functional.gelu(
-            nn.functional.linear(features, self.hidden_weight.float(), self.hidden_bias.float())
+            nn.functional.linear(torch.cat(features, dim=-1), self.hidden_weight.float(), self.hidden_bias.float())
         )
         logit = nn.functional.linear(hidden, self.output_weight.float(), self.output_bias.float())
         return logit.squeeze(-1).sigmoid()
@@ -323,8 +364,9 @@ class StylePrototypes(nn.Module):
         self.register_buffer("matched_count", torch.zeros(()))
         self.register_buffer("mismatched_count", torch.zeros(()))
         if config.style_probability == "learned":
-            self.visual_comparator = ColumnComparator(config)
-            self.textual_comparator = ColumnComparator(config)
+            comparator = StyleRates if config.comparator == "style_rates" else ColumnComparator
+            self.visual_comparator = comparator(config)
+            self.textual_comparator = comparator(config)
 
     def initial_buffers(self) -> dict[str, float]:
         """Value that each buffer has before training."""
@@ -362,30 +404,37 @@ class StylePrototypes(nn.Module):
             result is constant.
         """
         config = self.config
-        side = {"image": "visual", "text": "textual"}[modality]
         learned = config.style_probability == "learned"
         keep_gradient = learned if config.probability_gradient is None else config.probability_gradient
         if not keep_gradient:
             tokens = tokens.detach()
         if config.style_probability == "global":
             probability = self.pseudo_semantic_probability.float().expand(len(tokens), -1)
+        elif learned and config.comparator == "free_gate":
+            # Without prototypes there is nothing to wait for.
+            return self._comparator(modality)(None, feature_columns(tokens, mask))
         else:
             columns = self.columns(tokens, mask, modality)
+            side = {"image": "visual", "text": "textual"}[modality]
             # In float32 also where the whole model was cast to another type.
             names = ("prototypes", "style_rate", "column_scale", "temperature")
-            state = [getattr(self, f"{side}_{name}").float() for name in names]
-            if learned:
-                prototypes, _, scale, temperature = state
+            prototypes, rate, scale, temperature = (getattr(self, f"{side}_{name}").float() for name in names)
+            if not learned:
+                style = style_probability(columns, prototypes, rate, scale, temperature, config.style_probability)
+                probability = 1 - style
+            elif config.comparator == "style_rates":
+                probability = self._comparator(modality)(columns, prototypes, scale, temperature)
+            else:
                 distances = squared_distances(columns, prototypes, scale) / temperature
                 statistics = None
                 if config.comparator_statistics:
                     statistics = columns if config.column_mode == "statistics" else feature_columns(tokens, mask)
-                comparator = self.visual_comparator if modality == "image" else self.textual_comparator
-                probability = comparator(distances, statistics)
-            else:
-                probability = 1 - style_probability(columns, *state, form=config.style_probability)
+                probability = self._comparator(modality)(distances, statistics)
         # `torch.where` and no branch: the stage lives on the device, and every parameter keeps a (zero) gradient.
         return torch.where(self.stage > STAGE_PLAIN, probability, torch.ones_like(probability))
+
+    def _comparator(self, modality: str) -> nn.Module:
+        return self.visual_comparator if modality == "image" else self.textual_comparator
 
     def weight_tokens(
         self, tokens: torch.Tensor, mask: torch.Tensor, modality: str
@@ -440,6 +489,7 @@ class StylePrototypes(nn.Module):
 
 __all__ = [
     "ColumnComparator",
+    "StyleRates",
     "StylePrototypes",
     "column_weights",
     "feature_columns",

@@ -123,7 +123,7 @@ def use_prototypes() -> Callable[[PicoModel], PicoModel]:
         # A number that float16 and bfloat16 cannot hold.
         prototypes.num_constructions.fill_(4097)
         for name, parameter in prototypes.named_parameters():
-            if "output" in name:
+            if name.endswith(("output_weight", "output_bias", "rate", "bias")):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
         return model
 

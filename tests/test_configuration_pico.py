@@ -62,6 +62,7 @@ def test_every_option_survives_disk(tmp_path):
         "column_length": 9,
         "probability_estimator": "chance_corrected",
         "style_probability": "purity",
+        "comparator": "network",
         "comparator_hidden_size": 3,
         "comparator_statistics": True,
         "probability_combination": "text",

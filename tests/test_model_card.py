@@ -8,6 +8,7 @@ from transformers import BertConfig, ViTConfig
 
 import modeling_pico
 from modeling_pico import PicoConfig
+from modeling_pico.configuration_pico import ALIGNMENT_HEADS
 from modeling_pico.model_card import create_model_card
 
 
@@ -196,11 +197,12 @@ def test_snippets_are_python_and_name_what_exists(model_id):
     assert modeling_pico.PicoModel.get_image_features and modeling_pico.PicoProcessor.score_retrieval
 
 
-@pytest.mark.parametrize("head", ["pico", "fine_grained", "clip_style"])
+@pytest.mark.parametrize("head", ALIGNMENT_HEADS)
 def test_says_which_head_it_is(head):
     card = _full_card(config=PicoConfig(vision_config=ViTConfig(), text_config=BertConfig(), alignment_head=head))
     is_pico = head == "pico"
     assert ("has no style prototypes" in card.text) != is_pico
+    assert ("instance normalisation" in card.text) == (head == "instance_norm")
     assert ("Prototype stage" in card.text) == is_pico and ("| num_style_prototypes |" in card.text) == is_pico
 
 

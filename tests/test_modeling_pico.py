@@ -30,7 +30,11 @@ from modeling_pico.configuration_pico import ALIGNMENT_HEADS, LOSS_TYPES, STYLE_
 
 
 FAMILIES = [("vit", "bert"), ("swin", "roberta"), ("dinov2", "bert")]
-COMPARATOR_START = {"hidden_bias": 0.0, "output_weight": 0.0, "output_bias": 2.0}
+COMPARATOR_START = {
+    "style_rates": {"rate": 0.0, "bias": 2.0},
+    "network": {"hidden_bias": 0.0, "output_weight": 0.0, "output_bias": 2.0},
+    "free_gate": {"hidden_bias": 0.0, "output_weight": 0.0, "output_bias": 2.0},
+}
 
 
 @pytest.fixture
@@ -519,6 +523,19 @@ def test_a_model_cast_as_a_whole_still_runs(trained, form, dtype, batch):
     torch.testing.assert_close(outputs.logits_per_image, expected, rtol=0.05, atol=1.0)
 
 
+def test_instance_norm_takes_the_mean_of_each_column_away(tiny_model):
+    head = tiny_model(alignment_head="instance_norm").alignment_head
+    states, mask = torch.randn(2, 5, 16), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], dtype=torch.bool)
+    tokens, _ = head.embed(states, mask, None, "image")
+    projected = head.visual_projection(states)[1, :2]
+    expected = torch.nn.functional.normalize(projected - projected.mean(dim=0), dim=-1)
+    torch.testing.assert_close(tokens[1, :2], expected)
+    assert torch.equal(tokens[1, 2:], torch.zeros(3, 12))
+    # What shifts all tokens alike is gone.
+    shifted, _ = head.embed(states + torch.randn(16), mask, None, "image")
+    torch.testing.assert_close(shifted, tokens, rtol=0, atol=1e-5)
+
+
 def test_autocast_gives_scores_in_float32(trained, batch):
     model = trained()
     with torch.no_grad():
@@ -530,9 +547,10 @@ def test_autocast_gives_scores_in_float32(trained, batch):
     torch.testing.assert_close(outputs.logits_per_image, expected.logits_per_image, rtol=0.05, atol=0.7)
 
 
-def test_everything_the_checkpoint_lacks_is_initialised(tiny_config, batch):
+@pytest.mark.parametrize("kind", COMPARATOR_START)
+def test_everything_the_checkpoint_lacks_is_initialised(tiny_config, batch, kind):
     # From an empty state dict the model is built on the meta device and all is filled in afterwards.
-    config = tiny_config(logit_scale_init_value=1.5)
+    config = tiny_config(logit_scale_init_value=1.5, comparator=kind)
     model = PicoModel.from_pretrained(None, config=config, state_dict={})
     prototypes = model.style_prototypes
     for name, value in prototypes.initial_buffers().items():
@@ -540,10 +558,11 @@ def test_everything_the_checkpoint_lacks_is_initialised(tiny_config, batch):
         assert torch.equal(buffer, torch.full_like(buffer, value)), name
         assert buffer.device.type == "cpu"
     for comparator in (prototypes.visual_comparator, prototypes.textual_comparator):
-        for name, value in COMPARATOR_START.items():
+        for name, value in COMPARATOR_START[kind].items():
             parameter = comparator.get_parameter(name)
             assert torch.equal(parameter, torch.full_like(parameter, value)), name
-        assert 0.1 < comparator.hidden_weight.std() * 3**0.5 < 3
+        if kind != "style_rates":
+            assert 0.1 < comparator.hidden_weight.std() * 3**0.5 < 3
     assert model.logit_scale.item() == 1.5
     assert 0.5 < model.alignment_head.visual_projection.weight.std() * 16**0.5 < 2
     with torch.no_grad():
@@ -562,7 +581,7 @@ def test_a_fresh_model_equals_one_built_on_the_meta_device_and_initialised(tiny_
         buffer = prototypes.get_buffer(name)
         assert torch.equal(buffer, torch.full_like(buffer, value)), name
     assert all(parameter.isfinite().all() for parameter in model.parameters())
-    assert torch.equal(prototypes.visual_comparator.output_bias, torch.tensor([2.0]))
+    assert torch.equal(prototypes.visual_comparator.bias, torch.full((12,), 2.0))
 
 
 def test_another_number_of_prototypes_than_the_checkpoint_has_is_refused(tiny_model, tmp_path):

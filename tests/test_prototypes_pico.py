@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_pico.configuration_pico import PROBABILITY_COMBINATIONS, STYLE_PROBABILITIES
+from modeling_pico.configuration_pico import COMPARATORS, PROBABILITY_COMBINATIONS, STYLE_PROBABILITIES
 from modeling_pico.modeling_pico import PicoHead
 from modeling_pico.prototypes_pico import (
     ColumnComparator,
     StylePrototypes,
+    StyleRates,
     column_weights,
     feature_columns,
     pseudo_semantic_probability,
@@ -324,9 +325,10 @@ def test_the_probability_is_the_written_formula(make_prototypes):
     assert torch.equal(prototypes.semantic_probability(tokens, mask, "image"), expected)
 
 
-def test_the_learned_comparator_starts_neutral_and_gets_gradients(make_prototypes):
-    prototypes = make_prototypes(fresh=True)
-    trained = make_prototypes()
+@pytest.mark.parametrize("comparator", COMPARATORS)
+def test_every_comparator_starts_neutral_and_gets_gradients(make_prototypes, comparator):
+    prototypes = make_prototypes(fresh=True, comparator=comparator)
+    trained = make_prototypes(comparator=comparator)
     for name, buffer in prototypes.named_buffers():
         buffer.copy_(trained.get_buffer(name))
     tokens, mask = random_tokens(), some_mask()
@@ -342,11 +344,13 @@ def test_the_learned_comparator_starts_neutral_and_gets_gradients(make_prototype
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         # A constant output weighs no hidden unit yet, and a common bias leaves the mean weight at one.
-        assert bool(parameter.grad.abs().max() > 1e-6) == name.endswith("output_weight"), name
+        acts = comparator == "style_rates" or name.endswith("output_weight")
+        assert bool(parameter.grad.abs().max() > 1e-6) == acts, name
 
 
-def test_every_parameter_of_a_trained_comparator_gets_a_gradient(make_prototypes):
-    prototypes = make_prototypes(comparator_statistics=True, column_mode="quantile")
+@pytest.mark.parametrize("comparator", COMPARATORS)
+def test_every_parameter_of_a_trained_comparator_gets_a_gradient(make_prototypes, comparator):
+    prototypes = make_prototypes(comparator=comparator, comparator_statistics=True, column_mode="quantile")
     readout = torch.randn(3, 6, 12, generator=torch.Generator().manual_seed(4))
     for modality in ("image", "text"):
         weighted, _ = prototypes.weight_tokens(random_tokens(), some_mask(), modality)
@@ -356,8 +360,44 @@ def test_every_parameter_of_a_trained_comparator_gets_a_gradient(make_prototypes
         assert parameter.grad.isfinite().all(), name
 
 
+def test_style_rates_by_hand(tiny_config):
+    rates = StyleRates(tiny_config(num_style_prototypes=2, embedding_dim=2))
+    with torch.no_grad():
+        rates.rate.copy_(torch.tensor([[0.25, 0.5], [0.0, 1.0]]))
+        rates.bias.copy_(torch.tensor([1.0, 2.0]))
+    prototypes, scale, temperature = torch.tensor([[0.0, 0.0], [2.0, 0.0]]), torch.tensor([2.0, 1.0]), 0.5
+    # Both columns, in units of the scale, are (1/2, 3): squared distances 9.25 and 9.25, halves; then (0, 0): 0 and 1.
+    columns = torch.tensor([[[1.0, 3.0], [0.0, 0.0]]])
+    probability = rates(columns, prototypes, scale, torch.tensor(temperature))
+    near = 1 / (1 + math.exp(-1 / temperature))
+    expected = [1 / (1 + math.exp(-(1.0 - 4 * 0.375))), 1 / (1 + math.exp(-(2.0 - 4 * (1 - near))))]
+    torch.testing.assert_close(probability, torch.tensor([expected]))
+
+
+def test_style_rates_assign_as_purity_does(make_prototypes):
+    prototypes = make_prototypes(comparator="style_rates")
+    columns = prototypes.columns(random_tokens(), some_mask(), "image")
+    state = [getattr(prototypes, f"visual_{name}") for name in ("prototypes", "column_scale", "temperature")]
+    rate = prototypes.visual_style_rate
+    with torch.no_grad():
+        prototypes.visual_comparator.rate.copy_(rate / StyleRates.gain)
+        prototypes.visual_comparator.bias.zero_()
+        learned = prototypes.visual_comparator(columns, *state)
+    purity = style_probability(columns, state[0], rate, *state[1:], form="purity")
+    torch.testing.assert_close(learned, (-purity).sigmoid())
+
+
+def test_a_free_gate_acts_from_the_first_step_and_knows_no_prototypes(make_prototypes):
+    gate = make_prototypes(comparator="free_gate")
+    expected = gate.semantic_probability(random_tokens(), some_mask(), "image")
+    gate.stage.zero_()
+    gate.visual_prototypes.zero_()
+    assert torch.equal(gate.semantic_probability(random_tokens(), some_mask(), "image"), expected)
+    assert expected.std() > 0
+
+
 def test_comparator_by_hand(tiny_config):
-    comparator = ColumnComparator(tiny_config(num_style_prototypes=1, comparator_hidden_size=1))
+    comparator = ColumnComparator(tiny_config(num_style_prototypes=1, comparator="network", comparator_hidden_size=1))
     with torch.no_grad():
         comparator.hidden_weight.fill_(2.0)
         comparator.hidden_bias.fill_(1.0)
@@ -400,7 +440,7 @@ def test_the_gradient_switch(make_prototypes, form, switch):
         assert tokens.grad.isfinite().all()
         assert tokens.grad.abs().sum() > 0
     if form == "learned":
-        assert prototypes.visual_comparator.hidden_weight.grad.abs().sum() > 0
+        assert prototypes.visual_comparator.rate.grad.abs().sum() > 0
 
 
 def test_the_score_of_weighted_tokens_weights_every_product_of_features(make_prototypes):
