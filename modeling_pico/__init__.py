@@ -1,8 +1,8 @@
 """
 PICO for Hugging Face: image-text retrieval that holds when the style of pictures and sentences changes.
 
-Importing the package registers PICO with `AutoConfig`, `AutoModel` and `AutoProcessor`. Training, data and evaluation
-are imported on first use.
+Importing the package registers PICO with the auto classes of transformers, and so with its pipelines. Training, data
+and evaluation are imported on first use.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
 
 from .configuration_pico import PicoConfig
 from .loss_pico import image_text_loss
@@ -68,6 +68,8 @@ __all__ = [
 
 AutoConfig.register(PicoConfig.model_type, PicoConfig, exist_ok=True)
 AutoModel.register(PicoConfig, PicoModel, exist_ok=True)
+# The class of the pipeline "zero-shot-image-classification".
+AutoModelForZeroShotImageClassification.register(PicoConfig, PicoModel, exist_ok=True)
 AutoProcessor.register(PicoConfig, PicoProcessor, exist_ok=True)
 # `save_pretrained` then writes the code files beside the weights, for `trust_remote_code` without this package.
 PicoConfig.register_for_auto_class()

@@ -69,6 +69,8 @@ class PicoOutput(ModelOutput):
         text_tokens (`torch.Tensor` of shape `(texts, words, dim)`): Text token embeddings before weighting.
         image_semantic_probability (`torch.Tensor` of shape `(images, dim)`, *optional*): Where images are weighted.
         text_semantic_probability (`torch.Tensor` of shape `(texts, dim)`, *optional*): Where texts are weighted.
+        pooler_output (`torch.Tensor` of shape `(batch, dim)`, *optional*):
+            One unit vector per sample, for coarse search; where only one side was given.
         logit_scale (`torch.Tensor`, scalar): Inverse temperature by which logits are multiplied.
         vision_model_output, text_model_output: Outputs of the backbones.
     """
@@ -84,6 +86,7 @@ class PicoOutput(ModelOutput):
     text_tokens: torch.Tensor | None = None
     image_semantic_probability: torch.Tensor | None = None
     text_semantic_probability: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
     logit_scale: torch.Tensor | None = None
     vision_model_output: BaseModelOutputWithPooling | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
@@ -242,6 +245,17 @@ class PicoPreTrainedModel(PreTrainedModel):
         if mismatched:
             raise ValueError(_size_message(pretrained_model_name_or_path, kwargs, "; ".join(mismatched)))
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """
+        As `PreTrainedModel.save_pretrained`, naming the code for every auto class that loads PICO, so that a pipeline
+        made from the folder with `trust_remote_code=True` finds it too.
+        """
+        if self._auto_class is not None:
+            code = f"{type(self).__module__.rsplit('.', 1)[-1]}.{type(self).__name__}"
+            named = dict.fromkeys(("AutoModel", "AutoModelForZeroShotImageClassification"), code)
+            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **named}
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -501,6 +515,17 @@ class PicoModel(PicoPreTrainedModel):
         )
         return self._features_output(outputs, features, "text")
 
+    def _one_side_output(self, modality: str, outputs, features: dict[str, torch.Tensor | None]) -> PicoOutput:
+        named = {
+            f"{modality}_embeds": features["embeds"],
+            f"{modality}_mask": features["mask"],
+            f"{modality}_tokens": features["tokens"],
+            f"{modality}_semantic_probability": features["probability"],
+            "vision_model_output" if modality == "image" else "text_model_output": outputs,
+        }
+        pooled = self.alignment_head.pool(features["embeds"], features["mask"], None, modality)
+        return PicoOutput(**named, pooler_output=pooled)
+
     @can_return_tuple
     def forward(
         self,
@@ -515,7 +540,8 @@ class PicoModel(PicoPreTrainedModel):
         **kwargs,
     ) -> PicoOutput:
         r"""
-        Encodes images and texts and scores every pair.
+        Encodes images and texts and scores every pair. Images alone or texts alone, as feature extraction pipelines
+        give them, are only encoded: the output holds that side and its `pooler_output`.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(texts, words)`): Token ids.
@@ -535,16 +561,19 @@ class PicoModel(PicoPreTrainedModel):
         Returns:
             [`PicoOutput`]
         """
-        if input_ids is None or pixel_values is None:
-            missing = "input_ids" if input_ids is None else "pixel_values"
+        missing = [name for name, given in (("input_ids", input_ids), ("pixel_values", pixel_values)) if given is None]
+        if len(missing) == 2 or (missing and (return_loss or image_ids is not None)):
             raise ValueError(
-                f"`{missing}` is missing: PicoModel takes images and texts together. To encode one side use "
-                "`get_image_features` or `get_text_features`."
+                f"Missing: {', '.join(missing)}. PicoModel takes images and texts together, or one of them without "
+                "`return_loss` and `image_ids`; see also `get_image_features` and `get_text_features`."
             )
+        text_kwargs = {"position_ids": position_ids, "token_type_ids": token_type_ids, **kwargs}
+        if input_ids is None:
+            return self._one_side_output("image", *self._encode_images(pixel_values, True, **kwargs))
+        if pixel_values is None:
+            return self._one_side_output("text", *self._encode_texts(input_ids, attention_mask, True, **text_kwargs))
         vision_outputs, image = self._encode_images(pixel_values, True, **kwargs)
-        text_outputs, text = self._encode_texts(
-            input_ids, attention_mask, True, position_ids=position_ids, token_type_ids=token_type_ids, **kwargs
-        )
+        text_outputs, text = self._encode_texts(input_ids, attention_mask, True, **text_kwargs)
         logit_scale = self.logit_scale.float().exp()
         loss = scores = None
         if return_logits or return_loss:

@@ -87,8 +87,9 @@ class _ColumnStatistics(torch.autograd.Function):
     def forward(ctx, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         unit = tokens.shape[-1] ** 0.5
         values = tokens.detach().float()
-        # Only where looking does not wait for a device.
-        ctx.has_padding = tokens.device.type != "cpu" or not bool(mask.all())
+        # Looked at only where that neither waits for a device nor breaks a graph that is being traced.
+        looks = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+        ctx.has_padding = not (looks and bool(mask.all()))
         count = mask.sum(dim=1, keepdim=True).clamp(min=1).float()  # (batch, 1)
         weights = mask.float().div(count).unsqueeze(1)  # (batch, 1, tokens)
         mean = (weights @ values).squeeze(1)

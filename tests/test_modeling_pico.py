@@ -400,11 +400,17 @@ def test_tuple_outputs(tiny_model, batch):
     assert any(torch.is_tensor(item) and torch.equal(item, outputs.text_embeds) for item in text)
 
 
+@pytest.mark.parametrize("wanted", [{"return_loss": True}, {"image_ids": torch.arange(3)}])
 @pytest.mark.parametrize("missing", ["input_ids", "pixel_values"])
-def test_a_missing_input_is_named(tiny_model, batch, missing):
+def test_a_missing_input_is_named(tiny_model, batch, missing, wanted):
     inputs = {name: value for name, value in batch.items() if name != missing}
-    with pytest.raises(ValueError, match=f"`{missing}` is missing.*get_image_features"):
-        tiny_model()(**inputs)
+    with pytest.raises(ValueError, match=f"Missing: {missing}.*get_image_features"):
+        tiny_model()(**inputs, **wanted)
+
+
+def test_no_input_at_all(tiny_model):
+    with pytest.raises(ValueError, match="Missing: input_ids, pixel_values"):
+        tiny_model()()
 
 
 # Training
@@ -650,7 +656,8 @@ def test_a_checkpoint_runs_without_the_package(trained, tiny_processor, batch, t
 
         sys.meta_path.insert(0, Blocker())
         import torch
-        from transformers import AutoModel, AutoProcessor
+        from PIL import Image
+        from transformers import AutoModel, AutoProcessor, pipeline
 
         checkpoint, expected = sys.argv[1], torch.load(sys.argv[2])
         model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
@@ -665,6 +672,9 @@ def test_a_checkpoint_runs_without_the_package(trained, tiny_processor, batch, t
         processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
         assert type(processor).__name__ == "PicoProcessor"
         assert processor(text=["a red circle"])["input_ids"][0][0] == 2
+        classify = pipeline("zero-shot-image-classification", model=checkpoint, trust_remote_code=True)
+        assert type(classify.model).__module__.startswith("transformers_modules")
+        assert len(classify(Image.new("RGB", (16, 16)), candidate_labels=["red", "blue"])) == 2
         print("equal")
         """
     )

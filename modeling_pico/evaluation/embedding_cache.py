@@ -37,13 +37,16 @@ def cache_key(model: nn.Module, loader: DataLoader) -> str:
         )
     digest = hashlib.blake2b(digest_size=16)
     processor = collator.processor
+    tokenizer = processor.tokenizer
     described = (
         model.config.to_json_string(),
         dataset.dataset._fingerprint,
         str(collator.max_length),
         processor.image_processor.to_json_string(),
+        # Without the place it came from: a model just trained and the same one loaded again share a key.
+        repr(tokenizer).replace(f"'{tokenizer.name_or_path}'", "", 1),
         # The vocabulary as well: the representation names its size alone.
-        repr(processor.tokenizer) + str(sorted(processor.tokenizer.get_vocab().items())),
+        str(sorted(tokenizer.get_vocab().items())),
     )
     for text in described:
         digest.update(text.encode())

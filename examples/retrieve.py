@@ -1,0 +1,175 @@
+#!/usr/bin/env python
+"""
+Searches a folder of pictures by text and lays the best ones out on a contact sheet.
+
+    python examples/retrieve.py outputs/quickstart ~/Pictures "a red circle above a blue star" --output hits.png
+
+Each picture is encoded once: its embeddings stay in `--cache_dir` and are used again for as long as neither the file
+nor the model changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors.torch import load_file, save_file
+
+from modeling_pico import PicoModel, PicoProcessor
+from modeling_pico.data import BadImageError, decode_image
+
+
+SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+BATCH = 32
+# Layout of the contact sheet in pixels.
+COLUMNS, TILE, GAP, MARGIN, LABEL = 4, 240, 20, 32, 54
+PAPER, CARD, EDGE, INK, FAINT = "white", "#f1f2f4", "#d9dce1", "#1c1e21", "#7a7f87"
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("model", help="folder or Hub id of a PICO checkpoint")
+    parser.add_argument("pictures", type=Path, help="folder, searched with all folders in it")
+    parser.add_argument("query", help="what to look for")
+    parser.add_argument("--top_k", type=int, default=8, help="number of pictures to show (default: 8)")
+    parser.add_argument("--output", type=Path, default=Path("hits.png"), help="contact sheet (default: hits.png)")
+    parser.add_argument("--cache_dir", type=Path, default=Path.home() / ".cache" / "pico", help="for embeddings")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(argv)
+
+
+def find_pictures(folder: Path) -> dict[str, Path]:
+    """All pictures under a folder, by a name that changes when the file does."""
+    if not folder.is_dir():
+        raise SystemExit(f"{folder} is not a folder.")
+    pictures = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            stat = path.stat()
+            pictures[f"{path.relative_to(folder).as_posix()}|{stat.st_size}|{stat.st_mtime_ns}"] = path
+    if not pictures:
+        raise SystemExit(f"There is no picture in {folder} ({', '.join(sorted(SUFFIXES))}).")
+    return pictures
+
+
+def cache_file(cache_dir: Path, folder: Path, model: PicoModel, processor: PicoProcessor) -> Path:
+    """One file for each folder and model: all that the embeddings depend on is in its name."""
+    digest = hashlib.blake2b(digest_size=12)
+    for text in (str(folder.resolve()), model.config.to_json_string(), processor.image_processor.to_json_string()):
+        digest.update(text.encode())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return cache_dir / f"{digest.hexdigest()}.safetensors"
+
+
+@torch.inference_mode()
+def encode(pictures: dict[str, Path], model: PicoModel, processor: PicoProcessor) -> dict[str, torch.Tensor]:
+    """Embeddings `(tokens, dim)` of each picture in half precision; what is no picture is named and left out."""
+    embeddings = {}
+    names = list(pictures)
+    for start in range(0, len(names), BATCH):
+        images = {}
+        for name in names[start : start + BATCH]:
+            try:
+                images[name] = decode_image(pictures[name])
+            except BadImageError as error:
+                print(f"Left out: {error}")
+        if not images:
+            continue
+        inputs = processor.image_processor(list(images.values()), return_tensors="pt").to(model.device)
+        features = model.get_image_features(**inputs)
+        for name, embeds, mask in zip(images, features.embeds.half().cpu(), features.mask.cpu(), strict=True):
+            embeddings[name] = embeds[mask]
+    return embeddings
+
+
+def load_gallery(
+    pictures: dict[str, Path], file: Path, model: PicoModel, processor: PicoProcessor
+) -> dict[str, torch.Tensor]:
+    """Embeddings of all pictures, from the cache as far as they are there; the cache is brought up to date."""
+    cached = load_file(file) if file.is_file() else {}
+    gallery = {name: cached[name] for name in pictures if name in cached}
+    missing = {name: path for name, path in pictures.items() if name not in gallery}
+    print(f"{len(pictures)} pictures, {len(missing)} of them to encode.")
+    gallery.update(encode(missing, model, processor))
+    if gallery.keys() != cached.keys():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".part")
+        save_file(gallery, unfinished)
+        unfinished.replace(file)
+    if not gallery:
+        raise SystemExit("None of the pictures can be read.")
+    return gallery
+
+
+@torch.inference_mode()
+def search(
+    query: str, gallery: dict[str, torch.Tensor], model: PicoModel, processor: PicoProcessor, k: int
+) -> list[tuple[str, float]]:
+    """The names of the `k` best pictures with their scores, best first."""
+    tokens = processor.tokenizer([query], truncation=True, return_tensors="pt").to(model.device)
+    text = model.get_text_features(**tokens)
+    images = [embeds.float() for embeds in gallery.values()]
+    found = processor.retrieve(
+        text.embeds, images, text.mask, k=k, batch_size=1024, negative_slope=model.config.negative_slope
+    )
+    names = list(gallery)
+    scores, indices = (tensor[0].tolist() for tensor in found)
+    return [(names[index], score) for score, index in zip(scores, indices, strict=True)]
+
+
+def shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Cuts a text to a width in pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+def contact_sheet(query: str, hits: list[tuple[Path, float]]) -> Image.Image:
+    """The query and below it the pictures in rows, best first, each with its rank, name and score."""
+    large, small = ImageFont.load_default(26), ImageFont.load_default(15)
+    columns = min(max(len(hits), 2), COLUMNS)
+    rows = -(-len(hits) // columns)
+    inside = columns * TILE + (columns - 1) * GAP
+    top = MARGIN + 52
+    sheet = Image.new("RGB", (inside + 2 * MARGIN, top + rows * (TILE + LABEL) + MARGIN - 18), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN + 12), shorten(f"“{query}”", large, inside), INK, large, anchor="lm")
+    corners = Image.new("L", (2 * TILE, 2 * TILE))
+    ImageDraw.Draw(corners).rounded_rectangle((0, 0, 2 * TILE - 1, 2 * TILE - 1), 28, fill=255)
+    corners = corners.resize((TILE, TILE), Image.Resampling.LANCZOS)
+    for place, (path, score) in enumerate(hits):
+        row, column = divmod(place, columns)
+        x, y = MARGIN + column * (TILE + GAP), top + row * (TILE + LABEL)
+        picture = ImageOps.pad(decode_image(path), (TILE, TILE), Image.Resampling.LANCZOS, color=CARD)
+        sheet.paste(picture, (x, y), corners)
+        draw.rounded_rectangle((x, y, x + TILE - 1, y + TILE - 1), 14, outline=EDGE)
+        shown, middle = f"{score:.3f}", y + TILE + 18
+        name = shorten(f"{place + 1}. {path.name}", small, TILE - int(small.getlength(shown)) - 14)
+        draw.text((x + 2, middle), name, INK, small, anchor="lm")
+        draw.text((x + TILE - 2, middle), shown, FAINT, small, anchor="rm")
+    return sheet
+
+
+def main(argv: list[str] | None = None) -> list[tuple[Path, float]]:
+    args = parse_arguments(argv)
+    pictures = find_pictures(args.pictures)
+    model = PicoModel.from_pretrained(args.model).to(args.device).eval()
+    processor = PicoProcessor.from_pretrained(args.model)
+    gallery = load_gallery(pictures, cache_file(args.cache_dir, args.pictures, model, processor), model, processor)
+    found = search(args.query, gallery, model, processor, args.top_k)
+    hits = [(pictures[name], score) for name, score in found]
+    for rank, (path, score) in enumerate(hits, start=1):
+        print(f"{rank:3}. {score:7.3f}  {path}")
+    contact_sheet(args.query, hits).save(args.output)
+    print(f"Contact sheet: {args.output}")
+    return hits
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""The examples run, on small data, as a reader runs them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import logging as hf_logging
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+import tiny
+
+import train_pico
+from modeling_pico import PicoModel, PicoProcessor
+
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet():
+    hf_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    yield
+    hf_logging.enable_progress_bar()
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def noise(seed: int, size: tuple[int, int] = (24, 24)) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+# finetune_clip.py
+
+
+def test_finetune_clip(tiny_clip, tmp_path, monkeypatch):
+    datasets.DatasetDict({"train": tiny.rows(20), "validation": tiny.rows(9, seed=1)}).save_to_disk(tmp_path / "data")
+    flags = ["--epochs", "5", "--batch_size", "10", "--output_dir", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["finetune_clip.py", tiny_clip.folder, str(tmp_path / "data"), *flags])
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    left = runpy.run_path(str(EXAMPLES / "finetune_clip.py"))
+    model = PicoModel.from_pretrained(tmp_path / "run")
+    history = left["trainer"].state.log_history
+    assert [entry["prototype_stage"] for entry in history if "prototype_stage" in entry] == [1, 2, 2, 2]
+    start = tiny_clip.model.state_dict()["vision_model.post_layernorm.weight"]
+    assert not torch.equal(model.state_dict()["vision_model.post_layernorm.weight"], start)
+    best = max(entry["eval_rsum"] for entry in history if "eval_rsum" in entry)
+    assert json.loads((tmp_path / "run" / "eval_results.json").read_text())["eval_rsum"] == best
+    assert PicoProcessor.from_pretrained(tmp_path / "run").tokenizer.pad_token == "[PAD]"
+    assert "## Results" in (tmp_path / "run" / "README.md").read_text()
+
+
+# retrieve.py
+
+
+@pytest.fixture(scope="module")
+def retrieve():
+    spec = importlib.util.spec_from_file_location("retrieve", EXAMPLES / "retrieve.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def search(retrieve, tiny_model, use_prototypes, tiny_processor, tmp_path):
+    """Runs the example on a folder of five pictures, one of them broken."""
+    use_prototypes(tiny_model(negative_slope=0.1)).save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for number, name in enumerate(("a.png", "b.jpg", "more/a.png", "more/d.webp")):
+        noise(number, (30, 20 + 10 * number)).save(folder / name)
+    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("no picture either")
+
+    def run(query: str = "the red star", **options):
+        options = {"output": tmp_path / "hits.png", "cache_dir": tmp_path / "cache", "device": "cpu", **options}
+        flags = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+        return retrieve.main([str(tmp_path / "model"), str(folder), query, *flags])
+
+    return run
+
+
+def test_retrieve_finds_what_the_model_scores_best(search, tmp_path, capsys):
+    hits = search()
+    names = ["a.png", "b.jpg", "more/a.png", "more/d.webp"]
+    images = [Image.open(tmp_path / "pictures" / name).convert("RGB") for name in names]
+    model, processor = (kind.from_pretrained(tmp_path / "model") for kind in (PicoModel, PicoProcessor))
+    inputs = processor(images=images, text=["the red star"], return_tensors="pt")
+    with torch.no_grad():
+        output = model(**inputs)
+    scores = (output.logits_per_text / output.logit_scale)[0]
+    order = scores.argsort(descending=True).tolist()
+    assert [path.relative_to(tmp_path / "pictures").as_posix() for path, _ in hits] == [names[row] for row in order]
+    assert [score for _, score in hits] == pytest.approx([scores[row].item() for row in order], abs=2e-3)
+    said = capsys.readouterr().out
+    assert "broken.png" in said and "notes.txt" not in said
+    assert len(search(top_k=2)) == 2
+
+
+def test_retrieve_encodes_only_what_is_new(search, tmp_path, capsys):
+    def to_encode() -> int:
+        return int(capsys.readouterr().out.split(" pictures, ")[1].split()[0])
+
+    picture = tmp_path / "pictures" / "b.jpg"
+    first = search()
+    assert to_encode() == 5
+    assert search() == first
+    assert to_encode() == 1  # the broken one is tried again
+    noise(9).save(picture)
+    os.utime(picture, ns=(1, 1))
+    assert search() != first
+    assert to_encode() == 2
+    picture.unlink()
+    assert len(search()) == 3
+    assert to_encode() == 1
+    (file,) = (tmp_path / "cache").iterdir()
+    import safetensors.torch
+
+    assert len(safetensors.torch.load_file(file)) == 3
+    model = PicoModel.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        model.alignment_head.visual_projection.weight[0, 0] += 1
+    model.save_pretrained(tmp_path / "model")
+    search()
+    assert to_encode() == 4  # another model, other embeddings
+
+
+def test_contact_sheet_shows_pictures_in_order(retrieve, tmp_path):
+    colours = ["red", "lime", "blue", "black", "orange"]
+    for name in colours:
+        Image.new("RGB", (60, 40), name).save(tmp_path / f"{name}.png")
+    sheet = retrieve.contact_sheet("a long query " * 20, [(tmp_path / f"{name}.png", 0.5) for name in colours])
+    tile, step = retrieve.TILE, retrieve.TILE + retrieve.GAP
+    assert sheet.width == 2 * retrieve.MARGIN + 4 * step - retrieve.GAP
+    seen = []
+    for place in range(5):
+        row, column = divmod(place, 4)
+        y = retrieve.MARGIN + 52 + row * (tile + retrieve.LABEL) + tile // 2
+        seen.append(sheet.getpixel((retrieve.MARGIN + column * step + tile // 2, y)))
+    assert seen == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255, 165, 0)]
+    # The title ends inside the margin.
+    assert sheet.crop((sheet.width - retrieve.MARGIN, 0, sheet.width, 84)).getcolors() == [(32 * 84, (255, 255, 255))]
+
+
+def test_retrieve_says_what_is_wrong(search, tmp_path):
+    (tmp_path / "pictures").rename(tmp_path / "gone")
+    with pytest.raises(SystemExit, match="pictures is not a folder"):
+        search()
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(SystemExit, match="There is no picture in"):
+        search()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"")
+    with pytest.raises(SystemExit, match="None of the pictures can be read"):
+        search()
+
+
+# Recipes
+
+
+@pytest.fixture
+def towers(tmp_path) -> list[str]:
+    """Flags that replace the towers of a recipe by tiny checkpoints."""
+    processor, net = tiny.processor(), tiny.model()
+    parts = (
+        ("vision", net.vision_model, processor.image_processor),
+        ("text", net.text_model, processor.tokenizer),
+    )
+    flags = []
+    for side, tower, part in parts:
+        tower.save_pretrained(tmp_path / side)
+        part.save_pretrained(tmp_path / side)
+        flags += [f"--{side}_model_name_or_path", str(tmp_path / side)]
+    return flags
+
+
+def write_karpathy(folder: Path, file: str, folders: dict[str, str]) -> None:
+    """Eight images to train on, five to validate, five for the test, with five captions each."""
+    splits = ["train"] * 5 + ["restval" if "restval" in folders else "train"] * 3 + ["val"] * 5 + ["test"] * 5
+    entries = []
+    for number, split in enumerate(splits):
+        place = folder / folders[split]
+        place.mkdir(parents=True, exist_ok=True)
+        noise(number).save(place / f"{number}.jpg")
+        sentences = [{"raw": f"{colour} {number}"} for colour in (*tiny.COLORS, "other")]
+        entries.append({"filename": f"{number}.jpg", "split": split, "imgid": number, "sentences": sentences})
+        if folders[split] != "images":
+            entries[-1]["filepath"] = folders[split]
+    (folder / file).write_text(json.dumps({"images": entries}))
+
+
+SMALL = shlex.split(
+    "--use_cpu true --bf16 false --dataloader_num_workers 0 --num_train_epochs 3 --prototype_start 1 "
+    "--prototype_update_start 2 --per_device_train_batch_size 4 --embedding_dim 8 --num_style_prototypes 3 "
+    "--log_level error --disable_tqdm true --report_to none"
+)
+
+
+def test_flickr30k_recipe(towers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = dict.fromkeys(("train", "val", "test"), "images")
+    write_karpathy(tmp_path / "data" / "flickr30k", "dataset_flickr30k.json", folders)
+    (tmp_path / "data/flickr30k/images").rename(tmp_path / "data/flickr30k/flickr30k-images")
+    results = train_pico.main([str(EXAMPLES / "flickr30k.yaml"), *towers, *SMALL])
+    assert {"eval_rsum", "test_rsum"} <= results.keys()
+    config = PicoModel.from_pretrained("outputs/flickr30k").config
+    assert (config.loss_type, config.margin, config.alignment_head) == ("hinge", 0.2, "pico")
+    # Every caption once an epoch: 40 pairs, four a step, in three epochs.
+    state = json.loads(Path("outputs/flickr30k/trainer_state.json").read_text())
+    assert state["max_steps"] == 30
+    assert [entry["prototype_stage"] for entry in state["log_history"] if "prototype_stage" in entry] == [1, 2]
+
+
+def test_mscoco_recipe_and_its_folds(towers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = {"train": "train2014", "restval": "val2014", "val": "val2014", "test": "val2014"}
+    write_karpathy(tmp_path / "data" / "mscoco", "dataset_coco.json", folders)
+    recipe = EXAMPLES / "mscoco.yaml"
+    results = train_pico.main([str(recipe), *towers, *SMALL])
+    cached = sorted(Path("outputs/mscoco_embeddings").iterdir())
+    # The second command of its header.
+    header = recipe.read_text().replace(" \\\n# ", "")
+    (command,) = [line for line in header.splitlines() if "train_pico.py --model_name_or_path" in line]
+    words = shlex.split(command.lstrip("# "))
+    folded = train_pico.main([*words[3:], *shlex.split("--use_cpu true --bf16 false --log_level error")])
+    assert sorted(Path("outputs/mscoco_embeddings").iterdir()) == cached
+    # Each fold holds one image: its captions are all right, so recall is full.
+    assert folded["test_rsum"] == 600 > results["test_rsum"]
+
+
+def test_recipes_share_all_that_is_not_the_data():
+    recipes = [yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text()) for name in ("flickr30k", "mscoco")]
+    different = {name for name in {*recipes[0], *recipes[1]} if recipes[0].get(name) != recipes[1].get(name)}
+    assert different == {
+        "output_dir",
+        "dataset_name",
+        "image_dir",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "eval_cache_dir",
+    }
