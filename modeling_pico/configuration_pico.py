@@ -6,7 +6,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 ALIGNMENT_HEADS = ("pico", "fine_grained", "instance_norm", "clip_style")
 POOLINGS = ("mean", "class_token")
-COLUMN_MODES = ("statistics", "quantile", "position")
+COLUMN_MODES = ("statistics", "moments", "quantile", "position")
 PROBABILITY_ESTIMATORS = ("matched", "chance_corrected")
 STYLE_PROBABILITIES = ("learned", "purity", "nearest", "cosine", "global")
 COMPARATORS = ("style_rates", "network", "free_gate")
@@ -69,10 +69,12 @@ class PicoConfig(PreTrainedConfig):
             Style prototypes of each modality.
         column_mode (`str`, *optional*, defaults to `"statistics"`):
             How a feature column is described *(ours)*: its mean, standard deviation, maximum and minimum
-            (`"statistics"`); its sorted values at `column_length` points (`"quantile"`); or the values in patch order
-            (`"position"`: images of one fixed grid only, with texts as quantiles).
+            (`"statistics"`); the first two of these (`"moments"`); its sorted values at `column_length` points
+            (`"quantile"`); or the values in patch order (`"position"`: images of one fixed grid only, with texts as
+            quantiles).
         column_length (`int`, *optional*, defaults to 16):
-            Points of a `"quantile"` column; number of patches of a `"position"` column. Not used by `"statistics"`.
+            Points of a `"quantile"` column; number of patches of a `"position"` column. The others
+            have lengths of their own.
         probability_estimator (`str`, *optional*, defaults to `"matched"`):
             Pseudo-semantic probability of a column: share of positive products over matched pairs (`"matched"`, the
             paper's), or that share corrected for the share over mismatched pairs (`"chance_corrected"`, *ours*).
@@ -176,7 +178,7 @@ class PicoConfig(PreTrainedConfig):
     @property
     def column_size(self) -> int:
         """Numbers that describe one feature column."""
-        return NUM_COLUMN_STATISTICS if self.column_mode == "statistics" else self.column_length
+        return {"statistics": NUM_COLUMN_STATISTICS, "moments": 2}.get(self.column_mode, self.column_length)
 
     @property
     def textual_column_mode(self) -> str:

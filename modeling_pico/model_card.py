@@ -261,7 +261,7 @@ def _option_table(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
         names.append("margin")
     if config.get("alignment_head", "pico") == "pico":
         names += _PROTOTYPE_OPTIONS
-        if config.get("column_mode") != "statistics":
+        if config.get("column_mode") in ("quantile", "position"):
             names.append("column_length")
         if config.get("style_probability") == "learned":
             names.append("comparator")

@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .backbones_pico import num_prefix_tokens
-from .configuration_pico import NUM_COLUMN_STATISTICS, PicoConfig
+from .configuration_pico import COLUMN_MODES, NUM_COLUMN_STATISTICS, PicoConfig
 
 
 STAGE_PLAIN, STAGE_INITIAL, STAGE_UPDATED = 0, 1, 2
@@ -40,16 +40,18 @@ def feature_columns(
         mask (`torch.Tensor` of shape `(batch, tokens)`):
             True at real tokens. A sample without any gives zeros.
         mode (`str`, *optional*, defaults to `"statistics"`):
-            `"statistics"`: mean, standard deviation, maximum, minimum. `"quantile"`: the sorted values, linearly
-            interpolated to `length` points. `"position"`: the values in order; `length` must be the token count.
+            `"statistics"`: mean, standard deviation, maximum, minimum. `"moments"`: the first two of these.
+            `"quantile"`: the sorted values, linearly interpolated to `length` points. `"position"`: the values in
+            order; `length` must be the token count.
         length (`int`, *optional*):
             Number of values for `"quantile"` and `"position"`.
 
     Returns:
-        `torch.Tensor` of shape `(batch, dim, length)` in float32; `length` is 4 for `"statistics"`.
+        `torch.Tensor` of shape `(batch, dim, length)` in float32; `length` is 4 for `"statistics"` and 2 for
+        `"moments"`.
     """
-    if mode == "statistics":
-        return _ColumnStatistics.apply(tokens, mask.bool())
+    if mode in ("statistics", "moments"):
+        return _ColumnStatistics.apply(tokens, mask.bool(), mode == "statistics")
     values = tokens.float() * tokens.shape[-1] ** 0.5
     valid = mask.bool().unsqueeze(-1)
     if mode == "position":
@@ -60,7 +62,7 @@ def feature_columns(
             )
         return (values * valid).transpose(1, 2)
     if mode != "quantile":
-        raise ValueError(f"column mode must be one of 'statistics', 'quantile', 'position', but got {mode!r}.")
+        raise ValueError(f"column mode must be one of {', '.join(map(repr, COLUMN_MODES))}, but got {mode!r}.")
     count = valid.sum(dim=1).clamp(min=1)  # (batch, 1)
     ordered = values.masked_fill(~valid, torch.inf).sort(dim=1).values
     place = torch.linspace(0, 1, length, device=values.device) * (count - 1)  # (batch, length)
@@ -77,14 +79,15 @@ def feature_columns(
 
 class _ColumnStatistics(torch.autograd.Function):
     """
-    Mean, standard deviation, maximum and minimum of each column, with a gradient in few passes over the tokens.
+    Mean, standard deviation and, with `extremes`, maximum and minimum of each column, with a gradient in few passes
+    over the tokens.
 
     The gradient that autograd derives from the four reductions takes longer than a small tower's; the values are the
     same. Equal extremes share the gradient, as in `torch.amax`.
     """
 
     @staticmethod
-    def forward(ctx, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, tokens: torch.Tensor, mask: torch.Tensor, extremes: bool) -> torch.Tensor:
         unit = tokens.shape[-1] ** 0.5
         values = tokens.detach().float()
         # Looked at only where that neither waits for a device nor breaks a graph that is being traced.
@@ -96,37 +99,37 @@ class _ColumnStatistics(torch.autograd.Function):
         # The small constant keeps the gradient of the root finite at a constant column.
         centred = values - mean.unsqueeze(1)
         spread = ((weights @ centred.square_()).squeeze(1) + 1e-8 / unit**2).sqrt()
+        found: tuple[torch.Tensor, ...] = ()
         # Not `max`, whose indices take most of its time; the positions are found again in the backward pass.
-        if ctx.has_padding:
+        if extremes and ctx.has_padding:
             padding = torch.zeros_like(weights).masked_fill_(~mask.unsqueeze(1), torch.inf).transpose(1, 2)
-            highest, lowest = (values - padding).amax(dim=1), (values + padding).amin(dim=1)
-        else:
-            highest, lowest = values.amax(dim=1), values.amin(dim=1)
-        ctx.save_for_backward(tokens, mask, count, mean, spread, highest, lowest)
-        columns = torch.stack([mean, spread, highest, lowest], dim=-1) * unit
+            found = (values - padding).amax(dim=1), (values + padding).amin(dim=1)
+        elif extremes:
+            found = values.amax(dim=1), values.amin(dim=1)
+        ctx.save_for_backward(tokens, mask, count, mean, spread, *found)
+        columns = torch.stack([mean, spread, *found], dim=-1) * unit
         # A sample without a real token has infinities above.
         return columns.masked_fill(~mask.any(dim=1).view(-1, 1, 1), 0.0) if ctx.has_padding else columns
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        tokens, mask, count, mean, spread, highest, lowest = ctx.saved_tensors
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        tokens, mask, count, mean, spread, *extremes = ctx.saved_tensors
         values = tokens.float()
         gradient = gradient * (tokens.shape[-1] ** 0.5 * mask.any(dim=1).view(-1, 1, 1))
-        of_mean, of_spread, of_highest, of_lowest = gradient.unbind(dim=-1)
+        of_mean, of_spread, *of_extremes = gradient.unbind(dim=-1)
         slope = of_spread / (count * spread)
         offset = of_mean / count - slope * mean
         result = torch.addcmul(offset.unsqueeze(1), slope.unsqueeze(1), values)
-        is_extreme = torch.empty_like(values)
-        for extreme, of_extreme in ((highest, of_highest), (lowest, of_lowest)):
-            torch.eq(values, extreme.unsqueeze(1), out=is_extreme)
+        for extreme, of_extreme in zip(extremes, of_extremes, strict=True):
+            is_extreme = torch.eq(values, extreme.unsqueeze(1), out=torch.empty_like(values))
             if ctx.has_padding:
                 is_extreme *= mask.unsqueeze(-1)
             share = of_extreme / is_extreme.sum(dim=1).clamp(min=1)
             result.addcmul_(is_extreme, share.unsqueeze(1))
         if ctx.has_padding:
             result *= mask.unsqueeze(-1)
-        return result.to(tokens.dtype), None
+        return result.to(tokens.dtype), None, None
 
 
 def squared_distances(columns: torch.Tensor, prototypes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -376,11 +376,11 @@ def test_gathered_probability_by_style(trained, collator, dataset):
 # Prototypes
 
 
-@pytest.mark.parametrize("mode", ["statistics", "quantile", "position"])
+@pytest.mark.parametrize("mode", ["statistics", "moments", "quantile", "position"])
 @pytest.mark.parametrize("count", [1, 64])
 def test_prototypes_are_readable(mode, count):
     rng = np.random.default_rng(0)
-    length = 4 if mode == "statistics" else 49
+    length = {"statistics": 4, "moments": 2}.get(mode, 49)
     item = features.PrototypeSet(rng.normal(size=(count, length)), rng.random(count), mode, rng.integers(0, 9, count))
     figure = features.plot_prototypes({"image": item, "text": item})
     check_readable(figure)

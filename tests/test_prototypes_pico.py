@@ -58,6 +58,8 @@ def test_statistics_by_hand():
         [-1.0, 1e-4, -1.0, -1.0],
     ]
     torch.testing.assert_close(columns, torch.tensor([expected]), rtol=0, atol=1e-6)
+    moments = feature_columns(tokens, torch.tensor([[True, True, False]]), "moments")
+    assert torch.equal(moments, columns[..., :2])
 
 
 def test_quantile_by_hand():
@@ -76,11 +78,11 @@ def test_position_by_hand():
     assert columns.tolist() == [[[2.0, 0.0], [4.0, 0.0], [6.0, 0.0], [8.0, 0.0]]]
 
 
-@pytest.mark.parametrize("mode", ["statistics", "quantile"])
+@pytest.mark.parametrize("mode", ["statistics", "moments", "quantile"])
 def test_columns_ignore_padding_and_the_order_of_tokens(mode):
     tokens, mask = random_tokens(), some_mask()
     columns = feature_columns(tokens, mask, mode, 5)
-    assert columns.shape == (3, 12, 4 if mode == "statistics" else 5)
+    assert columns.shape == (3, 12, {"statistics": 4, "moments": 2}.get(mode, 5))
     noisy = torch.where(mask[:, :, None], tokens, 100 * torch.randn_like(tokens))
     torch.testing.assert_close(feature_columns(noisy, mask, mode, 5), columns, rtol=0, atol=0)
     order = torch.tensor([4, 2, 0, 5, 1, 3])
@@ -89,7 +91,9 @@ def test_columns_ignore_padding_and_the_order_of_tokens(mode):
     torch.testing.assert_close(feature_columns(tokens[1:2, :3], mask[1:2, :3], mode, 5), columns[1:2])
 
 
-@pytest.mark.parametrize(("mode", "length"), [("statistics", None), ("quantile", 5), ("position", 6)])
+@pytest.mark.parametrize(
+    ("mode", "length"), [("statistics", None), ("moments", None), ("quantile", 5), ("position", 6)]
+)
 def test_columns_are_finite_with_finite_gradients(mode, length):
     # First row constant, second without any real token, third with one.
     tokens = random_tokens()
@@ -132,7 +136,7 @@ def test_columns_are_float32_for_half_precision():
 def test_wrong_columns_are_refused():
     with pytest.raises(ValueError, match="exactly column_length=4 patches, but got 6"):
         feature_columns(random_tokens(), some_mask(), "position", 4)
-    with pytest.raises(ValueError, match="'statistics', 'quantile', 'position', but got 'median'"):
+    with pytest.raises(ValueError, match="'statistics', 'moments', 'quantile', 'position', but got 'median'"):
         feature_columns(random_tokens(), some_mask(), "median")
 
 

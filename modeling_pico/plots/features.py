@@ -207,7 +207,7 @@ class PrototypeSet:
     Attributes:
         prototypes (`np.ndarray` of shape `(prototypes, length)`): The centroids of feature columns.
         style_rate (`np.ndarray` of shape `(prototypes,)`): Mean pseudo-style probability of each cluster.
-        mode (`str`): What a column is: `"statistics"`, `"quantile"` or `"position"`.
+        mode (`str`): What a column is: `"statistics"`, `"moments"`, `"quantile"` or `"position"`.
         assigned (`np.ndarray` of shape `(prototypes,)`, *optional*):
             Number of columns of some samples whose nearest prototype it is.
     """
@@ -243,7 +243,7 @@ def plot_prototypes(sides: Mapping[str, PrototypeSet]) -> Figure:
         prototypes, rate = finite("prototypes", item.prototypes), finite("style rates", item.style_rate)
         order = np.argsort(rate, kind="stable")[::-1]
         colors = _rate_colors(rate[order])
-        if item.mode == "statistics":
+        if item.mode in ("statistics", "moments"):
             handles = _profiles(column[0], prototypes[order], side)
         elif item.mode == "position":
             _position_map(column[0], prototypes[order], [str(index) for index in order], side)
@@ -285,12 +285,18 @@ def _prototype_axis(axes: Axes, names: list[str]) -> None:
 
 
 def _profiles(axes: Axes, prototypes: np.ndarray, side: str) -> list:
-    """Mean, standard deviation, maximum and minimum `(prototypes, 4)`; returns the handles of the legend."""
+    """
+    Mean and standard deviation, or these with maximum and minimum, `(prototypes, 2 or 4)`; returns the handles of the
+    legend.
+    """
     places = np.arange(len(prototypes))
-    mean, spread, highest, lowest = prototypes.T
+    mean, spread, *extremes = prototypes.T
     width = min(6.0, max(3.0, 150 / len(places)))
-    handles = [
-        axes.vlines(places, lowest, highest, color=GREY, linewidth=1.2, label="minimum to maximum"),
+    handles = []
+    if extremes:
+        highest, lowest = extremes
+        handles = [axes.vlines(places, lowest, highest, color=GREY, linewidth=1.2, label="minimum to maximum")]
+    handles += [
         axes.vlines(places, mean - spread, mean + spread, color=BLUE, linewidth=width, label="mean ± spread"),
         axes.plot(places, mean, "o", color=ORANGE, markeredgecolor=DARK, markersize=width, label="mean")[0],
     ]
