@@ -1,0 +1,310 @@
+"""
+Compares variants of the method by many small trainings, paired by seed, and keeps every result.
+
+    python examples/style_study/study.py run examples/style_study/emoji_styles.yaml --dataset_name DIR \
+        --variants fine_grained pico --seeds 0 1 2 --output results.jsonl --jobs 2
+    python examples/style_study/study.py report results.jsonl
+
+Each training is a process of its own with one thread and appends one line to the table: setting, variant, seed, every
+option, commit, rSum on each split half-way and at the end. What the table already holds is not trained again, so a
+study that was stopped goes on by the same command. Choose on `validation`; `test` and `far` are opened only when
+`--splits` names them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+HERE = Path(__file__).resolve().parent
+# Two-sided 95% quantiles of Student's t distribution, by degrees of freedom from 1.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def train(setting: dict[str, Any], options: dict[str, Any], seed: int, splits: list[str], cache: Path) -> dict:
+    """
+    Trains one variant with one seed.
+
+    Args:
+        setting (`dict`): Data, towers and schedule, alike for all variants.
+        options (`dict`): The variant: `method`, options of `PicoConfig`, and under `args` of `PicoTrainingArguments`.
+        seed (`int`): Initial weights, order of batches and captions.
+        splits (`list[str]`): Splits to evaluate on; `"seen"` for held-out training images.
+        cache (`Path`): Keeps decoded images between trainings.
+
+    Returns:
+        `dict` with `rsum` per split (half-way, end), the log of constructions, loss, parameters and seconds.
+    """
+    # Imported here, since the command that starts the processes and the report need none of it.
+    import torch
+    from encoded_data import load_splits
+    from transformers import TrainerCallback, set_seed
+
+    from modeling_pico import PicoTrainer, PicoTrainingArguments, RetrievalEvaluator
+
+    torch.set_num_threads(1)
+    # Feedback comes from `validation`, whatever is reported.
+    data = load_splits(setting, list(dict.fromkeys([*splits, "validation"])), cache)
+    set_seed(seed)
+    model = build_model(setting, options, data)
+    evaluator, history = RetrievalEvaluator(), defaultdict(list)
+
+    def evaluate() -> None:
+        for name in splits:
+            encoded = evaluator.encode(model, data.splits[name].batches(256))
+            history[name].append(evaluator.retrieval_metrics(model, encoded)["rsum"])
+        model.train()
+
+    class EvaluateHalfWay(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            if round(state.epoch) == args.num_train_epochs // 2:
+                evaluate()
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = PicoTrainingArguments(
+            folder,
+            learning_rate=setting["learning_rate"],
+            backbone_learning_rate=setting["learning_rate"],
+            weight_decay=setting["weight_decay"],
+            warmup_steps=setting["warmup_steps"],
+            lr_scheduler_type="cosine",
+            num_train_epochs=setting["num_train_epochs"],
+            per_device_train_batch_size=setting["batch_size"],
+            per_device_eval_batch_size=256,
+            dataloader_drop_last=True,
+            logging_steps=50,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=seed,
+            use_cpu=True,
+            **options.get("args", {}),
+        )
+        trainer = PicoTrainer(
+            model=model,
+            args=args,
+            train_dataset=data.splits["train"],
+            eval_dataset=data.splits["validation"],
+            data_collator=lambda batch: batch,
+            callbacks=[EvaluateHalfWay()],
+        )
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+    evaluate()
+    log = trainer.state.log_history
+    return {
+        "rsum": dict(history),
+        "constructions": [entry for entry in log if "prototype_stage" in entry],
+        "loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), None),
+        "parameters": model.num_parameters(),
+        "seconds": seconds,
+    }
+
+
+def build_model(setting: dict[str, Any], options: dict[str, Any], data: Any) -> Any:
+    """The model of a variant: towers as the setting says, head as the variant says."""
+    import torch
+    from encoded_data import FrozenLowerLayers
+
+    from modeling_pico import PicoConfig, PicoModel
+    from modeling_pico.training.from_scratch import small_text_config, small_vision_config
+
+    heads = setting["num_heads"]
+    vision_config = small_vision_config(
+        setting["vision_hidden_size"],
+        setting["vision_num_layers"],
+        heads,
+        setting["image_size"],
+        setting["patch_size"],
+    )
+    text_model = None
+    if setting.get("text_model_name_or_path"):
+        text_model = FrozenLowerLayers(
+            setting["text_model_name_or_path"],
+            data.captions,
+            setting["text_num_trained_layers"],
+            setting["max_text_length"],
+        )
+        width = int(text_model.lengths.max())
+        for split in data.splits.values():
+            split.input_ids = torch.arange(len(data.captions))[:, None].expand(-1, width)
+            split.lengths = text_model.lengths
+        text_config = text_model.config
+        # Their weights are pretrained and must not be drawn anew.
+        for module in text_model.modules():
+            module._is_hf_initialized = True
+    else:
+        text_config = small_text_config(setting["text_hidden_size"], setting["text_num_layers"], heads, data.tokenizer)
+        # Without dropout and with a cheap activation: alike for all variants.
+        text_config.hidden_dropout_prob = text_config.attention_probs_dropout_prob = 0.0
+        text_config.hidden_act = "relu"
+    vision_config.hidden_act = "relu"
+    head = {name: value for name, value in options.items() if name not in ("method", "args")}
+    config = PicoConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        embedding_dim=setting["embedding_dim"],
+        alignment_head=options.get("method", "pico"),
+        **head,
+    )
+    return PicoModel(config, text_model=text_model)
+
+
+def run_study(options: argparse.Namespace) -> None:
+    """Starts a process for each training that the table lacks."""
+    setting = yaml.safe_load(options.setting.read_text())
+    if options.dataset_name:
+        setting["dataset_name"] = options.dataset_name
+    for pair in options.set:
+        name, _, value = pair.partition("=")
+        setting[name] = yaml.safe_load(value)
+    variants = yaml.safe_load(options.variants_file.read_text())
+    unknown = sorted(set(options.variants or ()) - set(variants))
+    if unknown:
+        raise SystemExit(f"unknown variants {unknown}; {options.variants_file} has {sorted(variants)}")
+    if not setting.get("dataset_name"):
+        raise SystemExit(f"{options.setting} names no data; give --dataset_name DIR")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    done = {record["key"] for record in read_table(options.output)} if options.output.exists() else set()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+    jobs = []
+    for seed in options.seeds:
+        for name in options.variants or variants:
+            job = {
+                "setting_name": options.setting.stem,
+                "setting": setting,
+                "variant": name,
+                "options": variants[name] or {},
+                "seed": seed,
+                "splits": options.splits,
+            }
+            # The folder of the data does not make another study.
+            identity = {**job, "setting": {**setting, "dataset_name": Path(setting["dataset_name"]).name}}
+            key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+            if key not in done:
+                jobs.append({**job, "key": key, "commit": commit.stdout.strip()})
+    start = [(job, options.cache, options.output) for job in jobs]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        failed = 0
+        for job, (success, text) in zip(jobs, pool.map(lambda item: _start(*item), start), strict=True):
+            failed += not success
+            print(f"{job['variant']}, seed {job['seed']}: {text}", flush=True)
+    if failed:
+        raise SystemExit(f"{failed} of {len(jobs)} trainings failed")
+
+
+def _start(job: dict[str, Any], cache: Path, output: Path) -> tuple[bool, str]:
+    command = [sys.executable, str(HERE / "study.py"), "train", json.dumps(job), str(cache), str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if result.returncode:
+        return False, f"FAILED\n{result.stderr[-3000:]}"
+    return True, result.stdout.strip().splitlines()[-1]
+
+
+def _train_job(options: argparse.Namespace) -> None:
+    job = json.loads(options.job)
+    result = train(job["setting"], job["options"], job["seed"], job["splits"], options.cache)
+    # One write of one line: processes that append at the same time do not tear each other's.
+    with open(options.output, "a") as table:
+        table.write(json.dumps({**job, **result}) + "\n")
+    rsum = {name: [round(value, 1) for value in values] for name, values in result["rsum"].items()}
+    print(f"{rsum}, {result['seconds']:.0f} s")
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """Every result of a table."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def paired_difference(values: list[float]) -> tuple[float, float | None]:
+    """Mean of differences and half the width of its 95% interval (None for one difference)."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    quantile = T_QUANTILES[min(len(values) - 1, len(T_QUANTILES)) - 1]
+    return mean, quantile * statistics.stdev(values) / len(values) ** 0.5
+
+
+def report(records: list[dict[str, Any]], baseline: str) -> str:
+    """
+    Markdown tables, one per setting: mean rSum at the end, and in brackets the mean difference to the baseline over
+    the seeds that both have, with its 95% interval.
+    """
+    groups: dict[str, dict[str, dict[int, dict]]] = defaultdict(lambda: defaultdict(dict))
+    for record in records:
+        setting = {**record["setting"], "dataset_name": Path(record["setting"]["dataset_name"]).name}
+        name = ", ".join(f"{key}={value}" for key, value in setting.items() if value is not None)
+        groups[f"{record['setting_name']} ({name})"][record["variant"]][record["seed"]] = record["rsum"]
+    lines = []
+    for title, variants in groups.items():
+        splits = list(dict.fromkeys(split for runs in variants.values() for rsum in runs.values() for split in rsum))
+        lines += [f"\n{title}\n", f"| variant | seeds | {' | '.join(splits)} |"]
+        lines.append("| --- | ---: |" + " ---: |" * len(splits))
+        base = variants.get(baseline, {})
+        for variant, runs in variants.items():
+            cells = [_cell(variant != baseline, runs, base, split) for split in splits]
+            lines.append(f"| {variant} | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(compares: bool, runs: dict[int, dict], base: dict[int, dict], split: str) -> str:
+    ends = {seed: rsum[split][-1] for seed, rsum in runs.items() if split in rsum}
+    if not ends:
+        return ""
+    text = f"{statistics.fmean(ends.values()):.1f}"
+    pairs = [end - base[seed][split][-1] for seed, end in ends.items() if split in base.get(seed, {})]
+    if compares and pairs:
+        mean, half = paired_difference(pairs)
+        text += f" ({mean:+.1f}" + (")" if half is None else f" ± {half:.1f})")
+    return text
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    run = commands.add_parser("run", help="train what the table lacks")
+    run.add_argument("setting", type=Path, help="YAML file with data, towers and schedule")
+    run.add_argument("--variants_file", type=Path, default=HERE / "variants.yaml")
+    run.add_argument("--variants", nargs="+", help="names in the file of variants; all by default")
+    run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    run.add_argument("--splits", nargs="+", default=["seen", "validation"])
+    run.add_argument("--dataset_name", help="overrides the setting's")
+    run.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="overrides other values of the setting"
+    )
+    run.add_argument("--output", type=Path, required=True, help="table of results, one JSON object a line")
+    run.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "style_study")
+    run.add_argument("--jobs", type=int, default=1, help="trainings at a time, one thread each")
+    run.set_defaults(function=run_study)
+    one = commands.add_parser("train", help="one training, as `run` starts it")
+    one.add_argument("job")
+    one.add_argument("cache", type=Path)
+    one.add_argument("output", type=Path)
+    one.set_defaults(function=_train_job)
+    table = commands.add_parser("report", help="compare what a table holds")
+    table.add_argument("table", type=Path)
+    table.add_argument("--baseline", default="fine_grained")
+    table.set_defaults(function=lambda options: print(report(read_table(options.table), options.baseline)))
+    options = parser.parse_args(arguments)
+    options.function(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "style_study"
+
+
+@pytest.fixture(scope="module")
+def study():
+    sys.path.insert(0, str(FOLDER))
+    try:
+        spec = importlib.util.spec_from_file_location("study", FOLDER / "study.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """Parquet-like data small enough for a training in a second: two styles for training, another for validation."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("data")
+    colors = ["red", "green", "blue", "black", "white", "yellow", "purple", "orange"]
+    for split, sizes in (("train", (10, 14)), ("validation", (12,))):
+        rows = [
+            {
+                "image": Image.new("RGB", (size, size), color),
+                "captions": [f"a {color} square", color],
+                "style": str(size),
+                "concept_id": color,
+            }
+            for size in sizes
+            for color in colors
+        ]
+        datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).to_parquet(folder / f"{split}.parquet")
+    small = {"image_size": 16, "patch_size": 8, "vision_hidden_size": 8, "vision_num_layers": 1, "num_heads": 2}
+    small |= {"text_hidden_size": 8, "text_num_layers": 1, "embedding_dim": 8, "num_train_epochs": 2, "batch_size": 4}
+    settings = yaml.safe_load((FOLDER / "emoji_styles.yaml").read_text())
+    return {**settings, **small, "dataset_name": str(folder), "num_seen": 4}
+
+
+def test_trains_a_variant_the_same_twice_and_never_the_held_out_images(study, setting, tmp_path):
+    options = {"args": {"prototype_start": 0.5, "prototype_update_start": 1}}
+    splits = ["seen", "validation"]
+    first, second = (study.train(setting, options, 3, splits, tmp_path) for _ in range(2))
+    assert set(first["rsum"]) == set(splits)
+    assert all(len(values) == 2 for values in first["rsum"].values())
+    assert [entry["prototype_stage"] for entry in first["constructions"]] == [1.0, 2.0]
+    for name in ("rsum", "loss", "parameters"):
+        assert first[name] == second[name], name
+    from encoded_data import load_splits
+
+    data = load_splits(setting, splits, tmp_path)
+    assert (len(data.splits["train"]), len(data.splits["seen"]), len(data.splits["validation"])) == (12, 4, 8)
+    # Colour and style tell images apart.
+    name = [
+        (tuple(image[:, 0, 0].tolist()), style)
+        for split in ("train", "seen")
+        for image, style in zip(data.splits[split].pixels, data.splits[split].styles, strict=True)
+    ]
+    assert len(set(name)) == 16
+    assert set(data.splits["validation"].styles) == {"12"}
+    # One concept is one identity in every split.
+    assert set(data.splits["validation"].ids.tolist()) == set(range(8))
+
+
+def test_a_batch_holds_the_captions_of_its_images(study, setting, tmp_path):
+    from encoded_data import load_splits
+
+    from modeling_pico.data.dataset import SampleKey
+
+    data = load_splits(setting, ["validation"], tmp_path)
+    split = data.splits["validation"]
+    batch = split.__getitems__([SampleKey(2, 1, 0), SampleKey(5, 0, 0)])
+    texts = [data.tokenizer.decode(ids, skip_special_tokens=True) for ids in batch["input_ids"]]
+    assert texts == ["blue", "a yellow square"]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [3, 5]
+    assert torch.equal(batch["image_ids"], split.ids[[2, 5]])
+    whole = next(split.batches(3))
+    assert whole["input_ids"].shape[0] == 6
+    assert torch.equal(whole["text_ids"], split.ids[[0, 0, 1, 1, 2, 2]])
+    assert whole["pixel_values"].abs().max() <= 1
+
+
+def test_trains_what_the_table_lacks_and_reports_it(study, setting, tmp_path, capsys):
+    file, variants, table = tmp_path / "tiny.yaml", tmp_path / "variants.yaml", tmp_path / "table.jsonl"
+    file.write_text(yaml.safe_dump({**setting, "num_train_epochs": 1}))
+    variants.write_text("plain: {method: fine_grained}\nbroken: {method: nonsense}\n")
+    command = ["run", str(file), "--variants_file", str(variants), "--output", str(table), "--cache", str(tmp_path)]
+    study.main([*command, "--variants", "plain", "--seeds", "0"])
+    assert "plain, seed 0: {'seen': [" in capsys.readouterr().out
+    study.main([*command, "--variants", "plain", "--seeds", "0"])
+    (record,) = study.read_table(table)
+    assert (record["variant"], record["seed"], record["setting_name"]) == ("plain", 0, "tiny")
+    with pytest.raises(SystemExit, match="1 of 1 trainings failed"):
+        study.main([*command, "--variants", "broken", "--seeds", "0"])
+    assert "must be one of 'pico'" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"unknown variants \['other'\].*\['broken', 'plain'\]"):
+        study.main([*command, "--variants", "other"])
+    study.main(["report", str(table), "--baseline", "plain"])
+    assert f"| plain | 1 | {record['rsum']['seen'][-1]:.1f} |" in capsys.readouterr().out
+
+
+def test_differences_are_paired_by_seed(study):
+    def result(variant, seed, rsum):
+        setting = {"dataset_name": "/somewhere/data", "epochs": 1}
+        return {"setting_name": "s", "setting": setting, "variant": variant, "seed": seed, "rsum": {"v": [0.0, rsum]}}
+
+    rows = [result("base", 0, 10.0), result("base", 1, 20.0), result("new", 0, 12.0), result("new", 1, 26.0)]
+    text = study.report([*rows, result("new", 2, 100.0)], "base")
+    # Differences 2 and 6: mean 4, standard error 2, and the seed that the baseline lacks counts in the mean alone.
+    assert "| base | 2 | 15.0 |" in text
+    assert "| new | 3 | 46.0 (+4.0 ± 25.4) |" in text
+    assert study.paired_difference([5.0]) == (5.0, None)
+    assert json.dumps("/somewhere") not in text and "dataset_name=data" in text
