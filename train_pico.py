@@ -95,7 +95,7 @@ class ModelArguments:
     vision_special_tokens: bool | None = field(default=None, metadata={"help": "CLS and registers take part."})
     text_special_tokens: bool | None = field(default=None, metadata={"help": "First and last token take part."})
     num_style_prototypes: int | None = field(default=None, metadata={"help": "Style prototypes of each modality."})
-    column_mode: str | None = field(default=None, metadata={"help": "statistics, quantile or position."})
+    column_mode: str | None = field(default=None, metadata={"help": "moments, statistics, quantile or position."})
     column_length: int | None = field(default=None, metadata={"help": "Points of a quantile or position column."})
     probability_estimator: str | None = field(default=None, metadata={"help": "matched or chance_corrected."})
     style_probability: str | None = field(default=None, metadata={"help": "learned, purity, nearest, cosine, global."})

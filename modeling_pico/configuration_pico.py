@@ -6,7 +6,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 ALIGNMENT_HEADS = ("pico", "fine_grained", "instance_norm", "clip_style")
 POOLINGS = ("mean", "class_token")
-COLUMN_MODES = ("statistics", "moments", "quantile", "position")
+COLUMN_MODES = ("moments", "statistics", "quantile", "position")
 PROBABILITY_ESTIMATORS = ("matched", "chance_corrected")
 STYLE_PROBABILITIES = ("learned", "purity", "nearest", "cosine", "global")
 COMPARATORS = ("style_rates", "network", "free_gate")
@@ -67,11 +67,11 @@ class PicoConfig(PreTrainedConfig):
             Whether the first and the last token of a text (CLS and SEP, begin and end of text) take part.
         num_style_prototypes (`int`, *optional*, defaults to 16):
             Style prototypes of each modality.
-        column_mode (`str`, *optional*, defaults to `"statistics"`):
-            How a feature column is described *(ours)*: its mean, standard deviation, maximum and minimum
-            (`"statistics"`); the first two of these (`"moments"`); its sorted values at `column_length` points
-            (`"quantile"`); or the values in patch order (`"position"`: images of one fixed grid only, with texts as
-            quantiles).
+        column_mode (`str`, *optional*, defaults to `"moments"`):
+            How a feature column is described *(ours)*: its mean and standard deviation, what image stylisation takes
+            for style (`"moments"`); these with its maximum and minimum (`"statistics"`); its sorted values at
+            `column_length` points (`"quantile"`); or the values in patch order (`"position"`: images of one fixed
+            grid only, with texts as quantiles).
         column_length (`int`, *optional*, defaults to 16):
             Points of a `"quantile"` column; number of patches of a `"position"` column. The others
             have lengths of their own.
@@ -143,7 +143,7 @@ class PicoConfig(PreTrainedConfig):
     vision_special_tokens: bool = True
     text_special_tokens: bool = True
     num_style_prototypes: int = 16
-    column_mode: str = "statistics"
+    column_mode: str = "moments"
     column_length: int = 16
     probability_estimator: str = "matched"
     style_probability: str = "learned"

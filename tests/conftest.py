@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,11 +22,25 @@ from transformers import (
     SwinConfig,
     ViTConfig,
 )
+from transformers.utils import logging as hf_logging
 
 from modeling_pico import PicoConfig, PicoModel, PicoProcessor
 
 
 CAPTIONS = ["a red circle", "two blue stars above a small green square", "the red star on a blue circle"]
+
+
+@pytest.fixture(autouse=True)
+def logging_as_found() -> Iterator[None]:
+    """The script sets up the loggers of its process, which is the process of all tests."""
+    loggers = [logging.getLogger(name) for name in ("train_pico", "modeling_pico")]
+    found = [(named.handlers[:], named.level, named.propagate) for named in loggers]
+    verbosity = hf_logging.get_verbosity()
+    yield
+    hf_logging.set_verbosity(verbosity)
+    for named, (handlers, level, propagate) in zip(loggers, found, strict=True):
+        named.handlers[:], named.propagate = handlers, propagate
+        named.setLevel(level)
 
 
 def _vision_config(family: str) -> PreTrainedConfig:

@@ -24,7 +24,7 @@ def test_no_argument_gives_vit_and_bert_and_the_documented_defaults():
     config = PicoConfig()
     assert (config.vision_config.model_type, config.text_config.model_type) == ("vit", "bert")
     assert (config.embedding_dim, config.num_style_prototypes, config.column_length) == (512, 16, 16)
-    assert (config.alignment_head, config.pooling, config.column_mode) == ("pico", "mean", "statistics")
+    assert (config.alignment_head, config.pooling, config.column_mode) == ("pico", "mean", "moments")
     assert (config.style_probability, config.probability_estimator) == ("learned", "matched")
     assert (config.loss_type, config.margin, config.logit_scale_init_value) == ("infonce", 0.2, 2.6592)
     assert config.probability_gradient is None
@@ -150,7 +150,9 @@ def test_sub_configuration_without_model_type_is_refused(name):
 
 
 def test_column_size_and_textual_mode():
-    assert (PicoConfig().column_size, PicoConfig().textual_column_mode) == (4, "statistics")
+    assert (PicoConfig().column_size, PicoConfig().textual_column_mode) == (2, "moments")
+    statistics = PicoConfig(column_mode="statistics")
+    assert (statistics.column_size, statistics.textual_column_mode) == (4, "statistics")
     quantile = PicoConfig(column_mode="quantile", column_length=9)
     assert (quantile.column_size, quantile.textual_column_mode) == (9, "quantile")
     position = PicoConfig(column_mode="position", column_length=9)

@@ -50,7 +50,7 @@ def make_prototypes(tiny_model, use_prototypes):
 def test_statistics_by_hand():
     # Dimension 4, so values are doubled; the third token is padding.
     tokens = torch.tensor([[[0.5, 0.5, 0.0, -0.5], [-0.5, 1.0, 0.0, -0.5], [9.0, 9.0, 9.0, 9.0]]])
-    columns = feature_columns(tokens, torch.tensor([[True, True, False]]))
+    columns = feature_columns(tokens, torch.tensor([[True, True, False]]), "statistics")
     expected = [
         [0.0, 1.0, 1.0, -1.0],  # 1, -1
         [1.5, 0.5, 2.0, 1.0],  # 1, 2
@@ -117,7 +117,7 @@ def test_the_gradient_of_statistics_is_that_of_autograd_and_equal_extremes_share
     mask = some_mask() if padded else torch.ones(3, 6, dtype=torch.bool)
     upstream = torch.randn(3, 12, 4, generator=torch.Generator().manual_seed(1))
     first, second = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
-    feature_columns(first, mask).backward(upstream)
+    feature_columns(first, mask, "statistics").backward(upstream)
     values, valid = second * 12**0.5, mask.unsqueeze(-1)
     count = valid.sum(dim=1)
     mean = (values * valid).sum(dim=1) / count
@@ -129,6 +129,13 @@ def test_the_gradient_of_statistics_is_that_of_autograd_and_equal_extremes_share
     torch.testing.assert_close(first.grad, second.grad, rtol=1e-3, atol=1e-3)
 
 
+def test_statistics_are_the_same_with_and_without_gradient():
+    tokens = random_tokens()
+    with_gradient = feature_columns(tokens.requires_grad_(), some_mask(), "statistics")
+    assert with_gradient.requires_grad
+    assert torch.equal(feature_columns(tokens.detach(), some_mask(), "statistics"), with_gradient)
+
+
 def test_columns_are_float32_for_half_precision():
     assert feature_columns(random_tokens().bfloat16(), some_mask()).dtype == torch.float32
 
@@ -136,7 +143,7 @@ def test_columns_are_float32_for_half_precision():
 def test_wrong_columns_are_refused():
     with pytest.raises(ValueError, match="exactly column_length=4 patches, but got 6"):
         feature_columns(random_tokens(), some_mask(), "position", 4)
-    with pytest.raises(ValueError, match="'statistics', 'moments', 'quantile', 'position', but got 'median'"):
+    with pytest.raises(ValueError, match="'moments', 'statistics', 'quantile', 'position', but got 'median'"):
         feature_columns(random_tokens(), some_mask(), "median")
 
 
@@ -160,6 +167,20 @@ def test_sign_shares_by_hand():
     shares = sign_shares(tokens, torch.tensor([[1, 1, 1, 0]]))
     torch.testing.assert_close(shares, torch.tensor([[[2 / 3, 1 / 3], [0.0, 2 / 3]]]))
     assert torch.equal(sign_shares(tokens, torch.zeros(1, 4)), torch.zeros(1, 2, 2))
+
+
+def test_sign_shares_of_half_precision_are_exact_and_without_gradient():
+    # More tokens than bfloat16 can count one by one.
+    tokens = torch.ones(1, 1001, 1, dtype=torch.bfloat16)
+    tokens[0, :300] = -1
+    shares = sign_shares(tokens.requires_grad_(), torch.ones(1, 1001))
+    assert torch.equal(shares, torch.tensor([[[701 / 1001], [300 / 1001]]]))
+    assert not shares.requires_grad
+
+
+def test_padding_that_is_not_a_number_does_not_count():
+    tokens = torch.tensor([[[1.0], [torch.nan], [-torch.inf]]])
+    assert sign_shares(tokens, torch.tensor([[1, 0, 0]])).flatten().tolist() == [1.0, 0.0]
 
 
 def brute_force_agreement(images, image_mask, texts, text_mask, valid, ids):
@@ -314,9 +335,9 @@ def test_in_use_every_form_gives_probabilities_that_weight(make_prototypes, form
 def test_the_probability_is_the_written_formula(make_prototypes):
     tokens, mask = random_tokens(), some_mask()
     for form in ("purity", "nearest", "cosine"):
-        prototypes = make_prototypes(style_probability=form)
+        prototypes = make_prototypes(style_probability=form, column_mode="statistics")
         style = style_probability(
-            feature_columns(tokens, mask),
+            feature_columns(tokens, mask, "statistics"),
             prototypes.textual_prototypes,
             prototypes.textual_style_rate,
             prototypes.textual_column_scale,

@@ -504,7 +504,10 @@ def test_long_captions_are_reported_and_cut(data, tmp_path, messages):
     assert [message.split(":")[0] for message in cut] == ["train", "validation", "test"]
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda path: path.stem)
+RECIPES = [*(ROOT / "examples").glob("*.yaml"), *(ROOT / "examples" / "emoji_styles").glob("*.yaml")]
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES), ids=lambda path: path.stem)
 def test_recipes_are_understood(recipe):
-    model_args, data_args, training_args = train_pico.parse_arguments([str(recipe)])
+    model_args, data_args, training_args = train_pico.parse_arguments([str(recipe), "--use_cpu", "true"])
     assert training_args.do_train

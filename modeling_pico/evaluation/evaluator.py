@@ -49,6 +49,27 @@ class EncodedRetrieval:
         counts = gather(torch.tensor([len(self.image_tokens)], device=self.image_tokens.device))
         return int(counts[: PartialState().process_index].sum())
 
+    def subset(self, images: torch.Tensor) -> EncodedRetrieval:
+        """
+        Some of the images, with all texts of their identities, as a retrieval set of its own.
+
+        Args:
+            images (`torch.Tensor` of shape `(chosen,)`):
+                Rows of `image_ids`, ascending, the same on every process; each process needs one of its own.
+        """
+        images = images.to(self.image_ids.device)
+        start = self.first_image()
+        own = images[(images >= start) & (images < start + len(self.image_tokens))] - start
+        texts = torch.isin(self.text_ids, self.image_ids[images]).nonzero().squeeze(1)
+        return EncodedRetrieval(
+            image_tokens=self.image_tokens[own],
+            image_mask=self.image_mask[own],
+            text_tokens=self.text_tokens[texts],
+            text_mask=self.text_mask[texts],
+            image_ids=self.image_ids[images],
+            text_ids=self.text_ids[texts],
+        )
+
 
 @dataclass
 class _Block:

@@ -44,6 +44,11 @@ class PicoTrainingArguments(TrainingArguments):
             Gain that weights an update: validation rSum with the new prototypes minus with the old, same network
             (`"counterfactual"`); rSum of this evaluation minus the one before (`"epoch_delta"`). Without validation:
             `"ema"` (constant weight), `"uniform"` (equal weights), `"latest"` (the newest alone).
+        feedback_images (`int`, *optional*, defaults to 96):
+            Validation images, with all their texts, that the counterfactual feedback scores under both sets of
+            prototypes: a fixed draw, spread evenly over the set. Time grows with its square. A smaller gallery is an
+            easier one and holds fewer queries, so gains come out smaller and noisier. `None`, or as many as there are
+            or more: all, and the score that the evaluation measured is that of the old prototypes.
         feedback_kappa (`float`, *optional*, defaults to 1.0):
             Gain in rSum points that is worth a factor of e.
         feedback_ema_weight (`float`, *optional*, defaults to 0.1):
@@ -82,6 +87,9 @@ class PicoTrainingArguments(TrainingArguments):
         default="counterfactual",
         metadata={"help": "What weights an update of the prototypes.", "choices": FEEDBACKS},
     )
+    feedback_images: int | None = field(
+        default=96, metadata={"help": "Validation images that the counterfactual feedback scores."}
+    )
     feedback_kappa: float = field(default=1.0, metadata={"help": "rSum points that are worth a factor of e."})
     feedback_ema_weight: float = field(default=0.1, metadata={"help": "Weight of an update under feedback=ema."})
     eval_num_folds: int = field(default=1, metadata={"help": "Image blocks over which metrics are averaged."})
@@ -108,6 +116,8 @@ class PicoTrainingArguments(TrainingArguments):
         for name in ("prototype_interval", "feedback_kappa", "reservoir_pairs", "eval_num_folds", "prototype_start"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be greater than 0, but got {getattr(self, name)}.")
+        if self.feedback_images is not None and self.feedback_images < 1:
+            raise ValueError(f"`feedback_images` must be at least 1, or None for all, but got {self.feedback_images}.")
         if self.prototype_update_start <= self.prototype_start:
             raise ValueError(
                 f"`prototype_update_start` (j1 = {self.prototype_update_start}) must come after `prototype_start` "

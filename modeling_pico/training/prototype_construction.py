@@ -54,6 +54,7 @@ class PrototypeState:
         return PrototypeState(**{name: own[name] * (1 - weight) + other[name] * weight for name in own})
 
 
+@torch.no_grad()
 def weighted_kmeans(
     points: torch.Tensor,
     weights: torch.Tensor,
@@ -62,7 +63,7 @@ def weighted_kmeans(
     generator: torch.Generator | None = None,
     initial: torch.Tensor | None = None,
     max_iterations: int = 50,
-    tolerance: float = 1e-5,
+    tolerance: float = 1e-3,
 ) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
     r"""
     K-means with a weight per point; the energy is `sum_n w_n * min_k |x_n - c_k|²` (PICO).
@@ -78,7 +79,9 @@ def weighted_kmeans(
         initial (`torch.Tensor` of shape `(clusters, length)`, *optional*):
             Centroids to start from instead of k-means++, so that clusters keep their identity.
         max_iterations (`int`, *optional*, defaults to 50): Upper bound of iterations.
-        tolerance (`float`, *optional*, defaults to 1e-5): Stops when the energy falls by less than this share.
+        tolerance (`float`, *optional*, defaults to 1e-3):
+            Stops when an iteration lowers the energy by no more than this share. On feature columns about 1% is
+            then left to gain, which is no more than two starts differ by.
 
     Returns:
         Centroids `(clusters, length)`, the cluster of each point `(points,)`, and the energy before each centroid
@@ -90,19 +93,27 @@ def weighted_kmeans(
         raise ValueError(f"K-means weights must not be negative, but the smallest is {weights.min().item()}.")
     points = points.float()
     weights = weights.float() if weights.sum() > 0 else torch.ones_like(weights, dtype=torch.float32)
-    ones = torch.ones(points.shape[1], device=points.device)
     centroids = _plus_plus_start(points, weights, num_clusters, generator) if initial is None else initial.float()
 
+    # Points lie along the last dimension: reductions over clusters and sums of points are several times faster there.
+    coordinates = points.T.contiguous()
+    squares = points.square().sum(dim=1)
+    # The row of ones gives the mass of a cluster together with the sum of its points.
+    weighted = torch.cat([coordinates, torch.ones_like(coordinates[:1])]) * weights
+    distances = coordinates.new_empty(num_clusters, len(points))
     energies: list[float] = []
     for iteration in range(max_iterations + 1):
-        nearest, assignment = squared_distances(points, centroids, ones).min(dim=1)
-        energies.append(float((weights * nearest).sum(dtype=torch.float64)))
+        # Without the square of the point itself, which does not change what is nearest.
+        torch.addmm(centroids.square().sum(dim=1, keepdim=True), centroids, coordinates, alpha=-2, out=distances)
+        nearest, assignment = distances.min(dim=0)
+        energies.append(float(((nearest + squares).clamp_(min=0) * weights).sum(dtype=torch.float64)))
         converged = len(energies) > 1 and energies[-2] - energies[-1] <= tolerance * energies[-2]
         if converged or iteration == max_iterations:
             break
-        mass = torch.zeros(num_clusters, device=points.device).index_add_(0, assignment, weights)
-        total = torch.zeros_like(centroids).index_add_(0, assignment, points * weights[:, None])
-        centroids = torch.where(mass[:, None] > 0, total / mass[:, None], centroids)
+        sums = weighted.new_zeros(len(weighted), num_clusters)
+        sums.scatter_add_(1, assignment.expand_as(weighted), weighted)
+        total, mass = sums[:-1].T, sums[-1, :, None]
+        centroids = torch.where(mass > 0, total / mass, centroids)
     return centroids, assignment, energies
 
 
@@ -115,14 +126,16 @@ def _plus_plus_start(
         place = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]
         return min(int(torch.searchsorted(cumulative, place, right=True)), len(cumulative) - 1)
 
-    ones = torch.ones(points.shape[1], device=points.device)
+    def distances(index: int) -> torch.Tensor:
+        return (points - points[index]).square().sum(dim=1)
+
     chosen = [draw(weights)]
-    nearest = squared_distances(points, points[chosen[-1]][None], ones)[:, 0]
+    nearest = distances(chosen[-1])
     for _ in range(num_clusters - 1):
         potential = nearest * weights
         # Fewer distinct points than clusters: the rest start anywhere and stay empty.
         chosen.append(draw(potential if potential.sum() > 0 else weights))
-        nearest = torch.minimum(nearest, squared_distances(points, points[chosen[-1]][None], ones)[:, 0])
+        nearest = torch.minimum(nearest, distances(chosen[-1]))
     return points[torch.tensor(chosen, device=points.device)].clone()
 
 

@@ -44,6 +44,8 @@ class PrototypeConstruction:
         self.pending_log_sum = -math.inf
         self.previous_rsum = math.nan
         self._columns: list[tuple[torch.Tensor, torch.Tensor]] = []
+        # The buffer may live on an accelerator, and the schedule asks at every step.
+        self._num_constructions = int(prototypes.num_constructions)
         self._steps_per_epoch = 0
         self._max_steps = 0
 
@@ -52,6 +54,7 @@ class PrototypeConstruction:
     def start(self, steps_per_epoch: int, max_steps: int) -> None:
         """Tells the schedule how long an epoch and the training are, in optimizer steps."""
         self._steps_per_epoch, self._max_steps = steps_per_epoch, max_steps
+        self._num_constructions = int(self.prototypes.num_constructions)
         if self.next_step() >= max_steps and self.prototypes.stage == STAGE_PLAIN:
             logger.warning(
                 f"Training ends at step {max_steps}, before the first style prototypes would be used (step "
@@ -63,7 +66,7 @@ class PrototypeConstruction:
         """Optimizer step after which the next construction is due."""
         args = self.args
         unit = self._max_steps if args.prototype_schedule == "share" else self._steps_per_epoch
-        done = int(self.prototypes.num_constructions) + (self.pending is not None)
+        done = self._num_constructions + (self.pending is not None)
         if done == 0:
             return _steps(args.prototype_start * unit)
         interval = args.prototype_interval * self._steps_per_epoch
@@ -87,6 +90,26 @@ class PrototypeConstruction:
         return self.needs_statistics(step) and (remaining - 1) * pairs_per_step < self.args.reservoir_pairs
 
     # What
+
+    def feedback_images(self, num_images: int) -> torch.Tensor | None:
+        r"""
+        Which of `num_images` validation images give the counterfactual feedback: one at random of each of
+        `args.feedback_images` blocks of equal size, the same ones for every construction *(ours)*.
+
+        A multiple of the number of processes is taken, so that blocks do not cross the borders between processes.
+
+        Returns:
+            `torch.Tensor` of shape `(chosen,)`, ascending, or None for all images.
+        """
+        args = self.args
+        if args.feedback != "counterfactual" or args.feedback_images is None:
+            return None
+        count = -(-args.feedback_images // args.world_size) * args.world_size
+        if count >= num_images:
+            return None
+        borders = torch.arange(count + 1) * num_images // count
+        share = torch.rand(count, generator=torch.Generator().manual_seed(args.seed), dtype=torch.float64)
+        return borders[:-1] + (share * borders.diff()).long()
 
     @torch.no_grad()
     def collect_statistics(self, image_shares, text_shares, valid, ids) -> None:
@@ -121,8 +144,8 @@ class PrototypeConstruction:
         Args:
             rsum (`float`, *optional*): Validation rSum under the prototypes in use.
             score (`Callable`, *optional*):
-                Gives the validation rSum of the same network and embeddings under whatever prototypes the buffers
-                hold when it is called.
+                Gives the rSum of the same network and embeddings, those of `rsum`, under whatever prototypes the
+                buffers hold when it is called.
 
         Returns:
             What to log: stage, gain, weight and how far the prototypes move.
@@ -197,6 +220,7 @@ class PrototypeConstruction:
         self.pending.copy_to(prototypes)
         prototypes.stage.fill_(STAGE_INITIAL if prototypes.num_constructions == 0 else STAGE_UPDATED)
         prototypes.num_constructions += 1
+        self._num_constructions += 1
         prototypes.feedback_log_sum.fill_(self.pending_log_sum)
         self.pending = None
 
@@ -223,6 +247,7 @@ class PrototypeConstruction:
     def load(self, folder: str) -> None:
         """Reads what [`save`] wrote; a checkpoint without it (weights only) starts a fresh collection."""
         path = os.path.join(folder, STATE_FILE)
+        self._num_constructions = int(self.prototypes.num_constructions)
         self.due, self.pending, self._columns, self.previous_rsum = False, None, [], math.nan
         if not os.path.isfile(path):
             logger.warning(f"{path} is missing: statistics collected before the checkpoint are lost.")

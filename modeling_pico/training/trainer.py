@@ -13,7 +13,7 @@ import torch
 import transformers
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
@@ -55,6 +55,7 @@ _CARD_ARGUMENTS = (
     "prototype_schedule",
     "reservoir_pairs",
     "feedback",
+    "feedback_images",
     "feedback_kappa",
 )
 
@@ -330,22 +331,21 @@ class PicoTrainer(Trainer):
         step = self.state.global_step
         if not construction.needs_statistics(step):
             return
-        image_tokens, image_mask = outputs.image_tokens, outputs.image_mask
-        text_tokens, text_mask = outputs.text_tokens, outputs.text_mask
+        image_tokens, image_mask = outputs.image_tokens.detach(), outputs.image_mask
+        text_tokens, text_mask = outputs.text_tokens.detach(), outputs.text_mask
         valid = image_mask.any(dim=1) & text_mask.any(dim=1)
-        construction.collect_statistics(
-            gather_rows(sign_shares(image_tokens, image_mask)),
-            gather_rows(sign_shares(text_tokens, text_mask)),
-            gather_rows(valid),
-            gather_rows(ids),
-        )
+        # Two collectives in place of four.
+        shares = torch.cat([sign_shares(image_tokens, image_mask), sign_shares(text_tokens, text_mask)], dim=1)
+        image_shares, text_shares = gather_rows(shares).chunk(2, dim=1)
+        all_valid, all_ids = gather_rows(torch.stack([valid.to(ids), ids], dim=1)).unbind(dim=1)
+        construction.collect_statistics(image_shares, text_shares, all_valid.bool(), all_ids)
         # Not `len(ids)`: shorter last batches may differ between processes, which must decide alike.
         pairs_per_step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         if construction.needs_columns(step, pairs_per_step):
             prototypes = construction.prototypes
             construction.collect_columns(
-                gather_rows(prototypes.columns(image_tokens[valid], image_mask[valid], "image")),
-                gather_rows(prototypes.columns(text_tokens[valid], text_mask[valid], "text")),
+                gather_rows(prototypes.columns(image_tokens, image_mask, "image")[valid]),
+                gather_rows(prototypes.columns(text_tokens, text_mask, "text")[valid]),
             )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -368,8 +368,11 @@ class PicoTrainer(Trainer):
                 # No evaluation of the trainer's falls here; this one feeds the construction alone and leaves the
                 # choice of the best checkpoint untouched.
                 name = self._feedback_dataset()
-                encoded = self._encode(self.get_eval_dataloader(name))
-                self._propose(encoded, self.evaluator.retrieval_metrics(self._pico_model(), encoded)["rsum"])
+                dataset = self.eval_dataset if name is None else self.eval_dataset[name]
+                images = construction.feedback_images(len(dataset))
+                dataset = dataset if images is None else Subset(dataset, images.tolist())
+                encoded = self._encode(self.get_eval_dataloader(dataset))
+                self._propose(encoded, self.evaluator if images is None else RetrievalEvaluator())
         self.control.should_log = should_log
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
@@ -406,7 +409,12 @@ class PicoTrainer(Trainer):
         construction = self.construction
         if construction is not None and self.is_in_train and metric_key_prefix == self._feedback_prefix():
             if construction.due:
-                self._propose(encoded, metrics["rsum"])
+                images = construction.feedback_images(len(encoded.image_ids))
+                if images is None:
+                    self._propose(encoded, self.evaluator, metrics["rsum"])
+                else:
+                    # One gallery: folds of it would be too small to tell prototypes apart.
+                    self._propose(encoded.subset(images), RetrievalEvaluator())
             construction.observe(metrics["rsum"])
         return EvalLoopOutput(
             predictions=None if scores is None else scores.cpu().numpy(),
@@ -458,13 +466,14 @@ class PicoTrainer(Trainer):
     def _on_prediction_step(self) -> None:
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
-    def _propose(self, encoded: EncodedRetrieval, rsum: float) -> None:
+    def _propose(self, encoded: EncodedRetrieval, evaluator: RetrievalEvaluator, rsum: float | None = None) -> None:
         model = self._pico_model()
 
         def score() -> float:
-            return self.evaluator.retrieval_metrics(model, encoded)["rsum"]
+            return evaluator.retrieval_metrics(model, encoded)["rsum"]
 
-        self.log(self.construction.propose(rsum, score))
+        # The gain compares two scores of the same images.
+        self.log(self.construction.propose(score() if rsum is None else rsum, score))
 
     # Checkpoints
 

@@ -63,7 +63,7 @@ def test_chunks_leave_the_gradient_as_it_is(results):
         assert_close(result["chunks"]["gradients"], result["infonce"]["gradients"], 1e-5)
 
 
-@pytest.mark.parametrize("run", ["infonce", "hinge"])
+@pytest.mark.parametrize("run", ["infonce", "hinge", "subset"])
 def test_training_ends_alike_on_both_and_as_with_one_process(results, run):
     single, first, second = (result[run] for result in results)
     assert single["steps"] == first["steps"] == second["steps"]
@@ -95,6 +95,11 @@ def test_folds_that_processes_share_are_those_of_the_full_matrix(results, run):
     expected = folded_retrieval_metrics(single["scores"], *single["eval_ids"], num_folds=3)
     assert {name: first["folds"][name] for name in expected} == expected
     assert first["folds"]["rsum"] != first["evaluation"]["eval_rsum"]
+
+
+def test_feedback_of_a_part_of_the_images_is_a_different_one(results):
+    gains = [[entry["prototype_feedback_gain"] for entry in result["subset"]["log"]] for result in results]
+    assert gains[0] != [entry["prototype_feedback_gain"] for entry in results[0]["infonce"]["log"]]
 
 
 def test_two_processes_resume_bit_for_bit(results):

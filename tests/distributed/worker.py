@@ -25,7 +25,7 @@ from modeling_pico.training import PicoTrainer
 
 
 GLOBAL_BATCH = 8
-PURITY = {"style_probability": "purity", "sharpness": 4.0}
+PURITY = {"style_probability": "purity", "sharpness": 4.0, "column_mode": "statistics"}
 
 
 class FirstGradients(PicoTrainer):
@@ -88,6 +88,7 @@ def main(folder: Path) -> dict:
     results = {
         "infonce": run(folder / "infonce", PURITY, save_strategy="epoch", **epochs),
         "resumed": run(folder / "resumed", PURITY, checkpoint=str(folder / "infonce" / "checkpoint-2"), **epochs),
+        "subset": run(folder / "subset", PURITY, feedback_images=4, **epochs),
         # 20 images and shorter batches at the end, which the processes share.
         "hinge": run(
             folder / "hinge",

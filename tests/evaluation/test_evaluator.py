@@ -145,6 +145,22 @@ def test_empty_set_is_refused(net):
         RetrievalEvaluator().encode(net, [])
 
 
+def test_subset_is_a_part_of_the_set_with_the_texts_of_its_meanings(net, data):
+    evaluator = RetrievalEvaluator()
+    encoded = evaluator.encode(net, loader(data, 4))
+    chosen = torch.tensor([1, 5, 10])
+    subset = encoded.subset(chosen)
+    # Images 9 and 10 repeat the meanings of 0 and 1; the image i has 1 + i % 3 captions.
+    assert subset.image_ids.tolist() == [1, 5, 1]
+    assert subset.text_ids.tolist() == [1, 1, 5, 5, 5, 1, 1]
+    texts = torch.isin(encoded.text_ids, torch.tensor([1, 5]))
+    expected = evaluator.score(net, encoded)[chosen][:, texts]
+    torch.testing.assert_close(evaluator.score(net, subset), expected, rtol=0, atol=1e-6)
+    own = evaluator(net, loader(torch.utils.data.Subset(data, chosen.tolist()), 4))
+    metrics = evaluator.retrieval_metrics(net, subset)
+    assert metrics["rsum"] == own["rsum"]
+
+
 def test_folds_are_consecutive_images(net, data):
     with pytest.raises(ValueError, match="11 images cannot be split into 2 folds"):
         RetrievalEvaluator(num_folds=2)(net, loader(data, 4))

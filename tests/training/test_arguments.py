@@ -16,6 +16,7 @@ from modeling_pico.training import PicoTrainingArguments
         ({"feedback_kappa": -1.0}, ["feedback_kappa", "greater than 0", "got -1.0"]),
         ({"reservoir_pairs": 0}, ["reservoir_pairs", "greater than 0"]),
         ({"eval_num_folds": 0}, ["eval_num_folds", "greater than 0"]),
+        ({"feedback_images": 0}, ["feedback_images", "at least 1", "None for all", "got 0"]),
         ({"prototype_start": 0, "prototype_update_start": 1}, ["prototype_start", "greater than 0"]),
         ({"prototype_start": 3, "prototype_update_start": 3}, ["j1 = 3", "after", "j0 = 3"]),
         ({"prototype_schedule": "share"}, ["share", "between 0 and 1", "3"]),

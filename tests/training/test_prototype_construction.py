@@ -139,6 +139,42 @@ def test_the_generator_alone_decides():
     assert len(starts) > 1
 
 
+def test_every_iteration_is_one_of_plain_kmeans():
+    generator = seeded()
+    points = torch.randn(300, 4, generator=generator, dtype=torch.float64) + 3
+    weights = torch.rand(300, generator=generator, dtype=torch.float64)
+    expected = points[:6].clone()
+    for iterations in range(8):
+        centroids, assignment, energies = weighted_kmeans(
+            points, weights, 6, initial=points[:6], max_iterations=iterations, tolerance=0
+        )
+        distances = (points[:, None] - expected).square().sum(dim=2)
+        assert torch.equal(assignment, distances.argmin(dim=1))
+        assert energies[-1] == pytest.approx(float((weights * distances.amin(dim=1)).sum()), rel=1e-5)
+        torch.testing.assert_close(centroids.double(), expected, rtol=0, atol=1e-5)
+        expected = torch.stack(
+            [
+                (weights[assignment == cluster, None] * points[assignment == cluster]).sum(dim=0)
+                / weights[assignment == cluster].sum()
+                for cluster in range(6)
+            ]
+        )
+
+
+def test_it_stops_where_an_iteration_gains_too_little():
+    points = torch.randn(400, 3, generator=seeded())
+    _, _, energies = weighted_kmeans(points, torch.ones(400), 8, generator=seeded(1), tolerance=0.02)
+    falls = [(before - after) / before for before, after in itertools.pairwise(energies)]
+    assert len(falls) > 2
+    assert falls[-1] <= 0.02 < min(falls[:-1])
+
+
+def test_points_that_carry_a_gradient_are_clustered_without_it():
+    points = torch.randn(20, 3, generator=seeded(), requires_grad=True)
+    centroids, _, _ = weighted_kmeans(points, torch.ones(20), 2, generator=seeded(1))
+    assert not centroids.requires_grad
+
+
 def test_iterations_are_bounded():
     points = torch.randn(200, 2, generator=seeded())
     _, _, energies = weighted_kmeans(points, torch.ones(200), 8, generator=seeded(), max_iterations=2, tolerance=0)
@@ -160,7 +196,7 @@ def make_prototypes(tiny_config):
     """Fresh prototypes; matched rates of 1/4 and 1 for two features unless said otherwise."""
 
     def make(rates: tuple[float, ...] = (0.25, 1.0), **options) -> StylePrototypes:
-        config = tiny_config(embedding_dim=len(rates), **options)
+        config = tiny_config(**{"embedding_dim": len(rates), "column_mode": "statistics", **options})
         prototypes = PicoHead(config).style_prototypes
         prototypes.add_sign_agreement(
             torch.tensor(rates) * 8, torch.zeros(len(rates)), torch.tensor(8.0), torch.tensor(0.0)

@@ -17,7 +17,7 @@ from modeling_pico.training.staging import STATE_FILE
 
 
 # Prototypes that change the score at once, so that gains, weights and gradients depend on them.
-PURITY = {"style_probability": "purity", "sharpness": 4.0}
+PURITY = {"style_probability": "purity", "sharpness": 4.0, "column_mode": "statistics"}
 # 18 steps in six epochs; the first prototypes after epoch 1, updates after 3, 4 and 5.
 SETTINGS = {
     "epochs": {"model_options": PURITY},
@@ -36,6 +36,7 @@ SETTINGS = {
         "caption_sampling": "all",
         "dataloader_drop_last": False,
         "num_train_epochs": 2,
+        "feedback_images": 5,
         "save_strategy": "steps",
         "save_steps": 2,
     },
@@ -58,6 +59,7 @@ SETTINGS = {
         "save_strategy": "steps",
         "save_steps": 3,
         "num_train_epochs": 4,
+        "feedback_images": 4,
     },
 }
 # With these a checkpoint at the last step of an epoch precedes the evaluation of that epoch, which a resumed run then

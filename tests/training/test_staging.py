@@ -123,6 +123,22 @@ def test_windows_of_collection(make):
     assert [step for step in range(20, 40) if construction.needs_statistics(step)] == list(range(30, 40))
 
 
+def test_the_schedule_does_not_read_the_device_at_every_step(make):
+    construction = make()
+    finish(construction)
+    # A tensor without values stands for one whose reading would wait for the device.
+    construction.prototypes.num_constructions = torch.zeros((), dtype=torch.int64, device="meta")
+    assert construction.next_step() == 40
+    assert construction.needs_columns(39, 4) and not construction.is_reached(39)
+
+
+def test_the_schedule_follows_a_model_that_has_prototypes_already(make):
+    construction = make()
+    construction.prototypes.num_constructions.fill_(2)
+    construction.start(10, 100)
+    assert construction.next_step() == 50
+
+
 def test_the_reservoir_is_no_longer_than_the_interval(make):
     construction = make(reservoir_pairs=1000, prototype_interval=0.5)
     assert [step for step in range(20) if construction.needs_columns(step, 4)] == list(range(15, 20))
@@ -295,6 +311,41 @@ def test_epoch_delta_feedback(make):
         total += math.exp(gain)
         weights.append(math.exp(gain) / total)
     assert [report["prototype_feedback_weight"] for report in reports] == pytest.approx(weights)
+
+
+def test_images_of_the_counterfactual_feedback(make, monkeypatch):
+    options = {"feedback": "counterfactual", "feedback_images": 3}
+    construction = make(**options)
+    seen = [set(), set(), set()]
+    for seed in range(40):
+        images = make(**options, seed=seed).feedback_images(7)
+        assert torch.equal(images, make(**options, seed=seed).feedback_images(7))
+        for block, image in zip(seen, images.tolist(), strict=True):
+            block.add(image)
+    # Blocks end at 7/3 and 14/3: one image of each, any of them.
+    assert seen == [{0, 1}, {2, 3}, {4, 5, 6}]
+    before = torch.random.get_rng_state()
+    assert torch.equal(construction.feedback_images(7), construction.feedback_images(7))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    # Two processes hold the images 0 to 3 and 4 to 8; both get as many.
+    monkeypatch.setattr(PicoTrainingArguments, "world_size", property(lambda self: 2))
+    images = construction.feedback_images(9)
+    assert len(images) == 4
+    assert (images < 4).tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"feedback": "counterfactual", "feedback_images": None},
+        {"feedback": "counterfactual", "feedback_images": 9},
+        {"feedback": "counterfactual", "feedback_images": 100},
+        # A difference between evaluations, which measure all images anyway.
+        {"feedback": "epoch_delta", "feedback_images": 3},
+    ],
+)
+def test_all_images_give_the_feedback(make, options):
+    assert make(**options).feedback_images(9) is None
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ from collections import Counter
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import CountedDataset, arguments, assert_same_state, model, processor, prototype_log, rows, trainer
+from torch.utils.data import Subset
 from transformers import TrainerCallback
 
 from modeling_pico import PicoModel
@@ -13,7 +15,7 @@ from modeling_pico.training import PicoTrainer
 from modeling_pico.training.callbacks import MAX_LOGIT_SCALE
 
 
-PURITY = {"style_probability": "purity", "sharpness": 4.0}
+PURITY = {"style_probability": "purity", "sharpness": 4.0, "column_mode": "statistics"}
 
 
 class OnStep(TrainerCallback):
@@ -145,8 +147,6 @@ def test_counterfactual_gain_compares_prototypes_on_the_same_network(tmp_path):
     (entry,) = prototype_log(made)
     saved = PicoModel.from_pretrained(tmp_path / "checkpoint-6")
     before = trainer(tmp_path / "a", net=saved, num_train_epochs=3).evaluate()["eval_rsum"]
-    from safetensors.torch import load_file
-
     tensors = load_file(tmp_path / "checkpoint-6" / "prototype_construction.safetensors")
     buffers = dict(saved.style_prototypes.named_buffers())
     for name, tensor in tensors.items():
@@ -155,6 +155,35 @@ def test_counterfactual_gain_compares_prototypes_on_the_same_network(tmp_path):
     buffers["stage"].fill_(1)
     after = trainer(tmp_path / "b", net=saved, num_train_epochs=3).evaluate()["eval_rsum"]
     assert entry["prototype_feedback_gain"] == after - before != 0
+
+
+def test_counterfactual_gain_of_a_part_of_the_images(tmp_path):
+    options = {"num_train_epochs": 2, "model_options": PURITY, "feedback_images": 6, "seed": 3, "eval_num_folds": 3}
+    data = CountedDataset(rows(9, seed=1))
+    made = trainer(tmp_path, eval_data=data, **options)
+    made.train()
+    (entry,) = prototype_log(made)
+    assert data.reads == 2 * 9  # both scores come from what the evaluation encoded
+    tensors = load_file(tmp_path / "checkpoint-3" / "prototype_construction.safetensors")
+    saved = PicoModel.from_pretrained(tmp_path / "checkpoint-3")
+    images = made.construction.feedback_images(9)
+    assert len(images) == 6
+    part = Subset(data, images.tolist())
+    before = trainer(tmp_path / "a", net=saved).evaluate(part)["eval_rsum"]
+    buffers = dict(saved.style_prototypes.named_buffers())
+    for name, tensor in tensors.items():
+        if name.startswith("pending."):
+            buffers[name.removeprefix("pending.")].copy_(tensor)
+    buffers["stage"].fill_(1)
+    after = trainer(tmp_path / "b", net=saved).evaluate(part)["eval_rsum"]
+    assert entry["prototype_feedback_gain"] == after - before != 0
+
+    # Without an evaluation at that step, only this part is encoded.
+    data = CountedDataset(rows(9, seed=1))
+    alone = trainer(tmp_path / "c", eval_data=data, eval_strategy="no", save_strategy="no", **options)
+    alone.train()
+    assert data.reads == 6
+    assert prototype_log(alone)[0]["prototype_feedback_gain"] == entry["prototype_feedback_gain"]
 
 
 # Feedback and validation sets
