@@ -42,18 +42,30 @@ TOWERS = {
         BertConfig(),
         {"embedding_dim": 512},
     ),
-    "small: ViT 96×4 × BERT 96×2, 48 px": (
-        ViTConfig(
-            hidden_size=96,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            intermediate_size=384,
-            image_size=48,
-            patch_size=8,
-        ),
-        BertConfig(hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=384, vocab_size=2000),
-        {"embedding_dim": 128},
-    ),
+    **{
+        name: (
+            ViTConfig(
+                hidden_size=width,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                intermediate_size=4 * width,
+                image_size=48,
+                patch_size=8,
+            ),
+            BertConfig(
+                hidden_size=width,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=4 * width,
+                vocab_size=2000,
+            ),
+            {"embedding_dim": width},
+        )
+        for name, width in (
+            ("emoji-styles recipe: ViT 128×4 × BERT 128×2, 48 px", 128),
+            ("quick start: ViT 64×4 × BERT 64×2, 48 px", 64),
+        )
+    },
 }
 
 
@@ -130,7 +142,7 @@ def compare(first: Callable[[], None], second: Callable[[], None], rounds: int) 
 def weights_cost(rounds: int) -> list[dict]:
     """A training step with weights on against the same step with weights off."""
     rows = []
-    for towers, (size, factor) in zip(TOWERS, ((16, 1), (64, 4)), strict=True):
+    for towers, (size, factor) in zip(TOWERS, ((16, 1), (128, 4), (64, 8)), strict=True):
         on, off = build_model(towers, "pico"), build_model(towers, "fine_grained")
         batch = random_batch(on, size)
         steps = [functools.partial(plain_step, model, batch) for model in (on, off)]
