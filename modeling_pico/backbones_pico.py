@@ -1,21 +1,26 @@
 """
-How backbones are built, and how tokens leave each family of them.
+How backbones are built and loaded, and how tokens leave each family of them.
 
 Adding a family: if its vision tower puts special tokens before the patches, add a line to `_PREFIX_TOKENS`; if its
-`last_hidden_state` still lacks the tower's final norm, add a line to `final_norm`. Nothing else knows families.
+`last_hidden_state` lacks what the tower applies to its pooled token, add a case to `_finish`; if `AutoModel` does not
+know the tower by itself, add a line to `_TOWER_CLASSES`. Nothing else knows families.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import torch
+import transformers
+from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 
 # Special tokens before the patches (CLS, distillation token); registers are counted from the configuration.
 _PREFIX_TOKENS = {
+    "align_vision_model": 0,
     "beit": 1,
     "blip_vision_model": 1,
     "clip_vision_model": 1,
@@ -23,13 +28,29 @@ _PREFIX_TOKENS = {
     "deit": 2,
     "dinov2": 1,
     "dinov2_with_registers": 1,
+    "dinov3_convnext": 1,
     "dinov3_vit": 1,
     "siglip_vision_model": 0,
-    "siglip2_vision_model": 0,
     "swin": 0,
     "swinv2": 0,
     "vit": 1,
 }
+
+# Towers of joint models that `AutoModel` does not build from their own configuration. Looked up by name, because
+# importing all of them would make every import of this file pay for families that are not used.
+_TOWER_CLASSES = {
+    "align_text_model": "AlignTextModel",
+    "align_vision_model": "AlignVisionModel",
+    "blip_text_model": "BlipTextModel",
+    "blip_vision_model": "BlipVisionModel",
+    "chinese_clip_text_model": "ChineseCLIPTextModel",
+    "siglip_text_model": "SiglipTextModel",
+    "siglip2_text_model": "Siglip2TextModel",
+}
+
+_SIGLIP_TEXT = ("siglip_text_model", "siglip2_text_model")
+# SigLIP 2 uses Gemma's vocabulary, which pads with 0; the configurations of its checkpoints do not say so.
+_GEMMA_VOCABULARY = 256_000
 
 
 def num_prefix_tokens(config: PreTrainedConfig) -> int:
@@ -44,25 +65,61 @@ def num_prefix_tokens(config: PreTrainedConfig) -> int:
     return _PREFIX_TOKENS[config.model_type] + registers
 
 
+def hidden_size(config: PreTrainedConfig) -> int:
+    """Width of the tokens that leave a backbone; convolutional families state it elsewhere than transformers."""
+    if config.model_type in _SIGLIP_TEXT:
+        return config.projection_size
+    if config.model_type == "align_vision_model":
+        # Its `hidden_dim` is none: the last block's channels are scaled and rounded.
+        from transformers.models.align.modeling_align import round_filters
+
+        return round_filters(config, config.out_channels[-1])
+    return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
+
+
+# Building and loading
+
+
+def _tower_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    if config.model_type in _TOWER_CLASSES:
+        return getattr(transformers, _TOWER_CLASSES[config.model_type])
+    model_class = MODEL_MAPPING.get(type(config), None)
+    return model_class[0] if isinstance(model_class, tuple) else model_class
+
+
 def _pooling_kwargs(config: PreTrainedConfig) -> dict[str, bool]:
     # Poolers never see a gradient here, which distributed training would report as unused parameters.
-    model_class = MODEL_MAPPING.get(type(config), None)
-    if isinstance(model_class, tuple):
-        model_class = model_class[0]
-    if model_class is None:
+    model_class = _tower_class(config)
+    if model_class is None or "add_pooling_layer" not in inspect.signature(model_class.__init__).parameters:
         return {}
-    accepted = inspect.signature(model_class.__init__).parameters
-    return {"add_pooling_layer": False} if "add_pooling_layer" in accepted else {}
+    return {"add_pooling_layer": False}
+
+
+def _as_encoder(config: PreTrainedConfig) -> PreTrainedConfig:
+    # BLIP's text tower is a decoder on paper: its cross-attention to images is no part of a tower of its own.
+    if config.model_type == "blip_text_model" and config.is_decoder:
+        config = copy.deepcopy(config)
+        config.is_decoder = False
+    return config
+
+
+def check_vision_family(config: PreTrainedConfig) -> None:
+    """ValueError for the vision towers whose inputs are not plain `pixel_values`."""
+    if config.model_type == "siglip2_vision_model":
+        raise ValueError(
+            "The NaFlex variant of SigLIP 2 (siglip2_vision_model) takes patches of any aspect ratio with "
+            "`pixel_attention_mask` and `spatial_shapes`, which PICO does not. Use a SigLIP 2 checkpoint of fixed "
+            "resolution, such as google/siglip2-base-patch16-224: those are of model type 'siglip'."
+        )
 
 
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     """Builds a backbone with fresh weights from its configuration, without a pooler where the family allows it."""
+    check_vision_family(config)
+    config = _as_encoder(config)
+    if config.model_type in _TOWER_CLASSES:
+        return _tower_class(config)._from_config(config, **_pooling_kwargs(config))
     return AutoModel.from_config(config, **_pooling_kwargs(config))
-
-
-def hidden_size(config: PreTrainedConfig) -> int:
-    """Width of a backbone's `last_hidden_state`; convolutional families state one width per stage."""
-    return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
 
 
 def load_config(name_or_path: str, kwargs: dict) -> PreTrainedConfig:
@@ -71,29 +128,149 @@ def load_config(name_or_path: str, kwargs: dict) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(name_or_path, **{name: kwargs[name] for name in names if name in kwargs})
 
 
-def load_backbone(name_or_path: str, modality: str, **kwargs) -> PreTrainedModel:
+def is_joint(config: PreTrainedConfig) -> bool:
+    """Whether a configuration is that of a joint vision-language model such as CLIP."""
+    return "vision_config" in config.sub_configs
+
+
+def load_model(name_or_path: str, **kwargs) -> tuple[PreTrainedModel, dict]:
+    """
+    Loads the checkpoint of a tower or of a joint vision-language model.
+
+    Args:
+        name_or_path (`str`): Hub id or folder.
+        kwargs: Passed to `from_pretrained` (`revision`, `token`, `dtype`, ...).
+
+    Returns:
+        The model, and the loading information of `from_pretrained(..., output_loading_info=True)`.
+
+    Raises:
+        ValueError: if the checkpoint lacks weights of the model, which `from_pretrained` would make up.
+    """
+    config = load_config(name_or_path, kwargs)
+    check_vision_family(config.vision_config if is_joint(config) else config)
+    model_class: type = AutoModel
+    if config.model_type in _TOWER_CLASSES:
+        model_class, config = _tower_class(config), _as_encoder(config)
+    elif config.model_type == "blip":
+        config.text_config = _as_encoder(config.text_config)
+        if "BlipForImageTextRetrieval" in (config.architectures or ()):
+            model_class = transformers.BlipForImageTextRetrieval
+    pooling = {} if is_joint(config) else _pooling_kwargs(config)
+    model, info = model_class.from_pretrained(
+        name_or_path, config=config, output_loading_info=True, **pooling, **kwargs
+    )
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise ValueError(
+            f"The checkpoint {str(name_or_path)!r} (architectures: {config.architectures}) has no weights for "
+            f"{len(missing)} tensors of {type(model).__name__}, such as {', '.join(missing[:3])}. It is a checkpoint "
+            "of another kind of model; towers and models of two encoders (CLIP, SigLIP, BLIP for retrieval) work."
+        )
+    return model, info
+
+
+def plain_tower(tower: PreTrainedModel) -> PreTrainedModel:
+    """
+    The tower itself, or a copy without what [`build_backbone`] leaves out: a pooler, BLIP's cross-attention.
+    """
+    pooler = tower._modules.get("pooler")
+    has_pooler = bool(_pooling_kwargs(tower.config)) and pooler is not None and any(True for _ in pooler.parameters())
+    if not has_pooler and _as_encoder(tower.config) is tower.config:
+        return tower
+    plain = build_backbone(tower.config).to(device=tower.device, dtype=tower.dtype)
+    missing = plain.load_state_dict(tower.state_dict(), strict=False).missing_keys
+    if missing:
+        raise ValueError(f"{type(tower).__name__} lacks {', '.join(missing[:3])} of {type(plain).__name__}.")
+    return plain
+
+
+def tower_of(joint: PreTrainedModel, modality: str) -> PreTrainedModel:
+    """The tower of a joint model for `"image"` or `"text"`."""
+    for name in ("vision_model",) if modality == "image" else ("text_model", "text_encoder"):
+        if name in joint._modules:
+            return plain_tower(joint._modules[name])
+    raise ValueError(
+        f"{type(joint).__name__} has no {'vision' if modality == 'image' else 'text'} tower of its own; models of two "
+        "encoders (CLIP, SigLIP, BLIP for retrieval, ...) have."
+    )
+
+
+def load_backbone(
+    name_or_path: str, modality: str, *, output_loading_info: bool = False, **kwargs
+) -> PreTrainedModel | tuple[PreTrainedModel, dict]:
     """
     Loads one tower from a checkpoint of its own, or out of a joint vision-language checkpoint such as CLIP.
 
     Args:
         name_or_path (`str`): Hub id or folder.
         modality (`str`): `"image"` or `"text"`.
+        output_loading_info (`bool`, *optional*, defaults to `False`): Whether to return loading information as well.
         kwargs: Passed to `from_pretrained` (`revision`, `token`, `dtype`, ...).
     """
-    config = load_config(name_or_path, kwargs)
-    if "vision_config" in config.sub_configs:
-        joint = AutoModel.from_pretrained(name_or_path, **kwargs)
-        return joint.vision_model if modality == "image" else joint.text_model
-    return AutoModel.from_pretrained(name_or_path, **_pooling_kwargs(config), **kwargs)
+    model, info = load_model(name_or_path, **kwargs)
+    tower = tower_of(model, modality) if is_joint(model.config) else model
+    return (tower, info) if output_loading_info else tower
 
 
-def final_norm(model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
+def joint_projections(joint: PreTrainedModel) -> dict[str, torch.Tensor]:
     """
-    Applies a vision tower's last norm to all tokens where the tower applies it to its pooled token only (CLIP).
+    Weights `(dim, hidden)` by which a joint model maps its two towers into one space, by the names of the alignment
+    head; empty where it has none, or some with a bias.
     """
-    if model.config.model_type in ("clip_vision_model", "chinese_clip_vision_model"):
-        return model.post_layernorm(hidden_states)
-    return hidden_states
+    config = joint.config
+    if config.model_type == "siglip":
+        # The towers end in the common space already.
+        width = hidden_size(config.text_config)
+        same = width == hidden_size(config.vision_config) and config.vision_config.vision_use_head
+        return {name: torch.eye(width) for name in ("visual_projection", "text_projection")} if same else {}
+    found = {name: joint._modules.get(name) for name in ("visual_projection", "text_projection")}
+    plain = all(isinstance(module, nn.Linear) and module.bias is None for module in found.values())
+    return {name: module.weight.detach() for name, module in found.items()} if plain else {}
+
+
+def freeze_unused(vision_model: PreTrainedModel, pooled: bool) -> None:
+    """
+    Freezes what never sees a gradient, which distributed training would otherwise wait for: the mask token of DINO's
+    pretraining and, unless the score is that of pooled vectors (`pooled`), the query of SigLIP's attention pooling.
+    """
+    for name, parameter in vision_model.named_parameters():
+        if name.endswith("mask_token") or (name == "head.probe" and not pooled):
+            parameter.requires_grad_(False)
+
+
+# Tokens
+
+
+def run_text_tower(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs
+) -> tuple[transformers.utils.ModelOutput, torch.Tensor]:
+    """
+    Runs a text tower.
+
+    SigLIP is trained on texts of full length without an attention mask, and reads its summary off the last place. So
+    its texts are padded here to full length, whatever the width of the batch, and the mask is not shown to the tower;
+    it still says which tokens take part in the score. All other families are given the mask.
+
+    Args:
+        model (`PreTrainedModel`): Text tower.
+        input_ids (`torch.Tensor` of shape `(batch, tokens)`): Token ids.
+        attention_mask (`torch.Tensor` of shape `(batch, tokens)`): 1 at real tokens.
+        kwargs: Passed to the tower.
+
+    Returns:
+        The tower's outputs, and the finished hidden states `(batch, tokens, hidden)` of all tokens.
+    """
+    config = model.config
+    width = input_ids.shape[1]
+    if config.model_type in _SIGLIP_TEXT:
+        pad = 0 if config.vocab_size == _GEMMA_VOCABULARY else config.pad_token_id
+        missing = max(config.max_position_embeddings - width, 0)
+        input_ids = nn.functional.pad(input_ids.masked_fill(attention_mask == 0, pad), (0, missing), value=pad)
+        outputs = model(input_ids=input_ids, return_dict=True, **kwargs)
+    else:
+        outputs = model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+    return outputs, _finish(model, outputs.last_hidden_state[:, :width])
 
 
 def image_token_states(model: PreTrainedModel, outputs) -> torch.Tensor:
@@ -104,19 +281,36 @@ def image_token_states(model: PreTrainedModel, outputs) -> torch.Tensor:
     hidden_states = outputs.last_hidden_state
     if hidden_states.dim() == 4:
         hidden_states = hidden_states.flatten(2).transpose(1, 2)
-    return final_norm(model, hidden_states)
+    return _finish(model, hidden_states)
 
 
-def text_token_mask(attention_mask: torch.Tensor, keep_special_tokens: bool) -> torch.Tensor:
+def _finish(model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Applies to all tokens what a tower applies to its pooled token only: they are to live in one space."""
+    family = model.config.model_type
+    if family in ("clip_vision_model", "chinese_clip_vision_model"):
+        return model.post_layernorm(hidden_states)
+    if family in _SIGLIP_TEXT:
+        return model.head(hidden_states)
+    if family == "siglip_vision_model" and model.use_head:
+        # What the attention pooling gives for a patch that gets all the attention: its value, then the MLP.
+        head = model.head
+        weight, bias = head.attention.in_proj_weight, head.attention.in_proj_bias
+        size = model.config.hidden_size
+        value = head.attention.out_proj(nn.functional.linear(hidden_states, weight[2 * size :], bias[2 * size :]))
+        return value + head.mlp(head.layernorm(value))
+    return hidden_states
+
+
+def text_token_mask(attention_mask: torch.Tensor, keep_special_tokens: bool, family: str = "bert") -> torch.Tensor:
     """
     Boolean mask `(batch, tokens)` of the words that take part in the score: the attention mask, on request without the
-    first and the last real token (CLS and SEP, begin and end of text).
+    first and the last real token (CLS and SEP, begin and end of text). SigLIP's texts have the last one only.
     """
     mask = attention_mask.bool()
     if keep_special_tokens:
         return mask
     order = mask.cumsum(dim=1)
-    return mask & (order > 1) & (order < order[:, -1:])
+    return mask & (order > (0 if family in _SIGLIP_TEXT else 1)) & (order < order[:, -1:])
 
 
 def class_token_state(
@@ -125,23 +319,33 @@ def class_token_state(
     """
     Hidden state `(batch, hidden)` of the token that stands for the whole sample, None where the family has none.
 
-    `token_states` are the tower's normed hidden states with special tokens kept.
+    `token_states` are the tower's finished hidden states with special tokens kept.
     """
+    family = model.config.model_type
+    # CLIP's text tower is causal: its summary is the state at the end of the text. SigLIP's is the last place of a
+    # text of full length, and attention over all patches of an image. All three return it as pooled output.
+    if family in ("clip_text_model", *_SIGLIP_TEXT) or (family == "siglip_vision_model" and model.use_head):
+        return outputs.pooler_output
     if modality == "image":
         return token_states[:, 0] if num_prefix_tokens(model.config) else None
-    # CLIP's text tower is causal: its summary is the state at the end of the text, which it returns as pooled output.
-    if "clip_text" in model.config.model_type and outputs.pooler_output is not None:
-        return outputs.pooler_output
     return token_states[:, 0]
 
 
 __all__ = [
     "build_backbone",
+    "check_vision_family",
     "class_token_state",
+    "freeze_unused",
     "hidden_size",
     "image_token_states",
+    "is_joint",
+    "joint_projections",
     "load_backbone",
     "load_config",
+    "load_model",
     "num_prefix_tokens",
+    "plain_tower",
+    "run_text_tower",
     "text_token_mask",
+    "tower_of",
 ]

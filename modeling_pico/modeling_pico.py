@@ -5,20 +5,28 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .backbones_pico import (
     build_backbone,
+    check_vision_family,
     class_token_state,
+    freeze_unused,
     hidden_size,
     image_token_states,
+    is_joint,
+    joint_projections,
     load_backbone,
     load_config,
+    load_model,
     num_prefix_tokens,
+    plain_tower,
+    run_text_tower,
     text_token_mask,
+    tower_of,
 )
 from .configuration_pico import PicoConfig
 from .loss_pico import image_text_loss
@@ -195,7 +203,7 @@ class PicoPreTrainedModel(PreTrainedModel):
 
     config: PicoConfig
     base_model_prefix = "pico"
-    main_input_name = "pixel_values"
+    main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     # The loss is a mean over the batch; `Trainer` must not divide it by a number of items.
@@ -244,6 +252,8 @@ class PicoPreTrainedModel(PreTrainedModel):
         mismatched = [str(key) for key in info["mismatched_keys"] if "style_prototypes" in str(key)]
         if mismatched:
             raise ValueError(_size_message(pretrained_model_name_or_path, kwargs, "; ".join(mismatched)))
+        # Loading makes every parameter trainable.
+        model._freeze_unused()
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
@@ -256,6 +266,20 @@ class PicoPreTrainedModel(PreTrainedModel):
             named = dict.fromkeys(("AutoModel", "AutoModelForZeroShotImageClassification"), code)
             self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **named}
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the backbones: the temperature and the prototypes are in float32 whatever that is."""
+        return self.vision_model.dtype
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """
+        False, also outside of transformers: for custom code it skips modules without parameters of their own, by which
+        CLIP and ModernBERT scale their initial weights. It does so to protect loaded weights from initialisation that
+        does not heed them; `_init_weights` here does.
+        """
+        return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -319,6 +343,7 @@ class PicoModel(PicoPreTrainedModel):
         text_model: PreTrainedModel | None = None,
     ):
         super().__init__(config)
+        check_vision_family(config.vision_config)
         self.vision_model = build_backbone(config.vision_config) if vision_model is None else vision_model
         self.text_model = build_backbone(config.text_config) if text_model is None else text_model
         # One object for the composite, the tower and its layers, so that later changes reach them all.
@@ -330,7 +355,28 @@ class PicoModel(PicoPreTrainedModel):
         else:
             # A buffer and no frozen parameter: `from_pretrained` makes every parameter trainable.
             self.register_buffer("logit_scale", logit_scale)
+        self._freeze_unused()
         self.post_init()
+
+    def _freeze_unused(self) -> None:
+        config = self.config
+        freeze_unused(self.vision_model, config.alignment_head == "clip_style" and config.pooling == "class_token")
+
+    def enable_input_require_grads(self) -> None:
+        """As in transformers, also for embeddings that return more than their tensor (Swin) or are none (ConvNeXt)."""
+
+        def require_grads(module, inputs, output):
+            (output[0] if isinstance(output, tuple) else output).requires_grad_(True)
+
+        hooks = []
+        for tower in (self.vision_model, self.text_model):
+            try:
+                embeddings = tower.get_input_embeddings()
+            except NotImplementedError:
+                continue
+            if embeddings is not None:
+                hooks.append(embeddings.register_forward_hook(require_grads))
+        self._require_grads_hooks, self._require_grads_hook = hooks, hooks[0]
 
     @property
     def style_prototypes(self) -> StylePrototypes | None:
@@ -357,9 +403,9 @@ class PicoModel(PicoPreTrainedModel):
 
         Args:
             vision (`str` or `PreTrainedModel`):
-                Vision checkpoint (ViT, Swin, DINOv2, ...) or, without `text`, a joint one such as CLIP. The towers of
-                a joint checkpoint bring their projections, temperature and class-token pooling along, as far as
-                `config_kwargs` do not say otherwise.
+                Vision checkpoint (ViT, Swin, DINOv2, ...) or, without `text`, a joint one (CLIP, SigLIP, BLIP, ALIGN,
+                ...). Its projections without a bias, its temperature and its class-token pooling come along, as far
+                as `config_kwargs` do not say otherwise.
             text (`str` or `PreTrainedModel`, *optional*):
                 Text checkpoint (BERT, RoBERTa, MiniLM, ...).
             backbone_kwargs (`dict`, *optional*):
@@ -373,8 +419,8 @@ class PicoModel(PicoPreTrainedModel):
         kwargs = {"dtype": torch.float32, **(backbone_kwargs or {})}
         if text is None:
             return cls._from_joint(vision, kwargs, config_kwargs)
-        vision_model = load_backbone(vision, "image", **kwargs) if isinstance(vision, str) else vision
-        text_model = load_backbone(text, "text", **kwargs) if isinstance(text, str) else text
+        vision_model = load_backbone(vision, "image", **kwargs) if isinstance(vision, str) else plain_tower(vision)
+        text_model = load_backbone(text, "text", **kwargs) if isinstance(text, str) else plain_tower(text)
         return cls._assemble(vision_model, text_model, config_kwargs).eval()
 
     @classmethod
@@ -387,37 +433,34 @@ class PicoModel(PicoPreTrainedModel):
     @classmethod
     def _from_joint(cls, joint: str | PreTrainedModel, kwargs: dict, config_kwargs: dict) -> "PicoModel":
         joint_config = load_config(joint, kwargs) if isinstance(joint, str) else joint.config
-        if "vision_config" not in joint_config.sub_configs:
+        if not is_joint(joint_config):
             raise ValueError(
                 f"{joint if isinstance(joint, str) else type(joint).__name__!r} is a single tower "
                 f"({joint_config.model_type}); give a text checkpoint as well, or a joint vision-language checkpoint "
                 "such as CLIP."
             )
+        check_vision_family(joint_config.vision_config)
         if isinstance(joint, str):
-            joint = AutoModel.from_pretrained(joint, **kwargs)
-        projections = {
-            name: module
-            for name in ("visual_projection", "text_projection")
-            if isinstance(module := joint._modules.get(name), nn.Linear) and module.bias is None
-        }
-        if len(projections) == 2:
+            joint, _ = load_model(joint, **kwargs)
+        projections = joint_projections(joint)
+        if projections:
             config_kwargs = {
-                "embedding_dim": projections["text_projection"].out_features,
+                "embedding_dim": projections["text_projection"].shape[0],
                 "pooling": "class_token",
                 **config_kwargs,
             }
-        model = cls._assemble(joint.vision_model, joint.text_model, config_kwargs)
+        model = cls._assemble(tower_of(joint, "image"), tower_of(joint, "text"), config_kwargs)
         config = model.config
         with torch.no_grad():
-            if len(projections) == 2 and projections["text_projection"].out_features == config.embedding_dim:
-                for name, projection in projections.items():
-                    getattr(model.alignment_head, name).weight.copy_(projection.weight)
+            if projections and projections["text_projection"].shape[0] == config.embedding_dim:
+                for name, weight in projections.items():
+                    getattr(model.alignment_head, name).weight.copy_(weight)
                 if "logit_scale_init_value" not in config_kwargs:
                     model.logit_scale.copy_(joint.logit_scale.reshape(()))
             else:
                 logger.warning(
                     f"The projections to {config.embedding_dim} features are freshly initialised: the checkpoint has "
-                    f"{'none of that size' if projections else 'none'}."
+                    f"{'none of that size' if projections else 'none (without a bias)'}."
                 )
         return model.eval()
 
@@ -459,12 +502,11 @@ class PicoModel(PicoPreTrainedModel):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         given = {name: value for name, value in kwargs.items() if value is not None}
-        outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **given)
-        states = outputs.last_hidden_state
+        outputs, states = run_text_tower(self.text_model, input_ids, attention_mask, **given)
         class_state = None
         if config.pooling == "class_token":
             class_state = class_token_state(self.text_model, outputs, states, "text")
-        mask = text_token_mask(attention_mask, config.text_special_tokens)
+        mask = text_token_mask(attention_mask, config.text_special_tokens, config.text_config.model_type)
         return outputs, self._features(states, mask, class_state, "text", weighted)
 
     @can_return_tuple
@@ -537,6 +579,7 @@ class PicoModel(PicoPreTrainedModel):
         image_ids: torch.LongTensor | None = None,
         return_loss: bool | None = None,
         return_logits: bool = True,
+        interpolate_pos_encoding: bool = False,
         **kwargs,
     ) -> PicoOutput:
         r"""
@@ -556,6 +599,9 @@ class PicoModel(PicoPreTrainedModel):
                 from all processes train with [`PicoTrainer`].
             return_logits (`bool`, *optional*, defaults to `True`):
                 Whether to score the pairs; the trainer scores over all processes itself.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
+                Whether the vision backbone stretches its position encodings to images of another size than it was
+                trained on. Some (DINOv2, DINOv3, Swin, ConvNeXt) take any size without it.
             kwargs: Passed to both backbones (`output_hidden_states`, `output_attentions`, ...).
 
         Returns:
@@ -567,12 +613,14 @@ class PicoModel(PicoPreTrainedModel):
                 f"Missing: {', '.join(missing)}. PicoModel takes images and texts together, or one of them without "
                 "`return_loss` and `image_ids`; see also `get_image_features` and `get_text_features`."
             )
+        # Only where it is asked for, because not every vision backbone knows it.
+        image_kwargs = {**kwargs, "interpolate_pos_encoding": True} if interpolate_pos_encoding else kwargs
         text_kwargs = {"position_ids": position_ids, "token_type_ids": token_type_ids, **kwargs}
         if input_ids is None:
-            return self._one_side_output("image", *self._encode_images(pixel_values, True, **kwargs))
+            return self._one_side_output("image", *self._encode_images(pixel_values, True, **image_kwargs))
         if pixel_values is None:
             return self._one_side_output("text", *self._encode_texts(input_ids, attention_mask, True, **text_kwargs))
-        vision_outputs, image = self._encode_images(pixel_values, True, **kwargs)
+        vision_outputs, image = self._encode_images(pixel_values, True, **image_kwargs)
         text_outputs, text = self._encode_texts(input_ids, attention_mask, True, **text_kwargs)
         logit_scale = self.logit_scale.float().exp()
         loss = scores = None

@@ -27,6 +27,9 @@ class PicoProcessor(ProcessorMixin):
 
     def __init__(self, image_processor=None, tokenizer=None, **kwargs):
         super().__init__(image_processor, tokenizer, **kwargs)
+        # SigLIP's tokenizers leave the mask out, but without it padding would count as words.
+        if "attention_mask" not in self.tokenizer.model_input_names:
+            self.tokenizer.model_input_names = [*self.tokenizer.model_input_names, "attention_mask"]
 
     @classmethod
     def from_backbones(cls, vision: str, text: str | None = None, **kwargs) -> PicoProcessor:

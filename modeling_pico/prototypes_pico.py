@@ -182,10 +182,12 @@ def column_weights(semantic_probability: torch.Tensor, sharpness: float = 1.0) -
     that a constant probability gives the unweighted score *(ours)*.
     """
     probability = semantic_probability.clamp(min=MIN_PROBABILITY)
+    # The rescaling cancels any common factor; this one keeps high powers of small probabilities from underflow, and
+    # the weights of a constant probability at exactly one.
+    powered = probability / probability.detach().amax(dim=-1, keepdim=True)
     if sharpness != 1:
-        # The rescaling cancels any common factor; this one keeps high powers of small probabilities from underflow.
-        probability = (probability / probability.detach().amax(dim=-1, keepdim=True)) ** sharpness
-    return probability / probability.mean(dim=-1, keepdim=True)
+        powered = powered**sharpness
+    return powered / powered.mean(dim=-1, keepdim=True)
 
 
 def sign_shares(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
