@@ -357,6 +357,23 @@ class StylePrototypes(nn.Module):
             last construction.
     """
 
+    visual_prototypes: torch.Tensor
+    textual_prototypes: torch.Tensor
+    visual_style_rate: torch.Tensor
+    textual_style_rate: torch.Tensor
+    visual_column_scale: torch.Tensor
+    textual_column_scale: torch.Tensor
+    visual_temperature: torch.Tensor
+    textual_temperature: torch.Tensor
+    pseudo_semantic_probability: torch.Tensor
+    stage: torch.Tensor
+    num_constructions: torch.Tensor
+    feedback_log_sum: torch.Tensor
+    matched_sum: torch.Tensor
+    mismatched_sum: torch.Tensor
+    matched_count: torch.Tensor
+    mismatched_count: torch.Tensor
+
     def __init__(self, config: PicoConfig):
         super().__init__()
         self.config = config
