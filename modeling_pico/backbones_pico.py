@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from typing import Any
 
 import torch
 import transformers
@@ -65,7 +66,7 @@ def num_prefix_tokens(config: PreTrainedConfig) -> int:
     return _PREFIX_TOKENS[config.model_type] + registers
 
 
-def hidden_size(config: PreTrainedConfig) -> int:
+def hidden_size(config: Any) -> int:
     """Width of the tokens that leave a backbone; convolutional families state it elsewhere than transformers."""
     if config.model_type in _SIGLIP_TEXT:
         return config.projection_size
@@ -80,7 +81,7 @@ def hidden_size(config: PreTrainedConfig) -> int:
 # Building and loading
 
 
-def _tower_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+def _tower_class(config: PreTrainedConfig) -> Any:
     if config.model_type in _TOWER_CLASSES:
         return getattr(transformers, _TOWER_CLASSES[config.model_type])
     model_class = MODEL_MAPPING.get(type(config), None)
@@ -149,7 +150,7 @@ def load_model(name_or_path: str, **kwargs) -> tuple[PreTrainedModel, dict]:
     """
     config = load_config(name_or_path, kwargs)
     check_vision_family(config.vision_config if is_joint(config) else config)
-    model_class: type = AutoModel
+    model_class: Any = AutoModel
     if config.model_type in _TOWER_CLASSES:
         model_class, config = _tower_class(config), _as_encoder(config)
     elif config.model_type == "blip":
@@ -178,7 +179,8 @@ def plain_tower(tower: PreTrainedModel) -> PreTrainedModel:
     has_pooler = bool(_pooling_kwargs(tower.config)) and pooler is not None and any(True for _ in pooler.parameters())
     if not has_pooler and _as_encoder(tower.config) is tower.config:
         return tower
-    plain = build_backbone(tower.config).to(device=tower.device, dtype=tower.dtype)
+    plain = build_backbone(tower.config)
+    nn.Module.to(plain, device=tower.device, dtype=tower.dtype)
     missing = plain.load_state_dict(tower.state_dict(), strict=False).missing_keys
     if missing:
         raise ValueError(f"{type(tower).__name__} lacks {', '.join(missing[:3])} of {type(plain).__name__}.")
@@ -189,16 +191,14 @@ def tower_of(joint: PreTrainedModel, modality: str) -> PreTrainedModel:
     """The tower of a joint model for `"image"` or `"text"`."""
     for name in ("vision_model",) if modality == "image" else ("text_model", "text_encoder"):
         if name in joint._modules:
-            return plain_tower(joint._modules[name])
+            return plain_tower(getattr(joint, name))
     raise ValueError(
         f"{type(joint).__name__} has no {'vision' if modality == 'image' else 'text'} tower of its own; models of two "
         "encoders (CLIP, SigLIP, BLIP for retrieval, ...) have."
     )
 
 
-def load_backbone(
-    name_or_path: str, modality: str, *, output_loading_info: bool = False, **kwargs
-) -> PreTrainedModel | tuple[PreTrainedModel, dict]:
+def load_backbone(name_or_path: str, modality: str, *, output_loading_info: bool = False, **kwargs) -> Any:
     """
     Loads one tower from a checkpoint of its own, or out of a joint vision-language checkpoint such as CLIP.
 
@@ -224,9 +224,13 @@ def joint_projections(joint: PreTrainedModel) -> dict[str, torch.Tensor]:
         width = hidden_size(config.text_config)
         same = width == hidden_size(config.vision_config) and config.vision_config.vision_use_head
         return {name: torch.eye(width) for name in ("visual_projection", "text_projection")} if same else {}
-    found = {name: joint._modules.get(name) for name in ("visual_projection", "text_projection")}
-    plain = all(isinstance(module, nn.Linear) and module.bias is None for module in found.values())
-    return {name: module.weight.detach() for name, module in found.items()} if plain else {}
+    found: dict[str, torch.Tensor] = {}
+    for name in ("visual_projection", "text_projection"):
+        module = joint._modules.get(name)
+        if not isinstance(module, nn.Linear) or module.bias is not None:
+            return {}
+        found[name] = module.weight.detach()
+    return found
 
 
 def freeze_unused(vision_model: PreTrainedModel, pooled: bool) -> None:
@@ -284,7 +288,7 @@ def image_token_states(model: PreTrainedModel, outputs) -> torch.Tensor:
     return _finish(model, hidden_states)
 
 
-def _finish(model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
+def _finish(model: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """Applies to all tokens what a tower applies to its pooled token only: they are to live in one space."""
     family = model.config.model_type
     if family in ("clip_vision_model", "chinese_clip_vision_model"):

@@ -1,5 +1,7 @@
 """Configuration of PICO: two backbone configurations and every switch of the alignment head."""
 
+from typing import TYPE_CHECKING
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -135,8 +137,13 @@ class PicoConfig(PreTrainedConfig):
         "text_model_output",
     ]
 
-    vision_config: PreTrainedConfig | dict | None = None
-    text_config: PreTrainedConfig | dict | None = None
+    if TYPE_CHECKING:
+        # What they are once the configuration is made.
+        vision_config: PreTrainedConfig
+        text_config: PreTrainedConfig
+    else:
+        vision_config: PreTrainedConfig | dict | None = None
+        text_config: PreTrainedConfig | dict | None = None
     embedding_dim: int = 512
     alignment_head: str = "pico"
     pooling: str = "mean"

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -202,9 +203,10 @@ class PicoPreTrainedModel(PreTrainedModel):
     """Weight initialisation and loading, shared by PICO models."""
 
     config: PicoConfig
+    vision_model: PreTrainedModel
     base_model_prefix = "pico"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     # The loss is a mean over the batch; `Trainer` must not divide it by a number of items.
     accepts_loss_kwargs = False
@@ -240,7 +242,7 @@ class PicoPreTrainedModel(PreTrainedModel):
         the configuration's: that is refused with a ValueError, with `ignore_mismatched_sizes` too.
         """
         try:
-            model, info = super().from_pretrained(
+            loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )
         except RuntimeError as error:
@@ -249,6 +251,7 @@ class PicoPreTrainedModel(PreTrainedModel):
                     _size_message(pretrained_model_name_or_path, kwargs, "see the report above")
                 ) from error
             raise
+        model, info = loaded
         mismatched = [str(key) for key in info["mismatched_keys"] if "style_prototypes" in str(key)]
         if mismatched:
             raise ValueError(_size_message(pretrained_model_name_or_path, kwargs, "; ".join(mismatched)))
@@ -335,6 +338,10 @@ class PicoModel(PicoPreTrainedModel):
     >>> scores = model(**inputs).logits_per_image  # (images, texts)
     ```
     """
+
+    text_model: PreTrainedModel
+    alignment_head: FineGrainedHead
+    logit_scale: torch.Tensor
 
     def __init__(
         self,
@@ -427,7 +434,7 @@ class PicoModel(PicoPreTrainedModel):
     def _assemble(cls, vision_model: PreTrainedModel, text_model: PreTrainedModel, config_kwargs: dict) -> "PicoModel":
         # Copies: a composite configuration resets the attention implementation of the parts it is given.
         vision_config, text_config = copy.deepcopy(vision_model.config), copy.deepcopy(text_model.config)
-        config = cls.config_class(vision_config=vision_config, text_config=text_config, **config_kwargs)
+        config = PicoConfig(vision_config=vision_config, text_config=text_config, **config_kwargs)
         return cls(config, vision_model=vision_model, text_model=text_model)
 
     @classmethod
@@ -456,7 +463,7 @@ class PicoModel(PicoPreTrainedModel):
                 for name, weight in projections.items():
                     getattr(model.alignment_head, name).weight.copy_(weight)
                 if "logit_scale_init_value" not in config_kwargs:
-                    model.logit_scale.copy_(joint.logit_scale.reshape(()))
+                    model.logit_scale.copy_(joint.get_parameter("logit_scale").reshape(()))
             else:
                 logger.warning(
                     f"The projections to {config.embedding_dim} features are freshly initialised: the checkpoint has "
@@ -466,13 +473,13 @@ class PicoModel(PicoPreTrainedModel):
 
     def _features(
         self, token_states: torch.Tensor, mask: torch.Tensor, class_state: torch.Tensor | None, modality: str, weighted
-    ) -> dict[str, torch.Tensor | None]:
+    ) -> dict[str, Any]:
         head = self.alignment_head
         tokens, mask = head.embed(token_states, mask, class_state, modality)
         embeds, probability = head.weight(tokens, mask, modality) if weighted else (tokens, None)
         return {"tokens": tokens, "embeds": embeds, "mask": mask, "probability": probability}
 
-    def _features_output(self, outputs, features: dict[str, torch.Tensor | None], modality: str) -> PicoFeatures:
+    def _features_output(self, outputs, features: dict[str, Any], modality: str) -> PicoFeatures:
         # Pooled here and not in `_features`: training never asks for it.
         pooled = self.alignment_head.pool(features["embeds"], features["mask"], None, modality)
         return PicoFeatures(
@@ -557,7 +564,7 @@ class PicoModel(PicoPreTrainedModel):
         )
         return self._features_output(outputs, features, "text")
 
-    def _one_side_output(self, modality: str, outputs, features: dict[str, torch.Tensor | None]) -> PicoOutput:
+    def _one_side_output(self, modality: str, outputs, features: dict[str, Any]) -> PicoOutput:
         named = {
             f"{modality}_embeds": features["embeds"],
             f"{modality}_mask": features["mask"],
@@ -616,14 +623,14 @@ class PicoModel(PicoPreTrainedModel):
         # Only where it is asked for, because not every vision backbone knows it.
         image_kwargs = {**kwargs, "interpolate_pos_encoding": True} if interpolate_pos_encoding else kwargs
         text_kwargs = {"position_ids": position_ids, "token_type_ids": token_type_ids, **kwargs}
-        if input_ids is None:
-            return self._one_side_output("image", *self._encode_images(pixel_values, True, **image_kwargs))
         if pixel_values is None:
             return self._one_side_output("text", *self._encode_texts(input_ids, attention_mask, True, **text_kwargs))
         vision_outputs, image = self._encode_images(pixel_values, True, **image_kwargs)
+        if input_ids is None:
+            return self._one_side_output("image", vision_outputs, image)
         text_outputs, text = self._encode_texts(input_ids, attention_mask, True, **text_kwargs)
         logit_scale = self.logit_scale.float().exp()
-        loss = scores = None
+        loss = logits = None
         if return_logits or return_loss:
             scores = pair_scores(
                 image["embeds"],
@@ -632,16 +639,16 @@ class PicoModel(PicoPreTrainedModel):
                 text["mask"],
                 negative_slope=self.config.negative_slope,
             )
-        if return_loss:
-            loss = image_text_loss(
-                scores,
-                scores.T,
-                image_ids=image_ids,
-                loss_type=self.config.loss_type,
-                logit_scale=logit_scale,
-                margin=self.config.margin,
-            )
-        logits = scores * logit_scale if scores is not None and return_logits else None
+            logits = scores * logit_scale if return_logits else None
+            if return_loss:
+                loss = image_text_loss(
+                    scores,
+                    scores.T,
+                    image_ids=image_ids,
+                    loss_type=self.config.loss_type,
+                    logit_scale=logit_scale,
+                    margin=self.config.margin,
+                )
         return PicoOutput(
             loss=loss,
             logits_per_image=logits,

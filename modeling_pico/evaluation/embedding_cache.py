@@ -9,18 +9,18 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from accelerate import PartialState
-from torch import nn
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
 from ..data import CaptionedImageDataset, PicoDataCollator
+from ..modeling_pico import PicoModel
 from .evaluator import EncodedRetrieval
 
 
 logger = logging.get_logger(__name__)
 
 
-def cache_key(model: nn.Module, loader: DataLoader) -> str:
+def cache_key(model: PicoModel, loader: DataLoader) -> str:
     r"""
     Names an encoded retrieval set by all that its embeddings depend on: weights of backbones and projections, options,
     data, and how they are preprocessed. Style prototypes are not among it, since embeddings are kept unweighted.

@@ -12,6 +12,7 @@ from accelerate.utils import gather
 from torch import nn
 
 from ..loss_pico import image_text_loss
+from ..modeling_pico import PicoModel
 from ..scoring_pico import pair_scores
 from .retrieval_metrics import (
     RetrievalRanks,
@@ -127,7 +128,7 @@ class RetrievalEvaluator:
         self.image_chunk = image_chunk
         self.text_chunk = text_chunk
 
-    def __call__(self, model: nn.Module, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+    def __call__(self, model: PicoModel, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
         """
         Encodes, scores and measures. See [`encode`] for `batches`; returns [`metrics`].
         """
@@ -189,7 +190,7 @@ class RetrievalEvaluator:
         )
 
     @torch.no_grad()
-    def score(self, model: nn.Module, encoded: EncodedRetrieval) -> torch.Tensor:
+    def score(self, model: PicoModel, encoded: EncodedRetrieval) -> torch.Tensor:
         """
         Scores every image of all processes against every text, under the prototypes the model holds now. No metric
         needs this matrix, which is 0.5 GB for 5,000 images with five captions each.
@@ -213,7 +214,7 @@ class RetrievalEvaluator:
 
     @torch.no_grad()
     def metrics(
-        self, model: nn.Module, encoded: EncodedRetrieval, scores: torch.Tensor | None = None
+        self, model: PicoModel, encoded: EncodedRetrieval, scores: torch.Tensor | None = None
     ) -> dict[str, float]:
         """
         Recalls at 1, 5 and 10 in both directions in percent, median ranks, rSum, the rSum of a random ranking
@@ -227,7 +228,7 @@ class RetrievalEvaluator:
 
     @torch.no_grad()
     def retrieval_metrics(
-        self, model: nn.Module, encoded: EncodedRetrieval, scores: torch.Tensor | None = None
+        self, model: PicoModel, encoded: EncodedRetrieval, scores: torch.Tensor | None = None
     ) -> dict[str, float]:
         """Recalls, median ranks and rSum under the prototypes the model holds now; see [`metrics`]."""
         if scores is not None:
@@ -237,7 +238,7 @@ class RetrievalEvaluator:
         return mean_metrics([retrieval_metrics(*self._ranks(model, encoded, first, *fold)) for fold in members])
 
     def _ranks(
-        self, model: nn.Module, encoded: EncodedRetrieval, first: int, images: slice, texts: torch.Tensor
+        self, model: PicoModel, encoded: EncodedRetrieval, first: int, images: slice, texts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ranks of both directions among these images and texts; `first` is the first image of this process."""
         image_ids, text_ids = encoded.image_ids[images], encoded.text_ids[texts]
@@ -265,7 +266,7 @@ class RetrievalEvaluator:
         return ranks.compute()
 
     def _tiles(
-        self, model: nn.Module, encoded: EncodedRetrieval, parts: Iterable[tuple[_Block, list[_Block]]]
+        self, model: PicoModel, encoded: EncodedRetrieval, parts: Iterable[tuple[_Block, list[_Block]]]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Scores each block of images with its blocks of texts; gives positions of both and scores in float32."""
         slope = model.config.negative_slope
@@ -279,7 +280,7 @@ class RetrievalEvaluator:
                 tile = pair_scores(images, texts, image_mask, text_mask, negative_slope=slope)
                 yield image_block.positions, text_block.positions, tile.float()
 
-    def _loss(self, model: nn.Module, encoded: EncodedRetrieval) -> float:
+    def _loss(self, model: PicoModel, encoded: EncodedRetrieval) -> float:
         config, size, first = model.config, self.loss_batch_size, encoded.first_image()
         sorted_ids, order = encoded.text_ids.sort(stable=True)
         captions = order[torch.searchsorted(sorted_ids, encoded.image_ids)]
@@ -310,7 +311,7 @@ class RetrievalEvaluator:
 
 
 def _score_ready(
-    model: nn.Module, encoded: EncodedRetrieval, modality: str, rows: slice | torch.Tensor
+    model: PicoModel, encoded: EncodedRetrieval, modality: str, rows: slice | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted tokens and mask of some images (`modality="image"`) or texts (`"text"`)."""
     tokens, mask = getattr(encoded, f"{modality}_tokens")[rows], getattr(encoded, f"{modality}_mask")[rows]
@@ -351,7 +352,7 @@ def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
 def concatenate_padded(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Concatenates along the first dimension; the second may differ and is padded with zeros."""
     if tensors[0].dim() == 1:
-        return torch.cat(tensors)
+        return torch.cat(list(tensors))
     width = max(tensor.shape[1] for tensor in tensors)
     size = (sum(len(tensor) for tensor in tensors), width, *tensors[0].shape[2:])
     result = tensors[0].new_zeros(size)

@@ -292,7 +292,7 @@ def _profiles(axes: Axes, prototypes: np.ndarray, side: str) -> list:
     places = np.arange(len(prototypes))
     mean, spread, *extremes = prototypes.T
     width = min(6.0, max(3.0, 150 / len(places)))
-    handles = []
+    handles: list = []
     if extremes:
         highest, lowest = extremes
         handles = [axes.vlines(places, lowest, highest, color=GREY, linewidth=1.2, label="minimum to maximum")]

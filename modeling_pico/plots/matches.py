@@ -207,7 +207,8 @@ def _key(figure: Figure, drawn: AxesImage, height: float, shown: int, match: Pat
     tall = _image_height(match)
     scale = figure.add_axes(_box(_MARGIN + 0.1, _TOP + tall + 0.3, _LEFT - 0.2, 0.14, height))
     bar = figure.colorbar(drawn, cax=scale, orientation="horizontal")
-    bar.solids.set_alpha(1)
+    if bar.solids is not None:
+        bar.solids.set_alpha(1)
     bar.set_label("similarity of patch and word", fontsize=SMALL)
     bar.ax.xaxis.set_major_locator(MaxNLocator(4))
     bar.ax.tick_params(labelsize=SMALL)

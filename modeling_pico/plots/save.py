@@ -156,7 +156,7 @@ def save_run_plots(
     """
     if not trainer.is_world_process_zero():
         return []
-    folder = os.path.join(trainer.args.output_dir, FOLDER)
+    folder = os.path.join(str(trainer.args.output_dir), FOLDER)
     try:
         subjects: dict[str, Any] = {}
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -184,7 +184,8 @@ def _to_tensorboard(trainer: PicoTrainer, name: str, figure: Figure) -> None:
         if isinstance(callback, TensorBoardCallback):
             # It closes its writer at the end of training and opens one when something is logged, be it nothing.
             callback.on_log(trainer.args, trainer.state, trainer.control, logs={})
-            pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
+            canvas: Any = figure.canvas
+            pixels = np.asarray(canvas.buffer_rgba())[..., :3]
             callback.tb_writer.add_image(f"{FOLDER}/{name}", pixels, trainer.state.global_step, dataformats="HWC")
             callback.tb_writer.flush()
 

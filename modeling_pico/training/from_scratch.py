@@ -44,10 +44,8 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 8000, max_length:
     tokenizer = Tokenizer(models.WordPiece(learned.get_vocab(), unk_token=SPECIAL_TOKENS["unk_token"]))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
     tokenizer.decoder = decoders.WordPiece()
-    cls_token, sep_token = SPECIAL_TOKENS["cls_token"], SPECIAL_TOKENS["sep_token"]
-    tokenizer.post_processor = processors.BertProcessing(
-        (sep_token, tokenizer.token_to_id(sep_token)), (cls_token, tokenizer.token_to_id(cls_token))
-    )
+    vocab, cls_token, sep_token = tokenizer.get_vocab(), SPECIAL_TOKENS["cls_token"], SPECIAL_TOKENS["sep_token"]
+    tokenizer.post_processor = processors.BertProcessing((sep_token, vocab[sep_token]), (cls_token, vocab[cls_token]))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=max_length,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import get_device_states, set_device_states
@@ -67,20 +68,19 @@ def cached_backward(
     Returns:
         The loss, detached.
     """
-    states, outputs = [], []
+    states: list[_RandomState] = []
+    outputs: list[PicoOutput] = []
     with torch.no_grad():
         for chunk in chunks:
             states.append(_RandomState(chunk["image_ids"].device))
             outputs.append(model(**chunk, return_logits=False))
     batch = _join(outputs)
     loss = loss_function(batch)
-    leaves = [batch.image_embeds, batch.text_embeds, batch.logit_scale]
-    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-    gradients = [
+    leaves = [batch[name] for name in (*_EMBEDS, "logit_scale")]
+    image_gradients, text_gradients, scale_gradient = (
         torch.zeros_like(leaf) if gradient is None else gradient
-        for leaf, gradient in zip(leaves, gradients, strict=True)
-    ]
-    image_gradients, text_gradients, scale_gradient = gradients
+        for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True)
+    )
 
     start = 0
     for index, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
@@ -100,10 +100,12 @@ def cached_backward(
 
 def _join(outputs: list[PicoOutput]) -> PicoOutput:
     names = (*_EMBEDS, *_OTHERS)
-    joined = {name: concatenate_padded([getattr(output, name) for output in outputs]) for name in names}
+    joined: dict[str, Any] = {
+        name: concatenate_padded([getattr(output, name) for output in outputs]) for name in names
+    }
     for name in _EMBEDS:
         joined[name].requires_grad_()
-    return PicoOutput(**joined, logit_scale=outputs[0].logit_scale.clone().requires_grad_())
+    return PicoOutput(**joined, logit_scale=outputs[0]["logit_scale"].clone().requires_grad_())
 
 
 __all__ = ["cached_backward", "split_inputs"]
