@@ -624,6 +624,7 @@ class PicoModel(PicoPreTrainedModel):
         image_kwargs = {**kwargs, "interpolate_pos_encoding": True} if interpolate_pos_encoding else kwargs
         text_kwargs = {"position_ids": position_ids, "token_type_ids": token_type_ids, **kwargs}
         if pixel_values is None:
+            assert input_ids is not None  # else both are missing, which was refused above
             return self._one_side_output("text", *self._encode_texts(input_ids, attention_mask, True, **text_kwargs))
         vision_outputs, image = self._encode_images(pixel_values, True, **image_kwargs)
         if input_ids is None:
