@@ -495,7 +495,8 @@ def run(trainer: PicoTrainer, data: Data, checkpoint: str | None) -> dict[str, f
     results: dict[str, float] = {}
     if args.do_train:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        trainer.save_model()
+        # An "internal call" uploads nothing: `main` does, once, when results and card are there too.
+        trainer.save_model(_internal_call=True)
         trainer.save_state()
         results.update(_record(trainer, "train", metrics))
     if args.do_eval:

@@ -388,7 +388,8 @@ class PicoModel(PicoPreTrainedModel):
     @property
     def style_prototypes(self) -> StylePrototypes | None:
         """The style prototypes, None for the heads without them."""
-        return self.alignment_head.style_prototypes if isinstance(self.alignment_head, PicoHead) else None
+        # By name and not by type: adapters (PEFT) put a wrapper here that passes on to the head they train.
+        return getattr(self.alignment_head, "style_prototypes", None)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()

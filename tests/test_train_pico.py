@@ -249,7 +249,7 @@ def test_push_uploads_model_processor_card_and_code(data, tmp_path, monkeypatch)
     monkeypatch.setattr("transformers.trainer.hf_api", lambda *args, **kwargs: Hub())
     options = {"num_train_epochs": 1, "save_strategy": "no", "push_to_hub": True, "hub_model_id": "pico-shapes"}
     train(tmp_path / "run", data, prototype_start=0.5, **options)
-    repository, files, _ = uploads[-1]
+    [(repository, files, _)] = uploads
     assert repository == "someone/pico-shapes"
     needed = {"model.safetensors", "config.json", "README.md", "processor_config.json", "tokenizer.json"}
     code = {f"{name}_pico.py" for name in ("configuration", "modeling", "processing", "prototypes", "scoring")}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -15,7 +17,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import BestRun, EvalLoopOutput, HubStrategy
 from transformers.utils import logging
 
 from ..data import CaptionedImageDataset, PicoDataCollator, UniqueIdBatchSampler
@@ -221,24 +223,31 @@ class PicoTrainer(Trainer):
 
     # Training
 
-    def train(self, *args, **kwargs):
-        """As `Trainer.train`."""
-        prototypes = self._pico_model().style_prototypes
-        if prototypes is not None and self.args.feedback_needs_validation and self.eval_dataset is None:
-            raise ValueError(
-                f"feedback={self.args.feedback!r} weighs prototypes by validation retrieval and needs an "
-                "`eval_dataset`. Give one, or choose `feedback` from 'ema', 'uniform', 'latest'."
-            )
-        return super().train(*args, **kwargs)
-
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         # The model exists for certain only here: `model_init` and hyper-parameter search make a new one each time.
         self.remove_callback(PrototypeCallback)
         prototypes = self._pico_model().style_prototypes
+        if prototypes is not None:
+            self._check_prototype_needs()
         self.construction = None if prototypes is None else PrototypeConstruction(prototypes, self.args)
         if self.construction is not None:
             self.add_callback(PrototypeCallback(self.construction))
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _check_prototype_needs(self) -> None:
+        if self.args.feedback_needs_validation and self.eval_dataset is None:
+            raise ValueError(
+                f"feedback={self.args.feedback!r} weighs prototypes by validation retrieval and needs an "
+                "`eval_dataset`. Give one, or choose `feedback` from 'ema', 'uniform', 'latest'."
+            )
+        model = self._pico_model()
+        if self.accelerator.unwrap_model(self.model) is not model and not hasattr(
+            model.alignment_head, "modules_to_save"
+        ):
+            raise ValueError(
+                "The adapter would be saved without the style prototypes, which lie in `alignment_head`; configure it "
+                'with `modules_to_save=["alignment_head"]`.'
+            )
 
     def _pico_model(self) -> PicoModel:
         model = self.accelerator.unwrap_model(self.model)
@@ -504,7 +513,47 @@ class PicoTrainer(Trainer):
         if self.construction is not None and checkpoint is not None:
             self.construction.load(checkpoint)
 
-    # Card
+    # Hyper-parameter search
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] = "maximize",
+        **kwargs: Any,
+    ) -> BestRun | list[BestRun]:
+        r"""
+        As `Trainer.hyperparameter_search`, which would minimise the sum of all metrics; here the summed recall (rsum)
+        of the first validation set is maximised, 'maximize' being the default direction.
+
+        Args:
+            hp_space (`Callable`, *optional*): Draws the options of a trial; names are those of the training arguments.
+            compute_objective (`Callable`, *optional*): Number to optimise, from the metrics of an evaluation.
+            n_trials (`int`, *optional*, defaults to 20): Number of trainings.
+            direction (`str` or list of `str`, *optional*, defaults to `"maximize"`): 'maximize' or 'minimize'.
+            kwargs: Passed to `Trainer.hyperparameter_search` (`backend`, `hp_name`, ...).
+        """
+        if compute_objective is None:
+            name = f"{self._feedback_prefix()}_rsum"
+
+            def compute_objective(metrics: dict[str, float]) -> float:
+                return metrics[name]
+
+        return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, **kwargs)
+
+    # Card and Hub
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As `Trainer._push_from_checkpoint`, which leaves out the code the weights load with, and the card."""
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            job = self.push_in_progress
+            # Files that a running upload reads stay as they are; `Trainer` leaves this upload out then.
+            if self.args.hub_always_push or job is None or job.is_done():
+                for file in Path(checkpoint_folder).glob("*.py"):
+                    shutil.copy(file, self.args.output_dir)
+                self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, language: str | None = None, license: str | None = None, **kwargs: Any) -> None:
         r"""

@@ -1,0 +1,162 @@
+"""What is uploaded to the Hub, when, and by whom; uploads are intercepted and kept as folders."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "training"))
+
+import tiny
+
+from modeling_pico import PicoModel
+from modeling_pico.training.staging import STATE_FILE
+
+
+NEEDED = {"model.safetensors", "config.json", "README.md", "processor_config.json", "tokenizer.json"} | {
+    f"{name}_pico.py" for name in ("configuration", "modeling", "processing", "prototypes", "scoring")
+}
+
+
+class Hub:
+    """Takes the place of `HfApi`; keeps what an upload would send at that moment."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.repositories, self.uploads = folder, [], []
+        self.jobs, self.slow = [], False
+
+    def create_repo(self, name, **kwargs):
+        self.repositories.append(name)
+        return SimpleNamespace(repo_id=f"someone/{name}")
+
+    def upload_folder(
+        self,
+        *,
+        repo_id,
+        folder_path,
+        commit_message,
+        path_in_repo="",
+        ignore_patterns=(),
+        run_as_future=False,
+        **kwargs,
+    ):
+        assert repo_id == "someone/pico"
+        kept = self.folder / str(len(self.uploads))
+        shutil.copytree(folder_path, kept, ignore=shutil.ignore_patterns(*ignore_patterns))
+        self.uploads.append(SimpleNamespace(message=commit_message, path=path_in_repo, folder=kept))
+        job: Future = Future()
+        self.jobs.append(job)
+        if not self.slow:
+            job.set_result(None)
+        return job if run_as_future else None
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Hub:
+    made = Hub(tmp_path / "uploads")
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda *args, **kwargs: made)
+    return made
+
+
+def publisher(folder, **options):
+    return tiny.trainer(folder, num_train_epochs=2, push_to_hub=True, hub_model_id="pico", **options)
+
+
+def test_every_checkpoint_is_uploaded_whole_and_loads_without_the_package(hub, tmp_path):
+    made = publisher(tmp_path / "run")
+    made.train()
+    made.push_to_hub()
+    assert hub.repositories == ["pico"]
+    messages = [upload.message for upload in hub.uploads]
+    assert messages == ["Training in progress, epoch 1", "Training in progress, epoch 2", "End of training"]
+    for upload in hub.uploads:
+        assert set(os.listdir(upload.folder)) >= NEEDED
+        assert not list(upload.folder.glob("checkpoint-*"))
+    cards = [(upload.folder / "README.md").read_text() for upload in hub.uploads]
+    assert cards[0] != cards[1] and all("rsum" in card.lower() for card in cards)
+    first = hub.uploads[0].folder
+    tiny.assert_same_state(
+        PicoModel.from_pretrained(first), PicoModel.from_pretrained(tmp_path / "run" / "checkpoint-3")
+    )
+    assert_loads_alone(first, tmp_path)
+
+
+def assert_loads_alone(folder: Path, tmp_path: Path) -> None:
+    torch.save(PicoModel.from_pretrained(folder).state_dict(), tmp_path / "state.pt")
+    script = textwrap.dedent(
+        """
+        import sys
+
+        class Blocker:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] == "modeling_pico":
+                    raise ModuleNotFoundError(f"{name} is blocked")
+
+        sys.meta_path.insert(0, Blocker())
+        import torch
+        from transformers import AutoModel, AutoProcessor
+
+        model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+        assert type(model).__module__.startswith("transformers_modules")
+        state, expected = model.state_dict(), torch.load(sys.argv[2])
+        assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
+        inputs = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)(text=["red"], return_tensors="pt")
+        assert model.get_text_features(**inputs).pooler_output.isfinite().all()
+        """
+    )
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", script, str(folder), str(tmp_path / "state.pt")],
+        cwd=tmp_path,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_last_checkpoint_is_uploaded_with_the_state_of_the_construction(hub, tmp_path):
+    publisher(tmp_path / "run", hub_strategy="checkpoint").train()
+    assert [upload.path for upload in hub.uploads] == ["", "last-checkpoint"] * 2
+    assert {STATE_FILE, "trainer_state.json", "optimizer.pt"} <= set(os.listdir(hub.uploads[-1].folder))
+
+
+def test_nothing_is_uploaded_before_the_end_where_that_is_asked(hub, tmp_path):
+    made = publisher(tmp_path / "run", hub_strategy="end")
+    made.train()
+    assert not hub.uploads
+    made.push_to_hub(commit_message="all of it")
+    assert [upload.message for upload in hub.uploads] == ["all of it"]
+    assert set(os.listdir(hub.uploads[0].folder)) >= NEEDED
+
+
+def test_a_running_upload_is_left_alone(hub, tmp_path):
+    class Finish(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            hub.jobs[0].set_result(None)
+
+    hub.slow = True
+    publisher(tmp_path / "run", callbacks=[Finish()]).train()
+    assert [upload.message for upload in hub.uploads] == ["Training in progress, epoch 1"]
+    assert (tmp_path / "run" / "README.md").read_bytes() == (hub.uploads[0].folder / "README.md").read_bytes()
+
+
+def test_only_the_main_process_uploads(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.Trainer.is_world_process_zero", lambda self: False)
+    made = publisher(tmp_path / "run", save_strategy="no")
+    made.train()
+    made._push_from_checkpoint(str(tmp_path))
+    made.push_to_hub()
+    made.save_model()
+    assert not hub.repositories and not hub.uploads and not (tmp_path / "run" / "README.md").exists()
