@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ class UniqueIdBatchSampler(Sampler[list[SampleKey]]):
         num_processes: int = 1,
         seed: int = 0,
         drop_last: bool = True,
-        captions: Literal["random", "all"] = "random",
+        captions: str = "random",
     ) -> None:
         row_ids = np.asarray(ids, dtype=np.int64)
         self._num_captions = np.asarray(num_captions, dtype=np.int64)

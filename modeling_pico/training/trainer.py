@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,11 @@ class PicoTrainer(Trainer):
         kwargs: Passed to `Trainer` (`callbacks`, `optimizers`, `model_init`, ...).
     """
 
+    # What `Trainer` declares more widely.
+    args: PicoTrainingArguments
+    model: nn.Module
+    train_dataset: Any
+    eval_dataset: Any
     # The loss is a mean over the batch, so `Trainer` divides it by the number of accumulation steps.
     loss_is_scaled_for_ga = False
 
@@ -149,9 +154,9 @@ class PicoTrainer(Trainer):
         """Batches of this process's contiguous block of images, with all their captions."""
         if eval_dataset is None and self.eval_dataset is None:
             raise ValueError("PicoTrainer: evaluation requires an eval_dataset.")
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+            dataset = self.eval_dataset[eval_dataset]
         return DataLoader(
             dataset,
             sampler=self._own_rows(dataset),
@@ -177,7 +182,7 @@ class PicoTrainer(Trainer):
             kwargs["prefetch_factor"] = args.dataloader_prefetch_factor
         return kwargs
 
-    def _own_rows(self, dataset: Dataset) -> range:
+    def _own_rows(self, dataset: Sized) -> range:
         processes, process = self.args.world_size, self.args.process_index
         if len(dataset) < processes:
             # Raised on every process: the ones with images would wait for ever for the others.
@@ -186,7 +191,7 @@ class PicoTrainer(Trainer):
 
     # Optimizer
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Groups parameters by learning rate (new layers, backbones) and weight decay."""
         model = self.model if model is None else model
         args = self.args
@@ -296,7 +301,7 @@ class PicoTrainer(Trainer):
 
     def _batch_loss(self, outputs: PicoOutput, ids: torch.Tensor, collect: bool) -> torch.Tensor:
         if collect and self.construction is not None:
-            self._collect(outputs, ids)
+            self._collect(self.construction, outputs, ids)
         gathers = self.args.gather_negatives and self.args.world_size > 1
         return self._gathered_loss(outputs, ids) if gathers else self._local_loss(outputs, ids)
 
@@ -313,7 +318,11 @@ class PicoTrainer(Trainer):
     def _local_loss(self, outputs: PicoOutput, ids: torch.Tensor) -> torch.Tensor:
         slope = self._pico_model().config.negative_slope
         scores = pair_scores(
-            outputs.image_embeds, outputs.text_embeds, outputs.image_mask, outputs.text_mask, negative_slope=slope
+            outputs["image_embeds"],
+            outputs["text_embeds"],
+            outputs["image_mask"],
+            outputs["text_mask"],
+            negative_slope=slope,
         )
         return image_text_loss(scores, scores.T, image_ids=ids, **self._loss_kwargs(outputs))
 
@@ -334,14 +343,13 @@ class PicoTrainer(Trainer):
         return loss * batch.loss_share
 
     @torch.no_grad()
-    def _collect(self, outputs: PicoOutput, ids: torch.Tensor) -> None:
+    def _collect(self, construction: PrototypeConstruction, outputs: PicoOutput, ids: torch.Tensor) -> None:
         """Hands the construction what it needs of this batch: nothing, sign shares, or sign shares and columns."""
-        construction = self.construction
         step = self.state.global_step
         if not construction.needs_statistics(step):
             return
-        image_tokens, image_mask = outputs.image_tokens.detach(), outputs.image_mask
-        text_tokens, text_mask = outputs.text_tokens.detach(), outputs.text_mask
+        image_tokens, image_mask = outputs["image_tokens"].detach(), outputs["image_mask"]
+        text_tokens, text_mask = outputs["text_tokens"].detach(), outputs["text_mask"]
         valid = image_mask.any(dim=1) & text_mask.any(dim=1)
         # Two collectives in place of four.
         shares = torch.cat([sign_shares(image_tokens, image_mask), sign_shares(text_tokens, text_mask)], dim=1)
@@ -381,7 +389,7 @@ class PicoTrainer(Trainer):
                 images = construction.feedback_images(len(dataset))
                 dataset = dataset if images is None else Subset(dataset, images.tolist())
                 encoded = self._encode(self.get_eval_dataloader(dataset))
-                self._propose(encoded, self.evaluator if images is None else RetrievalEvaluator())
+                self._propose(construction, encoded, self.evaluator if images is None else RetrievalEvaluator())
         self.control.should_log = should_log
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
@@ -420,16 +428,17 @@ class PicoTrainer(Trainer):
             if construction.due:
                 images = construction.feedback_images(len(encoded.image_ids))
                 if images is None:
-                    self._propose(encoded, self.evaluator, metrics["rsum"])
+                    self._propose(construction, encoded, self.evaluator, metrics["rsum"])
                 else:
                     # One gallery: folds of it would be too small to tell prototypes apart.
-                    self._propose(encoded.subset(images), RetrievalEvaluator())
+                    self._propose(construction, encoded.subset(images), RetrievalEvaluator())
             construction.observe(metrics["rsum"])
+        predictions: Any = None if scores is None else scores.cpu().numpy()
         return EvalLoopOutput(
-            predictions=None if scores is None else scores.cpu().numpy(),
+            predictions=predictions,
             label_ids=None,
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
-            num_samples=len(dataloader.dataset),
+            num_samples=len(encoded.image_ids),
         )
 
     def measure_styles(self, dataset: CaptionedImageDataset, seen_styles: Sequence[str] | None = None) -> StyleReport:
@@ -457,32 +466,41 @@ class PicoTrainer(Trainer):
         # In training the weights change from one evaluation to the next.
         folder = None if self.is_in_train else self.args.eval_cache_dir
         key = None if folder is None else cache_key(self._pico_model(), dataloader)
-        encoded = None if key is None else load_embeddings(folder, key, self.args.device)
-        if encoded is None:
-            longest = -(-len(dataloader.dataset) // self.args.world_size)
-            encoded = self.evaluator.encode(
-                model,
-                dataloader,
-                num_batches=math.ceil(longest / self.args.eval_batch_size),
-                on_batch=self._on_prediction_step,
-            )
-            if key is not None:
-                save_embeddings(encoded, folder, key)
-                # Read back, so that this evaluation and the next give the same numbers.
-                encoded = load_embeddings(folder, key, self.args.device)
+        if folder is not None and key is not None:
+            cached = load_embeddings(folder, key, self.args.device)
+            if cached is not None:
+                return cached
+        dataset: Any = dataloader.dataset
+        longest = -(-len(dataset) // self.args.world_size)
+        encoded = self.evaluator.encode(
+            model,
+            dataloader,
+            num_batches=math.ceil(longest / self.args.eval_batch_size),
+            on_batch=self._on_prediction_step,
+        )
+        if folder is not None and key is not None:
+            save_embeddings(encoded, folder, key)
+            # Read back, so that this evaluation and the next give the same numbers.
+            encoded = load_embeddings(folder, key, self.args.device) or encoded
         return encoded
 
     def _on_prediction_step(self) -> None:
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
-    def _propose(self, encoded: EncodedRetrieval, evaluator: RetrievalEvaluator, rsum: float | None = None) -> None:
+    def _propose(
+        self,
+        construction: PrototypeConstruction,
+        encoded: EncodedRetrieval,
+        evaluator: RetrievalEvaluator,
+        rsum: float | None = None,
+    ) -> None:
         model = self._pico_model()
 
         def score() -> float:
             return evaluator.retrieval_metrics(model, encoded)["rsum"]
 
         # The gain compares two scores of the same images.
-        self.log(self.construction.propose(score() if rsum is None else rsum, score))
+        self.log(construction.propose(score() if rsum is None else rsum, score))
 
     # Checkpoints
 
@@ -491,7 +509,8 @@ class PicoTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if not self._load_weights(self.state.best_model_checkpoint):
+        best = self.state.best_model_checkpoint
+        if best is None or not self._load_weights(best):
             super()._load_best_model()
 
     def _load_weights(self, folder: str) -> bool:
@@ -515,7 +534,7 @@ class PicoTrainer(Trainer):
 
     # Hyper-parameter search
 
-    def hyperparameter_search(
+    def hyperparameter_search(  # type: ignore[override]
         self,
         hp_space: Callable[[Any], dict[str, Any]] | None = None,
         compute_objective: Callable[[dict[str, float]], float] | None = None,
@@ -551,11 +570,13 @@ class PicoTrainer(Trainer):
             # Files that a running upload reads stay as they are; `Trainer` leaves this upload out then.
             if self.args.hub_always_push or job is None or job.is_done():
                 for file in Path(checkpoint_folder).glob("*.py"):
-                    shutil.copy(file, self.args.output_dir)
+                    shutil.copy(file, str(self.args.output_dir))
                 self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)
 
-    def create_model_card(self, language: str | None = None, license: str | None = None, **kwargs: Any) -> None:
+    def create_model_card(  # type: ignore[override]
+        self, language: str | None = None, license: str | None = None, **kwargs: Any
+    ) -> None:
         r"""
         Writes the model card (`README.md`) into the output folder.
 
@@ -570,7 +591,7 @@ class PicoTrainer(Trainer):
         training = {name: getattr(args, name) for name in _CARD_ARGUMENTS}
         training["lr_scheduler_type"] = transformers.SchedulerType(args.lr_scheduler_type).value
         card = create_model_card(
-            model_id=args.hub_model_id or args.output_dir,
+            model_id=args.hub_model_id or str(args.output_dir),
             config=self._pico_model().config,
             training={**training, "processes": args.world_size},
             stage_log=[entry for entry in self.state.log_history if "prototype_stage" in entry],
@@ -580,7 +601,7 @@ class PicoTrainer(Trainer):
             license=license,
             **self.card_info,
         )
-        card.save(os.path.join(args.output_dir, "README.md"))
+        card.save(os.path.join(str(args.output_dir), "README.md"))
 
 
 def _is_backbone(name: str) -> bool:

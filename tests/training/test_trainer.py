@@ -102,9 +102,9 @@ def test_statistics_are_collected_in_their_windows_only(tmp_path):
     counts, columns = {}, Counter()
 
     class Watched(PicoTrainer):
-        def _collect(self, outputs, ids):
+        def _collect(self, construction, outputs, ids):
             before = len(self.construction._columns)
-            super()._collect(outputs, ids)
+            super()._collect(construction, outputs, ids)
             columns[self.state.global_step] += len(self.construction._columns) - before
             counts[self.state.global_step] = float(self.construction.prototypes.matched_count)
 
