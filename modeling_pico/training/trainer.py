@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import os
 import shutil
 from collections.abc import Callable, Sequence, Sized
@@ -554,11 +555,7 @@ class PicoTrainer(Trainer):
             kwargs: Passed to `Trainer.hyperparameter_search` (`backend`, `hp_name`, ...).
         """
         if compute_objective is None:
-            name = f"{self._feedback_prefix()}_rsum"
-
-            def compute_objective(metrics: dict[str, float]) -> float:
-                return metrics[name]
-
+            compute_objective = operator.itemgetter(f"{self._feedback_prefix()}_rsum")
         return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, **kwargs)
 
     # Card and Hub
