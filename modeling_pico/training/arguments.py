@@ -44,7 +44,7 @@ class PicoTrainingArguments(TrainingArguments):
             Gain that weights an update: validation rSum with the new prototypes minus with the old, same network
             (`"counterfactual"`); rSum of this evaluation minus the one before (`"epoch_delta"`). Without validation:
             `"ema"` (constant weight), `"uniform"` (equal weights), `"latest"` (the newest alone).
-        feedback_images (`int`, *optional*, defaults to 96):
+        feedback_images (`int`, *optional*, defaults to 256):
             Validation images, with all their texts, that the counterfactual feedback scores under both sets of
             prototypes: a fixed draw, spread evenly over the set. Time grows with its square. A smaller gallery is an
             easier one and holds fewer queries, so gains come out smaller and noisier. `None`, or as many as there are
@@ -88,7 +88,7 @@ class PicoTrainingArguments(TrainingArguments):
         metadata={"help": "What weights an update of the prototypes.", "choices": FEEDBACKS},
     )
     feedback_images: int | None = field(
-        default=96, metadata={"help": "Validation images that the counterfactual feedback scores."}
+        default=256, metadata={"help": "Validation images that the counterfactual feedback scores."}
     )
     feedback_kappa: float = field(default=1.0, metadata={"help": "rSum points that are worth a factor of e."})
     feedback_ema_weight: float = field(default=0.1, metadata={"help": "Weight of an update under feedback=ema."})
