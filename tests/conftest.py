@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -28,6 +33,54 @@ from modeling_pico import PicoConfig, PicoModel, PicoProcessor
 
 
 CAPTIONS = ["a red circle", "two blue stars above a small green square", "the red star on a blue circle"]
+
+
+# Turns the package away, also where it is installed.
+_BLOCK_PACKAGE = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "modeling_pico":
+            raise ModuleNotFoundError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+@pytest.fixture
+def run_without_package(tmp_path) -> Callable[..., str]:
+    """Runs a script with arguments in a process that cannot import the package; returns what it prints."""
+
+    def run(script: str, *arguments: Path) -> str:
+        result = subprocess.run(
+            [sys.executable, "-I", "-c", _BLOCK_PACKAGE + textwrap.dedent(script), *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def no_progress_bars() -> Iterator[None]:
+    """Runs of the script print their own bars otherwise."""
+    hf_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    yield
+    hf_logging.enable_progress_bar()
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch) -> None:
+    """Data sets are cached apart from those of other tests and of the user."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
-import textwrap
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,7 +72,7 @@ def publisher(folder, **options):
     return tiny.trainer(folder, num_train_epochs=2, push_to_hub=True, hub_model_id="pico", **options)
 
 
-def test_every_checkpoint_is_uploaded_whole_and_loads_without_the_package(hub, tmp_path):
+def test_every_checkpoint_is_uploaded_whole_and_loads_without_the_package(hub, tmp_path, run_without_package):
     made = publisher(tmp_path / "run")
     made.train()
     made.push_to_hub()
@@ -89,21 +88,13 @@ def test_every_checkpoint_is_uploaded_whole_and_loads_without_the_package(hub, t
     tiny.assert_same_state(
         PicoModel.from_pretrained(first), PicoModel.from_pretrained(tmp_path / "run" / "checkpoint-3")
     )
-    assert_loads_alone(first, tmp_path)
+    assert_loads_alone(first, tmp_path, run_without_package)
 
 
-def assert_loads_alone(folder: Path, tmp_path: Path) -> None:
+def assert_loads_alone(folder: Path, tmp_path: Path, run_without_package: Callable[..., str]) -> None:
     torch.save(PicoModel.from_pretrained(folder).state_dict(), tmp_path / "state.pt")
-    script = textwrap.dedent(
+    run_without_package(
         """
-        import sys
-
-        class Blocker:
-            def find_spec(self, name, path=None, target=None):
-                if name.split(".")[0] == "modeling_pico":
-                    raise ModuleNotFoundError(f"{name} is blocked")
-
-        sys.meta_path.insert(0, Blocker())
         import torch
         from transformers import AutoModel, AutoProcessor
 
@@ -113,17 +104,10 @@ def assert_loads_alone(folder: Path, tmp_path: Path) -> None:
         assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
         inputs = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)(text=["red"], return_tensors="pt")
         assert model.get_text_features(**inputs).pooler_output.isfinite().all()
-        """
+        """,
+        folder,
+        tmp_path / "state.pt",
     )
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", script, str(folder), str(tmp_path / "state.pt")],
-        cwd=tmp_path,
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
 
 
 def test_last_checkpoint_is_uploaded_with_the_state_of_the_construction(hub, tmp_path):

@@ -14,7 +14,6 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import BertModel, ViTModel
-from transformers import logging as hf_logging
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -56,17 +55,7 @@ TRAINING = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quiet():
-    hf_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    yield
-    hf_logging.enable_progress_bar()
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("no_progress_bars", "own_cache")
 
 
 @pytest.fixture(scope="module")

@@ -196,7 +196,7 @@ class RetrievalEvaluator:
         needs this matrix, which is 0.5 GB for 5,000 images with five captions each.
 
         Args:
-            model (`nn.Module`): The [`PicoModel`], unwrapped.
+            model ([`PicoModel`]): The model, unwrapped.
             encoded ([`EncodedRetrieval`]): The retrieval set.
 
         Returns:
@@ -273,10 +273,10 @@ class RetrievalEvaluator:
         for image_block, text_blocks in parts:
             if not text_blocks:
                 continue
-            images, image_mask = _score_ready(model, encoded, "image", image_block.tokens)
+            images, image_mask = score_ready(model, encoded, "image", image_block.tokens)
             # Texts are weighted tile by tile as well: a weighted copy of a large gallery would double its memory.
             for text_block in text_blocks:
-                texts, text_mask = _score_ready(model, encoded, "text", text_block.tokens)
+                texts, text_mask = score_ready(model, encoded, "text", text_block.tokens)
                 tile = pair_scores(images, texts, image_mask, text_mask, negative_slope=slope)
                 yield image_block.positions, text_block.positions, tile.float()
 
@@ -289,8 +289,8 @@ class RetrievalEvaluator:
         # Batches of the images of all processes; of the first and the last, other processes may have a part.
         for start in range(first // size * size, end, size):
             own = slice(max(start, first) - first, min(start + size, end) - first)
-            images, image_mask = _score_ready(model, encoded, "image", own)
-            texts, text_mask = _score_ready(model, encoded, "text", captions[start : start + size])
+            images, image_mask = score_ready(model, encoded, "image", own)
+            texts, text_mask = score_ready(model, encoded, "text", captions[start : start + size])
             block = pair_scores(images, texts, image_mask, text_mask, negative_slope=config.negative_slope)
             rows.append(block.float())
         scores = gather_rows(concatenate_padded(rows))
@@ -310,7 +310,7 @@ class RetrievalEvaluator:
         return total / len(scores)
 
 
-def _score_ready(
+def score_ready(
     model: PicoModel, encoded: EncodedRetrieval, modality: str, rows: slice | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted tokens and mask of some images (`modality="image"`) or texts (`"text"`)."""
@@ -331,6 +331,16 @@ def _blocks(ids: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, si
             lowest_and_highest = int(part_ids[0]), int(part_ids[-1])
             blocks.append(_Block(where, positions[part].to(ids.device), lowest_and_highest))
     return blocks
+
+
+def own_rows(num_images: int) -> range:
+    """This process's contiguous block of the images; ValueError if there are fewer images than processes."""
+    state = PartialState()
+    processes, process = state.num_processes, state.process_index
+    if num_images < processes:
+        # Raised on every process: the ones with images would wait for ever for the others.
+        raise ValueError(f"The evaluation set has {num_images} images, fewer than the {processes} processes.")
+    return range(num_images * process // processes, num_images * (process + 1) // processes)
 
 
 def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -363,4 +373,11 @@ def concatenate_padded(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return result
 
 
-__all__ = ["EncodedRetrieval", "RetrievalEvaluator", "concatenate_padded", "gather_rows"]
+__all__ = [
+    "EncodedRetrieval",
+    "RetrievalEvaluator",
+    "concatenate_padded",
+    "gather_rows",
+    "own_rows",
+    "score_ready",
+]

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.utils import logging
@@ -16,7 +15,7 @@ from ..data import CaptionedImageDataset, PicoDataCollator
 from ..modeling_pico import PicoModel
 from ..processing_pico import PicoProcessor
 from ..scoring_pico import pair_scores
-from .evaluator import EncodedRetrieval, RetrievalEvaluator, gather_rows
+from .evaluator import EncodedRetrieval, RetrievalEvaluator, gather_rows, own_rows, score_ready
 from .retrieval_metrics import RECALL_LEVELS, chance_rsum, retrieval_metrics
 from .style_probe import StyleProbe, probe_styles
 
@@ -270,11 +269,9 @@ def measure_styles(
     ```
     """
     order_styles(dataset.styles, seen_styles)
-    state = PartialState()
-    bounds = [len(dataset) * (state.process_index + i) // state.num_processes for i in (0, 1)]
     loader = DataLoader(
         dataset,
-        sampler=range(*bounds),
+        sampler=own_rows(len(dataset)),
         batch_size=batch_size,
         collate_fn=PicoDataCollator(processor, max_length),
         generator=torch.Generator(),  # else the loader draws from the global one
@@ -389,15 +386,13 @@ def _rank_images(
 
 def _scores(model: PicoModel, encoded: EncodedRetrieval, images: Tensor, texts: Tensor) -> Tensor:
     """Scores `(images, texts)` of some rows of both sides."""
-    head, slope = model.alignment_head, model.config.negative_slope
+    slope = model.config.negative_slope
     rows = []
     for some_images in images.split(_IMAGE_CHUNK):
-        image_mask = encoded.image_mask[some_images]
-        image_embeds, _ = head.weight(encoded.image_tokens[some_images], image_mask, "image")
+        image_embeds, image_mask = score_ready(model, encoded, "image", some_images)
         tiles = []
         for some_texts in texts.split(_TEXT_CHUNK):
-            text_mask = encoded.text_mask[some_texts]
-            text_embeds, _ = head.weight(encoded.text_tokens[some_texts], text_mask, "text")
+            text_embeds, text_mask = score_ready(model, encoded, "text", some_texts)
             tiles.append(pair_scores(image_embeds, text_embeds, image_mask, text_mask, negative_slope=slope))
         rows.append(torch.cat(tiles, dim=1))
     scores = torch.cat(rows)

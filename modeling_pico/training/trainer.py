@@ -7,7 +7,7 @@ import math
 import operator
 import os
 import shutil
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from ..data import CaptionedImageDataset, PicoDataCollator, UniqueIdBatchSampler
 from ..evaluation.embedding_cache import cache_key, load_embeddings, save_embeddings
-from ..evaluation.evaluator import EncodedRetrieval, RetrievalEvaluator, gather_rows
+from ..evaluation.evaluator import EncodedRetrieval, RetrievalEvaluator, gather_rows, own_rows
 from ..evaluation.style_report import StyleReport
 from ..loss_pico import image_text_loss
 from ..model_card import create_model_card
@@ -160,7 +160,7 @@ class PicoTrainer(Trainer):
             dataset = self.eval_dataset[eval_dataset]
         return DataLoader(
             dataset,
-            sampler=self._own_rows(dataset),
+            sampler=own_rows(len(dataset)),
             batch_size=self.args.eval_batch_size,
             # Else a loader draws from the global generator, and dropout would depend on when one evaluates.
             generator=torch.Generator(),
@@ -182,13 +182,6 @@ class PicoTrainer(Trainer):
             kwargs["persistent_workers"] = args.dataloader_persistent_workers
             kwargs["prefetch_factor"] = args.dataloader_prefetch_factor
         return kwargs
-
-    def _own_rows(self, dataset: Sized) -> range:
-        processes, process = self.args.world_size, self.args.process_index
-        if len(dataset) < processes:
-            # Raised on every process: the ones with images would wait for ever for the others.
-            raise ValueError(f"The evaluation set has {len(dataset)} images, fewer than the {processes} processes.")
-        return range(len(dataset) * process // processes, len(dataset) * (process + 1) // processes)
 
     # Optimizer
 
@@ -466,24 +459,26 @@ class PicoTrainer(Trainer):
         self.callback_handler.eval_dataloader = dataloader
         # In training the weights change from one evaluation to the next.
         folder = None if self.is_in_train else self.args.eval_cache_dir
-        key = None if folder is None else cache_key(self._pico_model(), dataloader)
-        if folder is not None and key is not None:
-            cached = load_embeddings(folder, key, self.args.device)
-            if cached is not None:
-                return cached
+        if folder is None:
+            return self._encode_anew(model, dataloader)
+        key = cache_key(self._pico_model(), dataloader)
+        encoded = load_embeddings(folder, key, self.args.device)
+        if encoded is None:
+            save_embeddings(self._encode_anew(model, dataloader), folder, key)
+            # Read back, so that this evaluation and the next give the same numbers.
+            encoded = load_embeddings(folder, key, self.args.device)
+            assert encoded is not None
+        return encoded
+
+    def _encode_anew(self, model: nn.Module, dataloader: DataLoader) -> EncodedRetrieval:
         dataset: Any = dataloader.dataset
         longest = -(-len(dataset) // self.args.world_size)
-        encoded = self.evaluator.encode(
+        return self.evaluator.encode(
             model,
             dataloader,
             num_batches=math.ceil(longest / self.args.eval_batch_size),
             on_batch=self._on_prediction_step,
         )
-        if folder is not None and key is not None:
-            save_embeddings(encoded, folder, key)
-            # Read back, so that this evaluation and the next give the same numbers.
-            encoded = load_embeddings(folder, key, self.args.device) or encoded
-        return encoded
 
     def _on_prediction_step(self) -> None:
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)

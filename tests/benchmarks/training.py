@@ -30,6 +30,7 @@ from modeling_pico.backbones_pico import build_backbone
 from modeling_pico.loss_pico import image_text_loss
 from modeling_pico.scoring_pico import pair_scores
 from modeling_pico.training import staging
+from modeling_pico.training.from_scratch import small_vision_config
 from modeling_pico.training.gradient_cache import cached_backward, split_inputs
 
 
@@ -44,14 +45,7 @@ TOWERS = {
     ),
     **{
         name: (
-            ViTConfig(
-                hidden_size=width,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                intermediate_size=4 * width,
-                image_size=48,
-                patch_size=8,
-            ),
+            small_vision_config(width, num_layers=4, num_heads=4, image_size=48, patch_size=8),
             BertConfig(
                 hidden_size=width,
                 num_hidden_layers=2,

@@ -16,7 +16,6 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from transformers import logging as hf_logging
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -31,18 +30,7 @@ from modeling_pico import PicoModel, PicoProcessor
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quiet():
-    hf_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    yield
-    hf_logging.enable_progress_bar()
-    datasets.enable_progress_bars()
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("no_progress_bars", "own_cache")
 
 
 def noise(seed: int, size: tuple[int, int] = (24, 24)) -> Image.Image:
