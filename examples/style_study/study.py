@@ -7,8 +7,8 @@ Compares variants of the method by many small trainings, paired by seed, and kee
 
 Each training is a process of its own with one thread and appends one line to the table: setting, variant, seed, every
 option, commit, rSum on each split half-way and at the end. What the table already holds is not trained again, so a
-study that was stopped goes on by the same command. Choose on `validation`; `test` and `far` are opened only when
-`--splits` names them.
+study that was stopped goes on by the same command. Weights are kept: a split that is named later is evaluated without
+training. Choose on `validation`; `test` and `far` are opened only when `--splits` names them.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ HERE = Path(__file__).resolve().parent
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-def train(setting: dict[str, Any], options: dict[str, Any], seed: int, splits: list[str], cache: Path) -> dict:
+def train(
+    setting: dict[str, Any], options: dict[str, Any], seed: int, splits: list[str], cache: Path, weights: Path
+) -> dict:
     """
-    Trains one variant with one seed.
+    Trains one variant with one seed, or only evaluates it where `weights` are there from before.
 
     Args:
         setting (`dict`): Data, towers and schedule, alike for all variants.
@@ -45,13 +47,16 @@ def train(setting: dict[str, Any], options: dict[str, Any], seed: int, splits: l
         seed (`int`): Initial weights, order of batches and captions.
         splits (`list[str]`): Splits to evaluate on; `"seen"` for held-out training images.
         cache (`Path`): Keeps decoded images between trainings.
+        weights (`Path`): Safetensors file that keeps the trained weights.
 
     Returns:
-        `dict` with `rsum` per split (half-way, end), the log of constructions, loss, parameters and seconds.
+        `dict` with `rsum` per split (half-way, end; from kept weights the end alone) and, of a training, the log of
+        constructions, loss, parameters and seconds.
     """
     # Imported here, since the command that starts the processes and the report need none of it.
     import torch
     from encoded_data import load_splits
+    from safetensors.torch import load_file, save_file
     from transformers import TrainerCallback, set_seed
 
     from modeling_pico import PicoTrainer, PicoTrainingArguments, RetrievalEvaluator
@@ -68,6 +73,11 @@ def train(setting: dict[str, Any], options: dict[str, Any], seed: int, splits: l
             encoded = evaluator.encode(model, data.splits[name].batches(256))
             history[name].append(evaluator.retrieval_metrics(model, encoded)["rsum"])
         model.train()
+
+    if weights.exists():
+        model.load_state_dict(load_file(weights))
+        evaluate()
+        return {"rsum": dict(history)}
 
     class EvaluateHalfWay(TrainerCallback):
         def on_epoch_end(self, args, state, control, **kwargs):
@@ -106,6 +116,8 @@ def train(setting: dict[str, Any], options: dict[str, Any], seed: int, splits: l
         trainer.train()
         seconds = time.perf_counter() - start
     evaluate()
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, weights)
     log = trainer.state.log_history
     return {
         "rsum": dict(history),
@@ -180,7 +192,9 @@ def run_study(options: argparse.Namespace) -> None:
     if not setting.get("dataset_name"):
         raise SystemExit(f"{options.setting} names no data; give --dataset_name DIR")
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    done = {record["key"] for record in read_table(options.output)} if options.output.exists() else set()
+    done: dict[str, set[str]] = defaultdict(set)
+    for record in read_table(options.output) if options.output.exists() else []:
+        done[record["key"]] |= set(record["rsum"])
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
     jobs = []
     for seed in options.seeds:
@@ -191,13 +205,13 @@ def run_study(options: argparse.Namespace) -> None:
                 "variant": name,
                 "options": variants[name] or {},
                 "seed": seed,
-                "splits": options.splits,
             }
             # The folder of the data does not make another study.
             identity = {**job, "setting": {**setting, "dataset_name": Path(setting["dataset_name"]).name}}
             key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-            if key not in done:
-                jobs.append({**job, "key": key, "commit": commit.stdout.strip()})
+            splits = [split for split in options.splits if split not in done[key]]
+            if splits:
+                jobs.append({**job, "splits": splits, "key": key, "commit": commit.stdout.strip()})
     start = [(job, options.cache, options.output) for job in jobs]
     with ThreadPoolExecutor(options.jobs) as pool:
         failed = 0
@@ -219,12 +233,13 @@ def _start(job: dict[str, Any], cache: Path, output: Path) -> tuple[bool, str]:
 
 def _train_job(options: argparse.Namespace) -> None:
     job = json.loads(options.job)
-    result = train(job["setting"], job["options"], job["seed"], job["splits"], options.cache)
+    weights = options.output.with_suffix("") / f"{job['key']}.safetensors"
+    result = train(job["setting"], job["options"], job["seed"], job["splits"], options.cache, weights)
     # One write of one line: processes that append at the same time do not tear each other's.
     with open(options.output, "a") as table:
         table.write(json.dumps({**job, **result}) + "\n")
     rsum = {name: [round(value, 1) for value in values] for name, values in result["rsum"].items()}
-    print(f"{rsum}, {result['seconds']:.0f} s")
+    print(f"{rsum}, {result['seconds']:.0f} s" if "seconds" in result else f"{rsum}, from kept weights")
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
@@ -250,7 +265,8 @@ def report(records: list[dict[str, Any]], baseline: str) -> str:
     for record in records:
         setting = {**record["setting"], "dataset_name": Path(record["setting"]["dataset_name"]).name}
         name = ", ".join(f"{key}={value}" for key, value in setting.items() if value is not None)
-        groups[f"{record['setting_name']} ({name})"][record["variant"]][record["seed"]] = record["rsum"]
+        runs = groups[f"{record['setting_name']} ({name})"][record["variant"]]
+        runs[record["seed"]] = {**runs.get(record["seed"], {}), **record["rsum"]}
     lines = []
     for title, variants in groups.items():
         splits = list(dict.fromkeys(split for runs in variants.values() for rsum in runs.values() for split in rsum))

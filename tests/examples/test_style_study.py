@@ -54,7 +54,9 @@ def setting(tmp_path_factory):
 def test_trains_a_variant_the_same_twice_and_never_the_held_out_images(study, setting, tmp_path):
     options = {"args": {"prototype_start": 0.5, "prototype_update_start": 1}}
     splits = ["seen", "validation"]
-    first, second = (study.train(setting, options, 3, splits, tmp_path) for _ in range(2))
+    first, second = (
+        study.train(setting, options, 3, splits, tmp_path, tmp_path / f"{run}.safetensors") for run in range(2)
+    )
     assert set(first["rsum"]) == set(splits)
     assert all(len(values) == 2 for values in first["rsum"].values())
     assert [entry["prototype_stage"] for entry in first["constructions"]] == [1.0, 2.0]
@@ -104,13 +106,22 @@ def test_trains_what_the_table_lacks_and_reports_it(study, setting, tmp_path, ca
     study.main([*command, "--variants", "plain", "--seeds", "0"])
     (record,) = study.read_table(table)
     assert (record["variant"], record["seed"], record["setting_name"]) == ("plain", 0, "tiny")
+    study.main([*command, "--variants", "plain", "--seeds", "0", "--splits", "validation", "train"])
+    assert "from kept weights" in capsys.readouterr().out
+    record, later = study.read_table(table)
+    # Only what the table lacked, from the weights of the training above.
+    assert (later["key"], list(later["rsum"])) == (record["key"], ["train"])
+    (weights,) = table.with_suffix("").iterdir()
+    again = study.train(record["setting"], record["options"], 0, ["validation"], tmp_path, weights)
+    assert again == {"rsum": {"validation": record["rsum"]["validation"][-1:]}}
     with pytest.raises(SystemExit, match="1 of 1 trainings failed"):
         study.main([*command, "--variants", "broken", "--seeds", "0"])
     assert "must be one of 'pico'" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"unknown variants \['other'\].*\['broken', 'plain'\]"):
         study.main([*command, "--variants", "other"])
     study.main(["report", str(table), "--baseline", "plain"])
-    assert f"| plain | 1 | {record['rsum']['seen'][-1]:.1f} |" in capsys.readouterr().out
+    ends = (record["rsum"]["seen"][-1], record["rsum"]["validation"][-1], later["rsum"]["train"][-1])
+    assert f"| plain | 1 | {' | '.join(f'{end:.1f}' for end in ends)} |" in capsys.readouterr().out
 
 
 def test_differences_are_paired_by_seed(study):
