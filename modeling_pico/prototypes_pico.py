@@ -12,124 +12,14 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from .backbones_pico import num_prefix_tokens
-from .configuration_pico import COLUMN_MODES, NUM_COLUMN_STATISTICS, PicoConfig
+from .configuration_pico import NUM_COLUMN_STATISTICS, PicoConfig
+from .feature_columns_pico import MIN_PROBABILITY, column_weights, feature_columns
 
 
 STAGE_PLAIN, STAGE_INITIAL, STAGE_UPDATED = 0, 1, 2
 """Plain alignment; first prototypes in use; prototypes updated by performance feedback."""
-
-# Semantic probabilities are kept above this, so that a sample in which every column looks like style has equal
-# weights instead of a division by zero.
-MIN_PROBABILITY = 1e-6
-
-
-def feature_columns(
-    tokens: torch.Tensor, mask: torch.Tensor, mode: str = "moments", length: int | None = None
-) -> torch.Tensor:
-    r"""
-    Describes each feature column of each sample by a fixed number of values *(ours)*.
-
-    Values are multiplied by `sqrt(dim)`, since tokens are unit vectors.
-
-    Args:
-        tokens (`torch.Tensor` of shape `(batch, tokens, dim)`):
-            L2-normalised token embeddings.
-        mask (`torch.Tensor` of shape `(batch, tokens)`):
-            True at real tokens. A sample without any gives zeros.
-        mode (`str`, *optional*, defaults to `"moments"`):
-            `"moments"`: mean and standard deviation. `"statistics"`: these, maximum and minimum.
-            `"quantile"`: the sorted values, linearly interpolated to `length` points. `"position"`: the values in
-            order; `length` must be the token count.
-        length (`int`, *optional*):
-            Number of values for `"quantile"` and `"position"`.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, dim, length)` in float32; `length` is 4 for `"statistics"` and 2 for
-        `"moments"`.
-    """
-    if mode in ("statistics", "moments"):
-        return _ColumnStatistics.apply(tokens, mask.bool(), mode == "statistics")
-    values = tokens.float() * tokens.shape[-1] ** 0.5
-    valid = mask.bool().unsqueeze(-1)
-    if mode == "position":
-        if values.shape[1] != length:
-            raise ValueError(
-                f"column_mode='position' needs images of exactly column_length={length} patches, but got "
-                f"{values.shape[1]}; use column_mode='quantile' or 'statistics' for other sizes."
-            )
-        return (values * valid).transpose(1, 2)
-    if mode != "quantile":
-        raise ValueError(f"column mode must be one of {', '.join(map(repr, COLUMN_MODES))}, but got {mode!r}.")
-    count = valid.sum(dim=1).clamp(min=1)  # (batch, 1)
-    ordered = values.masked_fill(~valid, torch.inf).sort(dim=1).values
-    place = torch.linspace(0, 1, length, device=values.device) * (count - 1)  # (batch, length)
-    below = place.floor().long()
-    above = torch.minimum(below + 1, count - 1)
-    fraction = (place - below).unsqueeze(-1)
-    shape = (-1, -1, values.shape[-1])
-    low = ordered.gather(1, below.unsqueeze(-1).expand(shape))
-    high = ordered.gather(1, above.unsqueeze(-1).expand(shape))
-    columns = (low + (high - low) * fraction).transpose(1, 2)
-    # A sample without a real token has infinities above.
-    return columns.masked_fill(~mask.bool().any(dim=1).view(-1, 1, 1), 0.0)
-
-
-class _ColumnStatistics(torch.autograd.Function):
-    """
-    Mean, standard deviation and, with `extremes`, maximum and minimum of each column, with a gradient in few passes
-    over the tokens.
-
-    The gradient that autograd derives from the four reductions takes longer than a small tower's; the values are the
-    same. Equal extremes share the gradient, as in `torch.amax`.
-    """
-
-    @staticmethod
-    def forward(ctx, tokens: torch.Tensor, mask: torch.Tensor, extremes: bool) -> torch.Tensor:
-        unit = tokens.shape[-1] ** 0.5
-        values = tokens.detach().float()
-        # Looked at only where that neither waits for a device nor breaks a graph that is being traced.
-        looks = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
-        ctx.has_padding = not (looks and bool(mask.all()))
-        count = mask.sum(dim=1, keepdim=True).clamp(min=1).float()  # (batch, 1)
-        weights = mask.float().div(count).unsqueeze(1)  # (batch, 1, tokens)
-        mean = (weights @ values).squeeze(1)
-        # The small constant keeps the gradient of the root finite at a constant column.
-        centred = values - mean.unsqueeze(1)
-        spread = ((weights @ centred.square_()).squeeze(1) + 1e-8 / unit**2).sqrt()
-        found: tuple[torch.Tensor, ...] = ()
-        # Not `max`, whose indices take most of its time; the positions are found again in the backward pass.
-        if extremes and ctx.has_padding:
-            padding = torch.zeros_like(weights).masked_fill_(~mask.unsqueeze(1), torch.inf).transpose(1, 2)
-            found = (values - padding).amax(dim=1), (values + padding).amin(dim=1)
-        elif extremes:
-            found = values.amax(dim=1), values.amin(dim=1)
-        ctx.save_for_backward(tokens, mask, count, mean, spread, *found)
-        columns = torch.stack([mean, spread, *found], dim=-1) * unit
-        # A sample without a real token has infinities above.
-        return columns.masked_fill(~mask.any(dim=1).view(-1, 1, 1), 0.0) if ctx.has_padding else columns
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        tokens, mask, count, mean, spread, *extremes = ctx.saved_tensors
-        values = tokens.float()
-        gradient = gradient * (tokens.shape[-1] ** 0.5 * mask.any(dim=1).view(-1, 1, 1))
-        of_mean, of_spread, *of_extremes = gradient.unbind(dim=-1)
-        slope = of_spread / (count * spread)
-        offset = of_mean / count - slope * mean
-        result = torch.addcmul(offset.unsqueeze(1), slope.unsqueeze(1), values)
-        for extreme, of_extreme in zip(extremes, of_extremes, strict=True):
-            is_extreme = torch.eq(values, extreme.unsqueeze(1), out=torch.empty_like(values))
-            if ctx.has_padding:
-                is_extreme *= mask.unsqueeze(-1)
-            share = of_extreme / is_extreme.sum(dim=1).clamp(min=1)
-            result.addcmul_(is_extreme, share.unsqueeze(1))
-        if ctx.has_padding:
-            result *= mask.unsqueeze(-1)
-        return result.to(tokens.dtype), None, None
 
 
 def squared_distances(columns: torch.Tensor, prototypes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -174,20 +64,6 @@ def style_probability(
     if form == "nearest":
         return (-distances.amin(dim=-1)).exp()
     raise ValueError(f"the fixed forms are 'purity', 'nearest', 'cosine', but got {form!r}.")
-
-
-def column_weights(semantic_probability: torch.Tensor, sharpness: float = 1.0) -> torch.Tensor:
-    """
-    Weights of the feature columns: probabilities `(..., dim)` raised to `sharpness` and rescaled to a mean of one, so
-    that a constant probability gives the unweighted score *(ours)*.
-    """
-    probability = semantic_probability.clamp(min=MIN_PROBABILITY)
-    # The rescaling cancels any common factor; this one keeps high powers of small probabilities from underflow, and
-    # the weights of a constant probability at exactly one.
-    powered = probability / probability.detach().amax(dim=-1, keepdim=True)
-    if sharpness != 1:
-        powered = powered**sharpness
-    return powered / powered.mean(dim=-1, keepdim=True)
 
 
 def sign_shares(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
