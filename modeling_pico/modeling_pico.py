@@ -1,22 +1,20 @@
 """PICO model: backbones → token embeddings → alignment head → score."""
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils import can_return_tuple, logging
 
+from .alignment_heads_pico import HEADS, FineGrainedHead, TokenProjection
 from .backbones_pico import (
     build_backbone,
     check_vision_family,
     class_token_state,
     freeze_unused,
-    hidden_size,
     image_token_states,
     is_joint,
     joint_projections,
@@ -31,172 +29,12 @@ from .backbones_pico import (
 )
 from .configuration_pico import PicoConfig
 from .loss_pico import image_text_loss
+from .outputs_pico import PicoFeatures, PicoOutput
 from .prototypes_pico import ColumnComparator, StylePrototypes, StyleRates
 from .scoring_pico import pair_scores
 
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class PicoFeatures(BaseModelOutputWithPooling):
-    r"""
-    One modality, encoded: all that is needed to score it against the other one.
-
-    Args:
-        embeds (`torch.Tensor` of shape `(batch, tokens, dim)`):
-            Score-ready token embeddings; semantic probability is folded in unless `weighted=False` was asked for.
-        mask (`torch.Tensor` of shape `(batch, tokens)`):
-            True at tokens that take part in the score.
-        pooler_output (`torch.Tensor` of shape `(batch, dim)`):
-            One unit vector per sample, for coarse search.
-        semantic_probability (`torch.Tensor` of shape `(batch, dim)`, *optional*):
-            Semantic probability of each feature column, where this side is weighted.
-        last_hidden_state (`torch.Tensor` of shape `(batch, sequence, hidden)`), hidden_states, attentions:
-            The backbone's outputs.
-    """
-
-    embeds: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-    semantic_probability: torch.Tensor | None = None
-
-
-@dataclass
-class PicoOutput(ModelOutput):
-    r"""
-    Output of [`PicoModel`].
-
-    Args:
-        loss (`torch.Tensor`, *optional*, returned with `return_loss=True`): Loss over the pairs of the batch.
-        logits_per_image (`torch.Tensor` of shape `(images, texts)`): Scores times `logit_scale`.
-        logits_per_text (`torch.Tensor` of shape `(texts, images)`): The transpose.
-        image_embeds (`torch.Tensor` of shape `(images, patches, dim)`): Score-ready image token embeddings.
-        text_embeds (`torch.Tensor` of shape `(texts, words, dim)`): Score-ready text token embeddings.
-        image_mask (`torch.Tensor` of shape `(images, patches)`): True at tokens that take part in the score.
-        text_mask (`torch.Tensor` of shape `(texts, words)`): True at tokens that take part in the score.
-        image_tokens (`torch.Tensor` of shape `(images, patches, dim)`): Image token embeddings before weighting.
-        text_tokens (`torch.Tensor` of shape `(texts, words, dim)`): Text token embeddings before weighting.
-        image_semantic_probability (`torch.Tensor` of shape `(images, dim)`, *optional*): Where images are weighted.
-        text_semantic_probability (`torch.Tensor` of shape `(texts, dim)`, *optional*): Where texts are weighted.
-        pooler_output (`torch.Tensor` of shape `(batch, dim)`, *optional*):
-            One unit vector per sample, for coarse search; where only one side was given.
-        logit_scale (`torch.Tensor`, scalar): Inverse temperature by which logits are multiplied.
-        vision_model_output, text_model_output: Outputs of the backbones.
-    """
-
-    loss: torch.Tensor | None = None
-    logits_per_image: torch.Tensor | None = None
-    logits_per_text: torch.Tensor | None = None
-    image_embeds: torch.Tensor | None = None
-    text_embeds: torch.Tensor | None = None
-    image_mask: torch.Tensor | None = None
-    text_mask: torch.Tensor | None = None
-    image_tokens: torch.Tensor | None = None
-    text_tokens: torch.Tensor | None = None
-    image_semantic_probability: torch.Tensor | None = None
-    text_semantic_probability: torch.Tensor | None = None
-    pooler_output: torch.Tensor | None = None
-    logit_scale: torch.Tensor | None = None
-    vision_model_output: BaseModelOutputWithPooling | None = None
-    text_model_output: BaseModelOutputWithPooling | None = None
-
-    def to_tuple(self) -> tuple:
-        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
-
-
-class TokenProjection(nn.Linear):
-    """Linear map from hidden states to token embeddings."""
-
-
-class FineGrainedHead(nn.Module):
-    """
-    Projects hidden states to unit token embeddings and leaves them unweighted: the fine-grained baseline.
-
-    The interface of every alignment head: [`embed`] makes token embeddings that depend on the sample alone, [`weight`]
-    makes them score-ready. Whoever caches embeddings may call the second again, for instance with other prototypes.
-    """
-
-    def __init__(self, config: PicoConfig):
-        super().__init__()
-        self.config = config
-        self.visual_projection = TokenProjection(hidden_size(config.vision_config), config.embedding_dim, bias=False)
-        self.text_projection = TokenProjection(hidden_size(config.text_config), config.embedding_dim, bias=False)
-
-    def project(self, hidden_states: torch.Tensor, modality: str) -> torch.Tensor:
-        """Projects `(..., hidden)` to unit vectors `(..., dim)` in float32."""
-        projection = self.visual_projection if modality == "image" else self.text_projection
-        return nn.functional.normalize(projection(hidden_states).float(), dim=-1)
-
-    def pool(
-        self, tokens: torch.Tensor, mask: torch.Tensor, class_state: torch.Tensor | None, modality: str
-    ) -> torch.Tensor:
-        """One unit vector `(batch, dim)` of a sample's tokens `(batch, tokens, dim)`, by `config.pooling`."""
-        if class_state is not None:
-            return self.project(class_state, modality)
-        return nn.functional.normalize((tokens * mask.unsqueeze(-1)).sum(dim=1), dim=-1)
-
-    def embed(
-        self, token_states: torch.Tensor, mask: torch.Tensor, class_state: torch.Tensor | None, modality: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Args:
-            token_states (`torch.Tensor` of shape `(batch, tokens, hidden)`): Hidden states of the backbone.
-            mask (`torch.Tensor` of shape `(batch, tokens)`): True at tokens that take part.
-            class_state (`torch.Tensor` of shape `(batch, hidden)`, *optional*): State of the class token.
-            modality (`str`): `"image"` or `"text"`.
-
-        Returns:
-            Token embeddings `(batch, tokens, dim)` and their mask. Masked tokens are zero.
-        """
-        return self.project(token_states, modality) * mask.unsqueeze(-1), mask
-
-    def weight(
-        self, tokens: torch.Tensor, mask: torch.Tensor, modality: str
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Score-ready tokens, and the semantic probability `(batch, dim)` where there is one."""
-        return tokens, None
-
-
-class ClipStyleHead(FineGrainedHead):
-    """One pooled vector per sample, scored by cosine: the CLIP-style baseline."""
-
-    def embed(self, token_states, mask, class_state, modality):
-        tokens, _ = super().embed(token_states, mask, class_state, modality)
-        # The pair score of two single-token samples is twice their inner product; this makes it the cosine.
-        pooled = self.pool(tokens, mask, class_state, modality) * 0.5**0.5
-        return pooled.unsqueeze(1), mask.any(dim=1, keepdim=True)
-
-
-class InstanceNormHead(FineGrainedHead):
-    """
-    Subtracts each feature column's mean over the sample's tokens and scores without weights: the simple remedy for
-    style from image stylisation.
-    """
-
-    def embed(self, token_states, mask, class_state, modality):
-        projection = self.visual_projection if modality == "image" else self.text_projection
-        states, valid = projection(token_states).float(), mask.unsqueeze(-1)
-        mean = (states * valid).sum(dim=1, keepdim=True) / valid.sum(dim=1, keepdim=True).clamp(min=1)
-        return nn.functional.normalize(states - mean, dim=-1) * valid, mask
-
-
-class PicoHead(FineGrainedHead):
-    """Weights every feature column by its semantic probability, which style prototypes give."""
-
-    def __init__(self, config: PicoConfig):
-        super().__init__(config)
-        self.style_prototypes = StylePrototypes(config)
-
-    def weight(self, tokens, mask, modality):
-        return self.style_prototypes.weight_tokens(tokens, mask, modality)
-
-
-_HEADS: dict[str, type[FineGrainedHead]] = {
-    "pico": PicoHead,
-    "fine_grained": FineGrainedHead,
-    "instance_norm": InstanceNormHead,
-    "clip_style": ClipStyleHead,
-}
 
 
 class PicoPreTrainedModel(PreTrainedModel):
@@ -355,7 +193,7 @@ class PicoModel(PicoPreTrainedModel):
         self.text_model = build_backbone(config.text_config) if text_model is None else text_model
         # One object for the composite, the tower and its layers, so that later changes reach them all.
         config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
-        self.alignment_head = _HEADS[config.alignment_head](config)
+        self.alignment_head = HEADS[config.alignment_head](config)
         logit_scale = torch.tensor(float(config.logit_scale_init_value))
         if config.loss_type == "infonce":
             self.logit_scale = nn.Parameter(logit_scale)

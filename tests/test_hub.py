@@ -24,7 +24,8 @@ from modeling_pico.training.staging import STATE_FILE
 
 
 NEEDED = {"model.safetensors", "config.json", "README.md", "processor_config.json", "tokenizer.json"} | {
-    f"{name}_pico.py" for name in ("configuration", "modeling", "processing", "prototypes", "scoring")
+    f"{name}_pico.py"
+    for name in ("alignment_heads", "configuration", "modeling", "outputs", "processing", "prototypes", "scoring")
 }
 
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modeling_pico.alignment_heads_pico import PicoHead
 from modeling_pico.configuration_pico import COMPARATORS, PROBABILITY_COMBINATIONS, STYLE_PROBABILITIES
-from modeling_pico.modeling_pico import PicoHead
 from modeling_pico.prototypes_pico import (
     ColumnComparator,
     StylePrototypes,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from modeling_pico.modeling_pico import PicoHead
+from modeling_pico.alignment_heads_pico import PicoHead
 from modeling_pico.prototypes_pico import sign_agreement, sign_shares
 from modeling_pico.training import PicoTrainingArguments, PrototypeConstruction, PrototypeState, staging
 from modeling_pico.training.arguments import FEEDBACKS

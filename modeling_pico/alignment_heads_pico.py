@@ -1,0 +1,106 @@
+"""Alignment heads of PICO: from the hidden states of a backbone to score-ready token embeddings."""
+
+import torch
+from torch import nn
+
+from .backbones_pico import hidden_size
+from .configuration_pico import PicoConfig
+from .prototypes_pico import StylePrototypes
+
+
+class TokenProjection(nn.Linear):
+    """Linear map from hidden states to token embeddings."""
+
+
+class FineGrainedHead(nn.Module):
+    """
+    Projects hidden states to unit token embeddings and leaves them unweighted: the fine-grained baseline.
+
+    The interface of every alignment head: [`embed`] makes token embeddings that depend on the sample alone, [`weight`]
+    makes them score-ready. Whoever caches embeddings may call the second again, for instance with other prototypes.
+    """
+
+    def __init__(self, config: PicoConfig):
+        super().__init__()
+        self.config = config
+        self.visual_projection = TokenProjection(hidden_size(config.vision_config), config.embedding_dim, bias=False)
+        self.text_projection = TokenProjection(hidden_size(config.text_config), config.embedding_dim, bias=False)
+
+    def project(self, hidden_states: torch.Tensor, modality: str) -> torch.Tensor:
+        """Projects `(..., hidden)` to unit vectors `(..., dim)` in float32."""
+        projection = self.visual_projection if modality == "image" else self.text_projection
+        return nn.functional.normalize(projection(hidden_states).float(), dim=-1)
+
+    def pool(
+        self, tokens: torch.Tensor, mask: torch.Tensor, class_state: torch.Tensor | None, modality: str
+    ) -> torch.Tensor:
+        """One unit vector `(batch, dim)` of a sample's tokens `(batch, tokens, dim)`, by `config.pooling`."""
+        if class_state is not None:
+            return self.project(class_state, modality)
+        return nn.functional.normalize((tokens * mask.unsqueeze(-1)).sum(dim=1), dim=-1)
+
+    def embed(
+        self, token_states: torch.Tensor, mask: torch.Tensor, class_state: torch.Tensor | None, modality: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            token_states (`torch.Tensor` of shape `(batch, tokens, hidden)`): Hidden states of the backbone.
+            mask (`torch.Tensor` of shape `(batch, tokens)`): True at tokens that take part.
+            class_state (`torch.Tensor` of shape `(batch, hidden)`, *optional*): State of the class token.
+            modality (`str`): `"image"` or `"text"`.
+
+        Returns:
+            Token embeddings `(batch, tokens, dim)` and their mask. Masked tokens are zero.
+        """
+        return self.project(token_states, modality) * mask.unsqueeze(-1), mask
+
+    def weight(
+        self, tokens: torch.Tensor, mask: torch.Tensor, modality: str
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Score-ready tokens, and the semantic probability `(batch, dim)` where there is one."""
+        return tokens, None
+
+
+class ClipStyleHead(FineGrainedHead):
+    """One pooled vector per sample, scored by cosine: the CLIP-style baseline."""
+
+    def embed(self, token_states, mask, class_state, modality):
+        tokens, _ = super().embed(token_states, mask, class_state, modality)
+        # The pair score of two single-token samples is twice their inner product; this makes it the cosine.
+        pooled = self.pool(tokens, mask, class_state, modality) * 0.5**0.5
+        return pooled.unsqueeze(1), mask.any(dim=1, keepdim=True)
+
+
+class InstanceNormHead(FineGrainedHead):
+    """
+    Subtracts each feature column's mean over the sample's tokens and scores without weights: the simple remedy for
+    style from image stylisation.
+    """
+
+    def embed(self, token_states, mask, class_state, modality):
+        projection = self.visual_projection if modality == "image" else self.text_projection
+        states, valid = projection(token_states).float(), mask.unsqueeze(-1)
+        mean = (states * valid).sum(dim=1, keepdim=True) / valid.sum(dim=1, keepdim=True).clamp(min=1)
+        return nn.functional.normalize(states - mean, dim=-1) * valid, mask
+
+
+class PicoHead(FineGrainedHead):
+    """Weights every feature column by its semantic probability, which style prototypes give."""
+
+    def __init__(self, config: PicoConfig):
+        super().__init__(config)
+        self.style_prototypes = StylePrototypes(config)
+
+    def weight(self, tokens, mask, modality):
+        return self.style_prototypes.weight_tokens(tokens, mask, modality)
+
+
+HEADS: dict[str, type[FineGrainedHead]] = {
+    "pico": PicoHead,
+    "fine_grained": FineGrainedHead,
+    "instance_norm": InstanceNormHead,
+    "clip_style": ClipStyleHead,
+}
+
+
+__all__ = ["HEADS", "ClipStyleHead", "FineGrainedHead", "InstanceNormHead", "PicoHead", "TokenProjection"]
