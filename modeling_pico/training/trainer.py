@@ -3,67 +3,39 @@
 from __future__ import annotations
 
 import functools
-import math
 import operator
-import os
-import shutil
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import BestRun, EvalLoopOutput, HubStrategy
+from transformers import PreTrainedModel
+from transformers.trainer_utils import BestRun
 from transformers.utils import logging
 
 from ..data import CaptionedImageDataset, PicoDataCollator, UniqueIdBatchSampler
-from ..evaluation.embedding_cache import cache_key, load_embeddings, save_embeddings
-from ..evaluation.evaluator import EncodedRetrieval, RetrievalEvaluator, gather_rows, own_rows
-from ..evaluation.style_report import StyleReport
+from ..evaluation.evaluator import RetrievalEvaluator, gather_rows, own_rows
 from ..loss_pico import image_text_loss
-from ..model_card import create_model_card
-from ..modeling_pico import PicoModel, PicoOutput
+from ..modeling_pico import PicoOutput
 from ..processing_pico import PicoProcessor
 from ..prototypes_pico import sign_shares
 from ..scoring_pico import pair_scores
 from .arguments import PicoTrainingArguments
 from .callbacks import LogitScaleCallback, PrototypeCallback, SamplerEpochCallback
+from .checkpoints import CheckpointTrainer
 from .distributed import gather_batch
 from .gradient_cache import cached_backward, split_inputs
+from .publishing import PublishingTrainer
+from .retrieval_evaluation import EvaluationTrainer
 from .staging import PrototypeConstruction
 
 
 logger = logging.get_logger(__name__)
 
-# Training arguments that a model card names.
-_CARD_ARGUMENTS = (
-    "learning_rate",
-    "backbone_learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "seed",
-    "caption_sampling",
-    "prototype_start",
-    "prototype_update_start",
-    "prototype_schedule",
-    "reservoir_pairs",
-    "feedback",
-    "feedback_images",
-    "feedback_kappa",
-)
 
-
-class PicoTrainer(Trainer):
+class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
     r"""
     Trains a [`PicoModel`] for image-text retrieval.
 
@@ -82,11 +54,6 @@ class PicoTrainer(Trainer):
         kwargs: Passed to `Trainer` (`callbacks`, `optimizers`, `model_init`, ...).
     """
 
-    # What `Trainer` declares more widely.
-    args: PicoTrainingArguments
-    model: nn.Module
-    train_dataset: Any
-    eval_dataset: Any
     # The loss is a mean over the batch, so `Trainer` divides it by the number of accumulation steps.
     loss_is_scaled_for_ga = False
 
@@ -113,9 +80,7 @@ class PicoTrainer(Trainer):
                 raise ValueError("PicoTrainer needs a `data_collator` or a `processing_class` to make one from.")
             data_collator = PicoDataCollator(processing_class)
         self.construction: PrototypeConstruction | None = None
-        # What the model card says beyond what the trainer knows; keyword arguments of `create_model_card`.
         self.card_info: dict[str, Any] = {}
-        # What the card calls the metrics that evaluations report under these prefixes.
         self.card_split_names: dict[str, str] = {}
         self._card_metrics: dict[str, dict[str, float]] = {}
         super().__init__(
@@ -247,11 +212,6 @@ class PicoTrainer(Trainer):
                 "The adapter would be saved without the style prototypes, which lie in `alignment_head`; configure it "
                 'with `modules_to_save=["alignment_head"]`.'
             )
-
-    def _pico_model(self) -> PicoModel:
-        model = self.accelerator.unwrap_model(self.model)
-        # An adapter (PEFT) holds the model one level down.
-        return model if isinstance(model, PicoModel) else model.get_base_model()
 
     def compute_loss(
         self,
@@ -387,147 +347,6 @@ class PicoTrainer(Trainer):
         self.control.should_log = should_log
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    # Evaluation
-
-    def _feedback_dataset(self) -> str | None:
-        return next(iter(self.eval_dataset)) if isinstance(self.eval_dataset, dict) else None
-
-    def _feedback_prefix(self) -> str:
-        name = self._feedback_dataset()
-        return "eval" if name is None else f"eval_{name}"
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """
-        Encodes every image and caption once and measures retrieval over the whole set.
-
-        Returns metrics under `{metric_key_prefix}_rsum`, `..._image_to_text_recall_at_1` and so on, and, from
-        `Trainer.predict`, the score matrix `(images, texts)` as predictions.
-        """
-        if prediction_loss_only is None:
-            prediction_loss_only = self.args.prediction_loss_only
-        encoded = self._encode(dataloader)
-        model = self._pico_model()
-        scores = None if prediction_loss_only else self.evaluator.score(model, encoded)
-        metrics = self.evaluator.metrics(model, encoded, scores)
-        self._card_metrics[metric_key_prefix] = metrics
-        construction = self.construction
-        if construction is not None and self.is_in_train and metric_key_prefix == self._feedback_prefix():
-            if construction.due:
-                images = construction.feedback_images(len(encoded.image_ids))
-                if images is None:
-                    self._propose(construction, encoded, self.evaluator, metrics["rsum"])
-                else:
-                    # One gallery: folds of it would be too small to tell prototypes apart.
-                    self._propose(construction, encoded.subset(images), RetrievalEvaluator())
-            construction.observe(metrics["rsum"])
-        predictions: Any = None if scores is None else scores.cpu().numpy()
-        return EvalLoopOutput(
-            predictions=predictions,
-            label_ids=None,
-            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
-            num_samples=len(encoded.image_ids),
-        )
-
-    def measure_styles(self, dataset: CaptionedImageDataset, seen_styles: Sequence[str] | None = None) -> StyleReport:
-        """As [`~modeling_pico.measure_styles`], in the precision and on the processes of this trainer."""
-        encoded = self._encode(self.get_eval_dataloader(dataset))
-        report = StyleReport.from_encoded(
-            self._pico_model(), encoded, dataset.styles, dataset.num_captions, seen_styles
-        )
-        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, report.metrics())
-        return report
-
-    def _encode(self, dataloader: DataLoader) -> EncodedRetrieval:
-        model = self._wrap_model(self.model, training=False)
-        if not self.accelerator._models and model is self.model:
-            # Evaluation without training: precision and sharding still have to be set up.
-            model = (
-                self.accelerator.prepare(model)
-                if self.is_fsdp_enabled
-                else self.accelerator.prepare_model(model, evaluation_mode=True)
-            )
-        if isinstance(self.optimizer, AcceleratedOptimizer):
-            # Schedule-free optimizers evaluate other weights than they train.
-            self.optimizer.eval()
-        self.callback_handler.eval_dataloader = dataloader
-        # In training the weights change from one evaluation to the next.
-        folder = None if self.is_in_train else self.args.eval_cache_dir
-        if folder is None:
-            return self._encode_anew(model, dataloader)
-        key = cache_key(self._pico_model(), dataloader)
-        encoded = load_embeddings(folder, key, self.args.device)
-        if encoded is None:
-            save_embeddings(self._encode_anew(model, dataloader), folder, key)
-            # Read back, so that this evaluation and the next give the same numbers.
-            encoded = load_embeddings(folder, key, self.args.device)
-            assert encoded is not None
-        return encoded
-
-    def _encode_anew(self, model: nn.Module, dataloader: DataLoader) -> EncodedRetrieval:
-        dataset: Any = dataloader.dataset
-        longest = -(-len(dataset) // self.args.world_size)
-        return self.evaluator.encode(
-            model,
-            dataloader,
-            num_batches=math.ceil(longest / self.args.eval_batch_size),
-            on_batch=self._on_prediction_step,
-        )
-
-    def _on_prediction_step(self) -> None:
-        self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-
-    def _propose(
-        self,
-        construction: PrototypeConstruction,
-        encoded: EncodedRetrieval,
-        evaluator: RetrievalEvaluator,
-        rsum: float | None = None,
-    ) -> None:
-        model = self._pico_model()
-
-        def score() -> float:
-            return evaluator.retrieval_metrics(model, encoded)["rsum"]
-
-        # The gain compares two scores of the same images.
-        self.log(construction.propose(score() if rsum is None else rsum, score))
-
-    # Checkpoints
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._load_weights(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if best is None or not self._load_weights(best):
-            super()._load_best_model()
-
-    def _load_weights(self, folder: str) -> bool:
-        # Files name the weights of some backbones (ViT) as older releases of transformers did. `from_pretrained`
-        # translates; the plain `load_state_dict` of `Trainer` would leave those weights out with a mere warning.
-        if not isinstance(self.model, PicoModel) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return False
-        logger.info(f"Loading model from {folder}.")
-        self.model.load_state_dict(type(self.model).from_pretrained(folder).state_dict())
-        return True
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.construction is not None and self.args.should_save:
-            self.construction.save(output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.construction is not None and checkpoint is not None:
-            self.construction.load(checkpoint)
-
     # Hyper-parameter search
 
     def hyperparameter_search(  # type: ignore[override]
@@ -552,48 +371,6 @@ class PicoTrainer(Trainer):
         if compute_objective is None:
             compute_objective = operator.itemgetter(f"{self._feedback_prefix()}_rsum")
         return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, **kwargs)
-
-    # Card and Hub
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As `Trainer._push_from_checkpoint`, which leaves out the code the weights load with, and the card."""
-        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            job = self.push_in_progress
-            # Files that a running upload reads stay as they are; `Trainer` leaves this upload out then.
-            if self.args.hub_always_push or job is None or job.is_done():
-                for file in Path(checkpoint_folder).glob("*.py"):
-                    shutil.copy(file, str(self.args.output_dir))
-                self.create_model_card()
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def create_model_card(  # type: ignore[override]
-        self, language: str | None = None, license: str | None = None, **kwargs: Any
-    ) -> None:
-        r"""
-        Writes the model card (`README.md`) into the output folder.
-
-        Args:
-            language (`str`, *optional*): Language of the captions.
-            license (`str`, *optional*): Licence of the model.
-            kwargs: Accepted for compatibility with `Trainer`; the card takes the rest from the run itself.
-        """
-        if not self.is_world_process_zero():
-            return
-        args = self.args
-        training = {name: getattr(args, name) for name in _CARD_ARGUMENTS}
-        training["lr_scheduler_type"] = transformers.SchedulerType(args.lr_scheduler_type).value
-        card = create_model_card(
-            model_id=args.hub_model_id or str(args.output_dir),
-            config=self._pico_model().config,
-            training={**training, "processes": args.world_size},
-            stage_log=[entry for entry in self.state.log_history if "prototype_stage" in entry],
-            metrics={self.card_split_names.get(name, name): values for name, values in self._card_metrics.items()},
-            framework_versions={module.__name__: module.__version__ for module in (transformers, torch, datasets)},
-            language=language,
-            license=license,
-            **self.card_info,
-        )
-        card.save(os.path.join(str(args.output_dir), "README.md"))
 
 
 def _is_backbone(name: str) -> bool:

@@ -1,0 +1,39 @@
+"""What all parts of the trainer share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+
+from ..evaluation.evaluator import RetrievalEvaluator
+from ..modeling_pico import PicoModel
+from .arguments import PicoTrainingArguments
+from .staging import PrototypeConstruction
+
+
+class TrainerBase(Trainer):
+    """Attributes of [`PicoTrainer`], as its parts see them."""
+
+    # What `Trainer` declares more widely.
+    args: PicoTrainingArguments
+    model: nn.Module
+    train_dataset: Any
+    eval_dataset: Any
+    # Of the training in progress, for models with style prototypes.
+    construction: PrototypeConstruction | None
+    evaluator: RetrievalEvaluator
+    # What the model card says beyond what the trainer knows; keyword arguments of `create_model_card`.
+    card_info: dict[str, Any]
+    # What the card calls the metrics that evaluations report under these prefixes.
+    card_split_names: dict[str, str]
+    _card_metrics: dict[str, dict[str, float]]
+
+    def _pico_model(self) -> PicoModel:
+        model = self.accelerator.unwrap_model(self.model)
+        # An adapter (PEFT) holds the model one level down.
+        return model if isinstance(model, PicoModel) else model.get_base_model()
+
+
+__all__ = ["TrainerBase"]

@@ -1,0 +1,135 @@
+"""The part of the trainer that evaluates: whole-set retrieval metrics, styles, and the prototypes' feedback."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..data import CaptionedImageDataset
+from ..evaluation.embedding_cache import cache_key, load_embeddings, save_embeddings
+from ..evaluation.evaluator import EncodedRetrieval, RetrievalEvaluator
+from ..evaluation.style_report import StyleReport
+from .base import TrainerBase
+from .staging import PrototypeConstruction
+
+
+class EvaluationTrainer(TrainerBase):
+    """Encodes every image and caption once and measures retrieval over the whole set."""
+
+    def _feedback_dataset(self) -> str | None:
+        return next(iter(self.eval_dataset)) if isinstance(self.eval_dataset, dict) else None
+
+    def _feedback_prefix(self) -> str:
+        name = self._feedback_dataset()
+        return "eval" if name is None else f"eval_{name}"
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """
+        Encodes every image and caption once and measures retrieval over the whole set.
+
+        Returns metrics under `{metric_key_prefix}_rsum`, `..._image_to_text_recall_at_1` and so on, and, from
+        `Trainer.predict`, the score matrix `(images, texts)` as predictions.
+        """
+        if prediction_loss_only is None:
+            prediction_loss_only = self.args.prediction_loss_only
+        encoded = self._encode(dataloader)
+        model = self._pico_model()
+        scores = None if prediction_loss_only else self.evaluator.score(model, encoded)
+        metrics = self.evaluator.metrics(model, encoded, scores)
+        self._card_metrics[metric_key_prefix] = metrics
+        construction = self.construction
+        if construction is not None and self.is_in_train and metric_key_prefix == self._feedback_prefix():
+            if construction.due:
+                images = construction.feedback_images(len(encoded.image_ids))
+                if images is None:
+                    self._propose(construction, encoded, self.evaluator, metrics["rsum"])
+                else:
+                    # One gallery: folds of it would be too small to tell prototypes apart.
+                    self._propose(construction, encoded.subset(images), RetrievalEvaluator())
+            construction.observe(metrics["rsum"])
+        predictions: Any = None if scores is None else scores.cpu().numpy()
+        return EvalLoopOutput(
+            predictions=predictions,
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
+            num_samples=len(encoded.image_ids),
+        )
+
+    def measure_styles(self, dataset: CaptionedImageDataset, seen_styles: Sequence[str] | None = None) -> StyleReport:
+        """As [`~modeling_pico.measure_styles`], in the precision and on the processes of this trainer."""
+        encoded = self._encode(self.get_eval_dataloader(dataset))
+        report = StyleReport.from_encoded(
+            self._pico_model(), encoded, dataset.styles, dataset.num_captions, seen_styles
+        )
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, report.metrics())
+        return report
+
+    def _encode(self, dataloader: DataLoader) -> EncodedRetrieval:
+        model = self._wrap_model(self.model, training=False)
+        if not self.accelerator._models and model is self.model:
+            # Evaluation without training: precision and sharding still have to be set up.
+            model = (
+                self.accelerator.prepare(model)
+                if self.is_fsdp_enabled
+                else self.accelerator.prepare_model(model, evaluation_mode=True)
+            )
+        if isinstance(self.optimizer, AcceleratedOptimizer):
+            # Schedule-free optimizers evaluate other weights than they train.
+            self.optimizer.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        # In training the weights change from one evaluation to the next.
+        folder = None if self.is_in_train else self.args.eval_cache_dir
+        if folder is None:
+            return self._encode_anew(model, dataloader)
+        key = cache_key(self._pico_model(), dataloader)
+        encoded = load_embeddings(folder, key, self.args.device)
+        if encoded is None:
+            save_embeddings(self._encode_anew(model, dataloader), folder, key)
+            # Read back, so that this evaluation and the next give the same numbers.
+            encoded = load_embeddings(folder, key, self.args.device)
+            assert encoded is not None
+        return encoded
+
+    def _encode_anew(self, model: nn.Module, dataloader: DataLoader) -> EncodedRetrieval:
+        dataset: Any = dataloader.dataset
+        longest = -(-len(dataset) // self.args.world_size)
+        return self.evaluator.encode(
+            model,
+            dataloader,
+            num_batches=math.ceil(longest / self.args.eval_batch_size),
+            on_batch=self._on_prediction_step,
+        )
+
+    def _on_prediction_step(self) -> None:
+        self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+    def _propose(
+        self,
+        construction: PrototypeConstruction,
+        encoded: EncodedRetrieval,
+        evaluator: RetrievalEvaluator,
+        rsum: float | None = None,
+    ) -> None:
+        model = self._pico_model()
+
+        def score() -> float:
+            return evaluator.retrieval_metrics(model, encoded)["rsum"]
+
+        # The gain compares two scores of the same images.
+        self.log(construction.propose(score() if rsum is None else rsum, score))
+
+
+__all__ = ["EvaluationTrainer"]
