@@ -1,5 +1,7 @@
 """Alignment heads of PICO: from the hidden states of a backbone to score-ready token embeddings."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -17,7 +19,8 @@ class FineGrainedHead(nn.Module):
     Projects hidden states to unit token embeddings and leaves them unweighted: the fine-grained baseline.
 
     The interface of every alignment head: [`embed`] makes token embeddings that depend on the sample alone, [`weight`]
-    makes them score-ready. Whoever caches embeddings may call the second again, for instance with other prototypes.
+    makes them score-ready, and [`auxiliary_losses`] says what training minimises beside the loss of the pairs. Whoever
+    caches embeddings may call the second again, for instance with other prototypes.
     """
 
     def __init__(self, config: PicoConfig):
@@ -41,7 +44,7 @@ class FineGrainedHead(nn.Module):
 
     def embed(
         self, token_states: torch.Tensor, mask: torch.Tensor, class_state: torch.Tensor | None, modality: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """
         Args:
             token_states (`torch.Tensor` of shape `(batch, tokens, hidden)`): Hidden states of the backbone.
@@ -50,9 +53,10 @@ class FineGrainedHead(nn.Module):
             modality (`str`): `"image"` or `"text"`.
 
         Returns:
-            Token embeddings `(batch, tokens, dim)` and their mask. Masked tokens are zero.
+            Token embeddings `(batch, tokens, dim)`, their mask, and whatever [`auxiliary_losses`] needs to know of
+            this side (None where there is nothing). Masked tokens are zero.
         """
-        return self.project(token_states, modality) * mask.unsqueeze(-1), mask
+        return self.project(token_states, modality) * mask.unsqueeze(-1), mask, None
 
     def weight(
         self, tokens: torch.Tensor, mask: torch.Tensor, modality: str
@@ -60,15 +64,26 @@ class FineGrainedHead(nn.Module):
         """Score-ready tokens, and the semantic probability `(batch, dim)` where there is one."""
         return tokens, None
 
+    def auxiliary_losses(self, image: Any, text: Any) -> dict[str, torch.Tensor]:
+        """
+        Losses beside that of the pairs, over this process's batch, by name and already weighted; the loss adds them
+        up. They are asked for in training and where a loss is returned, and never needed to score.
+
+        Args:
+            image: What [`embed`] returned third for the images.
+            text: The same for the texts.
+        """
+        return {}
+
 
 class ClipStyleHead(FineGrainedHead):
     """One pooled vector per sample, scored by cosine: the CLIP-style baseline."""
 
     def embed(self, token_states, mask, class_state, modality):
-        tokens, _ = super().embed(token_states, mask, class_state, modality)
+        tokens, _, _ = super().embed(token_states, mask, class_state, modality)
         # The pair score of two single-token samples is twice their inner product; this makes it the cosine.
         pooled = self.pool(tokens, mask, class_state, modality) * 0.5**0.5
-        return pooled.unsqueeze(1), mask.any(dim=1, keepdim=True)
+        return pooled.unsqueeze(1), mask.any(dim=1, keepdim=True), None
 
 
 class InstanceNormHead(FineGrainedHead):
@@ -81,7 +96,7 @@ class InstanceNormHead(FineGrainedHead):
         projection = self.visual_projection if modality == "image" else self.text_projection
         states, valid = projection(token_states).float(), mask.unsqueeze(-1)
         mean = (states * valid).sum(dim=1, keepdim=True) / valid.sum(dim=1, keepdim=True).clamp(min=1)
-        return nn.functional.normalize(states - mean, dim=-1) * valid, mask
+        return nn.functional.normalize(states - mean, dim=-1) * valid, mask, None
 
 
 class PicoHead(FineGrainedHead):

@@ -124,6 +124,10 @@ class PicoConfig(PreTrainedConfig):
     model_type = "pico"
     # The older form of composite configurations: files on the Hub then load with transformers before 5.20 as well.
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    # Heads that this type of model has, and the weight of the loss of the pairs beside auxiliary losses: types of
+    # models with heads of their own say otherwise.
+    alignment_heads = ALIGNMENT_HEADS
+    ranking_weight = 1.0
     keys_to_ignore_at_inference = [
         "image_embeds",
         "text_embeds",
@@ -133,6 +137,8 @@ class PicoConfig(PreTrainedConfig):
         "text_mask",
         "image_semantic_probability",
         "text_semantic_probability",
+        "auxiliary_loss",
+        "auxiliary_losses",
         "vision_model_output",
         "text_model_output",
     ]
@@ -172,7 +178,7 @@ class PicoConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Checks every option; a wrong one is refused with the values that are allowed."""
-        for name, allowed in _CHOICES.items():
+        for name, allowed in {**_CHOICES, "alignment_head": self.alignment_heads}.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, but got {value!r}.")
@@ -181,6 +187,11 @@ class PicoConfig(PreTrainedConfig):
             if not (value >= bound if inclusive else value > bound):
                 relation = "at least" if inclusive else "greater than"
                 raise ValueError(f"`{name}` must be {relation} {bound}, but got {value!r}.")
+
+    @property
+    def uses_prototypes(self) -> bool:
+        """Whether the model has style prototypes."""
+        return self.alignment_head == "pico"
 
     @property
     def column_size(self) -> int:

@@ -314,9 +314,9 @@ class PicoModel(PicoPreTrainedModel):
         self, token_states: torch.Tensor, mask: torch.Tensor, class_state: torch.Tensor | None, modality: str, weighted
     ) -> dict[str, Any]:
         head = self.alignment_head
-        tokens, mask = head.embed(token_states, mask, class_state, modality)
+        tokens, mask, state = head.embed(token_states, mask, class_state, modality)
         embeds, probability = head.weight(tokens, mask, modality) if weighted else (tokens, None)
-        return {"tokens": tokens, "embeds": embeds, "mask": mask, "probability": probability}
+        return {"tokens": tokens, "embeds": embeds, "mask": mask, "probability": probability, "state": state}
 
     def _features_output(self, outputs, features: dict[str, Any], modality: str) -> PicoFeatures:
         # Pooled here and not in `_features`: training never asks for it.
@@ -354,6 +354,9 @@ class PicoModel(PicoPreTrainedModel):
             class_state = class_token_state(self.text_model, outputs, states, "text")
         mask = text_token_mask(attention_mask, config.text_special_tokens, config.text_config.model_type)
         return outputs, self._features(states, mask, class_state, "text", weighted)
+
+    def _auxiliary_losses(self, image: dict[str, Any], text: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return self.alignment_head.auxiliary_losses(image["state"], text["state"])
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, weighted: bool = True, **kwargs) -> PicoFeatures:
@@ -470,6 +473,8 @@ class PicoModel(PicoPreTrainedModel):
             return self._one_side_output("image", vision_outputs, image)
         text_outputs, text = self._encode_texts(input_ids, attention_mask, True, **text_kwargs)
         logit_scale = self.logit_scale.float().exp()
+        auxiliary = self._auxiliary_losses(image, text) if self.training or return_loss else {}
+        auxiliary_loss = torch.stack([*auxiliary.values()]).sum() if auxiliary else None
         loss = logits = None
         if return_logits or return_loss:
             scores = pair_scores(
@@ -489,6 +494,7 @@ class PicoModel(PicoPreTrainedModel):
                     logit_scale=logit_scale,
                     margin=self.config.margin,
                 )
+                loss = self.config.ranking_weight * loss + (0.0 if auxiliary_loss is None else auxiliary_loss)
         return PicoOutput(
             loss=loss,
             logits_per_image=logits,
@@ -502,6 +508,8 @@ class PicoModel(PicoPreTrainedModel):
             image_semantic_probability=image["probability"],
             text_semantic_probability=text["probability"],
             logit_scale=logit_scale,
+            auxiliary_loss=auxiliary_loss,
+            auxiliary_losses=auxiliary or None,
             vision_model_output=vision_outputs,
             text_model_output=text_outputs,
         )

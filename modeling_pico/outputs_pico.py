@@ -36,7 +36,8 @@ class PicoOutput(ModelOutput):
     Output of [`PicoModel`].
 
     Args:
-        loss (`torch.Tensor`, *optional*, returned with `return_loss=True`): Loss over the pairs of the batch.
+        loss (`torch.Tensor`, *optional*, returned with `return_loss=True`):
+            Loss over the pairs of the batch, `auxiliary_loss` included.
         logits_per_image (`torch.Tensor` of shape `(images, texts)`): Scores times `logit_scale`.
         logits_per_text (`torch.Tensor` of shape `(texts, images)`): The transpose.
         image_embeds (`torch.Tensor` of shape `(images, patches, dim)`): Score-ready image token embeddings.
@@ -50,6 +51,10 @@ class PicoOutput(ModelOutput):
         pooler_output (`torch.Tensor` of shape `(batch, dim)`, *optional*):
             One unit vector per sample, for coarse search; where only one side was given.
         logit_scale (`torch.Tensor`, scalar): Inverse temperature by which logits are multiplied.
+        auxiliary_loss (`torch.Tensor`, scalar, *optional*, in training mode or with `return_loss=True`):
+            What is minimised beside the loss of the pairs; None for a model that has no such losses.
+        auxiliary_losses (`dict[str, torch.Tensor]`, *optional*, where `auxiliary_loss` is):
+            Its terms by name, weighted: their sum is `auxiliary_loss`.
         vision_model_output, text_model_output: Outputs of the backbones.
     """
 
@@ -66,6 +71,8 @@ class PicoOutput(ModelOutput):
     text_semantic_probability: torch.Tensor | None = None
     pooler_output: torch.Tensor | None = None
     logit_scale: torch.Tensor | None = None
+    auxiliary_loss: torch.Tensor | None = None
+    auxiliary_losses: dict[str, torch.Tensor] | None = None
     vision_model_output: BaseModelOutputWithPooling | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
 

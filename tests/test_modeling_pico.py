@@ -531,7 +531,7 @@ def test_a_model_cast_as_a_whole_still_runs(trained, form, dtype, batch):
 def test_instance_norm_takes_the_mean_of_each_column_away(tiny_model):
     head = tiny_model(alignment_head="instance_norm").alignment_head
     states, mask = torch.randn(2, 5, 16), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], dtype=torch.bool)
-    tokens, _ = head.embed(states, mask, None, "image")
+    tokens, _, _ = head.embed(states, mask, None, "image")
     projected = head.visual_projection(states)[1, :2]
     expected = torch.nn.functional.normalize(projected - projected.mean(dim=0), dim=-1)
     torch.testing.assert_close(tokens[1, :2], expected)

@@ -4,6 +4,9 @@ Large batches on small memory: the loss of the whole batch, encoded in chunks.
 Method: GradCache, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (arXiv 2101.06983).
 Every chunk is encoded twice: without gradient to get the embeddings that the loss needs, and, once the loss's gradient
 with respect to them is known, with gradient to carry it into the weights.
+
+Auxiliary losses of the model are those of each chunk, averaged over the chunks by their pairs: what they compare
+within a batch (column distributions, other samples) is then the chunk, since the whole batch is never held.
 """
 
 from __future__ import annotations
@@ -74,10 +77,13 @@ def cached_backward(
         for chunk in chunks:
             states.append(_RandomState(chunk["image_ids"].device))
             outputs.append(model(**chunk, return_logits=False))
-    batch = _join(outputs)
+    shares = [len(chunk["image_ids"]) / sum(len(other["image_ids"]) for other in chunks) for chunk in chunks]
+    batch = _join(outputs, shares)
     loss = loss_function(batch)
-    leaves = [batch[name] for name in (*_EMBEDS, "logit_scale")]
-    image_gradients, text_gradients, scale_gradient = (
+    # A scalar takes the place of auxiliary losses where there are none; it has no gradient.
+    auxiliary = batch.get("auxiliary_loss", torch.zeros((), device=loss.device, requires_grad=True))
+    leaves = [*(batch[name] for name in (*_EMBEDS, "logit_scale")), auxiliary]
+    image_gradients, text_gradients, scale_gradient, auxiliary_gradient = (
         torch.zeros_like(leaf) if gradient is None else gradient
         for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True)
     )
@@ -93,18 +99,27 @@ def cached_backward(
             surrogate = surrogate + (output.text_embeds * text_gradients[start:end, :words]).sum()
             # The temperature belongs to the batch and not to a chunk: it counts once.
             surrogate = surrogate + output.logit_scale * (scale_gradient if last else 0.0)
+            if output.auxiliary_loss is not None:
+                surrogate = surrogate + output.auxiliary_loss * (auxiliary_gradient * shares[index])
             backward(surrogate)
         start = end
     return loss.detach()
 
 
-def _join(outputs: list[PicoOutput]) -> PicoOutput:
+def _join(outputs: list[PicoOutput], shares: list[float]) -> PicoOutput:
     names = (*_EMBEDS, *_OTHERS)
     joined: dict[str, Any] = {
         name: concatenate_padded([getattr(output, name) for output in outputs]) for name in names
     }
     for name in _EMBEDS:
         joined[name].requires_grad_()
+    if outputs[0].auxiliary_losses is not None:
+        terms: dict[str, Any] = {
+            name: sum(share * output["auxiliary_losses"][name] for share, output in zip(shares, outputs, strict=True))
+            for name in outputs[0].auxiliary_losses
+        }
+        joined["auxiliary_losses"] = terms
+        joined["auxiliary_loss"] = torch.stack([*terms.values()]).sum().requires_grad_()
     return PicoOutput(**joined, logit_scale=outputs[0]["logit_scale"].clone().requires_grad_())
 
 

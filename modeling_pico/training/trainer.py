@@ -82,6 +82,8 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         self.construction: PrototypeConstruction | None = None
         self.card_info: dict[str, Any] = {}
         self.card_split_names: dict[str, str] = {}
+        # Auxiliary losses since the last log, by name.
+        self._auxiliary_log: dict[str, list[torch.Tensor]] = {}
         self._card_metrics: dict[str, dict[str, float]] = {}
         super().__init__(
             model=model,
@@ -256,6 +258,9 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
     def _batch_loss(self, outputs: PicoOutput, ids: torch.Tensor, collect: bool) -> torch.Tensor:
         if collect and self.construction is not None:
             self._collect(self.construction, outputs, ids)
+        if collect:
+            for name, value in (outputs.get("auxiliary_losses") or {}).items():
+                self._auxiliary_log.setdefault(name, []).append(value.detach())
         gathers = self.args.gather_negatives and self.args.world_size > 1
         return self._gathered_loss(outputs, ids) if gathers else self._local_loss(outputs, ids)
 
@@ -278,7 +283,14 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             outputs["text_mask"],
             negative_slope=slope,
         )
-        return image_text_loss(scores, scores.T, image_ids=ids, **self._loss_kwargs(outputs))
+        return self._total_loss(
+            image_text_loss(scores, scores.T, image_ids=ids, **self._loss_kwargs(outputs)), outputs
+        )
+
+    def _total_loss(self, pair_loss: torch.Tensor, outputs: PicoOutput) -> torch.Tensor:
+        loss = self._pico_model().config.ranking_weight * pair_loss
+        auxiliary = outputs.get("auxiliary_loss")
+        return loss if auxiliary is None else loss + auxiliary
 
     def _gathered_loss(self, outputs: PicoOutput, ids: torch.Tensor) -> torch.Tensor:
         slope = self._pico_model().config.negative_slope
@@ -294,7 +306,8 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         loss = image_text_loss(
             per_image, per_text, image_ids=ids, all_ids=batch.ids, offset=own.start, **self._loss_kwargs(outputs)
         )
-        return loss * batch.loss_share
+        # Auxiliary losses are over this process's pairs, which the share weighs like those of the other processes.
+        return self._total_loss(loss, outputs) * batch.loss_share
 
     @torch.no_grad()
     def _collect(self, construction: PrototypeConstruction, outputs: PicoOutput, ids: torch.Tensor) -> None:
@@ -320,12 +333,17 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.log`; the training loss is accompanied by the logit scale, where it is learned."""
+        """As `Trainer.log`; the training loss is accompanied by its auxiliary terms and the learned logit scale."""
         scale = self._pico_model().logit_scale
         # No process holds the whole of a sharded parameter.
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if "loss" in logs and isinstance(scale, nn.Parameter) and not sharded:
             logs["logit_scale"] = float(scale.detach().exp())
+        if "loss" in logs and self._auxiliary_log:
+            means = torch.stack([torch.stack(values).mean() for values in self._auxiliary_log.values()])
+            means = self.accelerator.reduce(means, "mean").tolist()
+            logs.update({f"{name}_loss": value for name, value in zip(self._auxiliary_log, means, strict=True)})
+            self._auxiliary_log.clear()
         super().log(logs, *args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
