@@ -537,7 +537,7 @@ def test_instance_norm_takes_the_mean_of_each_column_away(tiny_model):
     torch.testing.assert_close(tokens[1, :2], expected)
     assert torch.equal(tokens[1, 2:], torch.zeros(3, 12))
     # What shifts all tokens alike is gone.
-    shifted, _ = head.embed(states + torch.randn(16), mask, None, "image")
+    shifted, _, _ = head.embed(states + torch.randn(16), mask, None, "image")
     torch.testing.assert_close(shifted, tokens, rtol=0, atol=1e-5)
 
 
