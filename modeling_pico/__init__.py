@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
 
+from .configuration_cdds import CddsConfig
 from .configuration_pico import PicoConfig
 from .loss_pico import image_text_loss
+from .modeling_cdds import CddsModel
 from .modeling_pico import PicoFeatures, PicoModel, PicoOutput, PicoPreTrainedModel
 from .processing_pico import PicoProcessor
 from .prototypes_pico import StylePrototypes
@@ -45,6 +47,8 @@ _LAZY = {
 
 __all__ = [
     "CaptionedImageDataset",
+    "CddsConfig",
+    "CddsModel",
     "ImageTextRecall",
     "PicoConfig",
     "PicoDataCollator",
@@ -66,14 +70,15 @@ __all__ = [
     "styled_shapes",
 ]
 
-AutoConfig.register(PicoConfig.model_type, PicoConfig, exist_ok=True)
-AutoModel.register(PicoConfig, PicoModel, exist_ok=True)
-# The class of the pipeline "zero-shot-image-classification".
-AutoModelForZeroShotImageClassification.register(PicoConfig, PicoModel, exist_ok=True)
-AutoProcessor.register(PicoConfig, PicoProcessor, exist_ok=True)
-# `save_pretrained` then writes the code files beside the weights, for `trust_remote_code` without this package.
-PicoConfig.register_for_auto_class()
-PicoModel.register_for_auto_class("AutoModel")
+for _config, _model in ((PicoConfig, PicoModel), (CddsConfig, CddsModel)):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+    # The class of the pipeline "zero-shot-image-classification".
+    AutoModelForZeroShotImageClassification.register(_config, _model, exist_ok=True)
+    AutoProcessor.register(_config, PicoProcessor, exist_ok=True)
+    # `save_pretrained` then writes the code files beside the weights, for `trust_remote_code` without this package.
+    _config.register_for_auto_class()
+    _model.register_for_auto_class("AutoModel")
 PicoProcessor.register_for_auto_class("AutoProcessor")
 
 

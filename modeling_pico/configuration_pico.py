@@ -1,6 +1,6 @@
 """Configuration of PICO: two backbone configurations and every switch of the alignment head."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -126,7 +126,7 @@ class PicoConfig(PreTrainedConfig):
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
     # Heads that this type of model has, and the weight of the loss of the pairs beside auxiliary losses: types of
     # models with heads of their own say otherwise.
-    alignment_heads = ALIGNMENT_HEADS
+    alignment_heads: ClassVar[tuple[str, ...]] = ALIGNMENT_HEADS
     ranking_weight = 1.0
     keys_to_ignore_at_inference = [
         "image_embeds",

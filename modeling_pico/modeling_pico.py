@@ -41,6 +41,7 @@ class PicoPreTrainedModel(PreTrainedModel):
     """Weight initialisation and loading, shared by PICO models."""
 
     config: PicoConfig
+    config_class: type[PicoConfig] = PicoConfig
     vision_model: PreTrainedModel
     base_model_prefix = "pico"
     main_input_name = "input_ids"
@@ -180,6 +181,7 @@ class PicoModel(PicoPreTrainedModel):
     text_model: PreTrainedModel
     alignment_head: FineGrainedHead
     logit_scale: torch.Tensor
+    head_classes: dict[str, type[FineGrainedHead]] = HEADS
 
     def __init__(
         self,
@@ -193,7 +195,7 @@ class PicoModel(PicoPreTrainedModel):
         self.text_model = build_backbone(config.text_config) if text_model is None else text_model
         # One object for the composite, the tower and its layers, so that later changes reach them all.
         config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
-        self.alignment_head = HEADS[config.alignment_head](config)
+        self.alignment_head = self.head_classes[config.alignment_head](config)
         logit_scale = torch.tensor(float(config.logit_scale_init_value))
         if config.loss_type == "infonce":
             self.logit_scale = nn.Parameter(logit_scale)
@@ -273,7 +275,7 @@ class PicoModel(PicoPreTrainedModel):
     def _assemble(cls, vision_model: PreTrainedModel, text_model: PreTrainedModel, config_kwargs: dict) -> "PicoModel":
         # Copies: a composite configuration resets the attention implementation of the parts it is given.
         vision_config, text_config = copy.deepcopy(vision_model.config), copy.deepcopy(text_model.config)
-        config = PicoConfig(vision_config=vision_config, text_config=text_config, **config_kwargs)
+        config = cls.config_class(vision_config=vision_config, text_config=text_config, **config_kwargs)
         return cls(config, vision_model=vision_model, text_model=text_model)
 
     @classmethod

@@ -133,7 +133,7 @@ def build_model(setting: dict[str, Any], options: dict[str, Any], data: Any) -> 
     import torch
     from encoded_data import FrozenLowerLayers
 
-    from modeling_pico import PicoConfig, PicoModel
+    from modeling_pico import CddsModel, PicoModel
     from modeling_pico.training.from_scratch import small_text_config, small_vision_config
 
     heads = setting["num_heads"]
@@ -167,14 +167,16 @@ def build_model(setting: dict[str, Any], options: dict[str, Any], data: Any) -> 
         text_config.hidden_act = "relu"
     vision_config.hidden_act = "relu"
     head = {name: value for name, value in options.items() if name not in ("method", "args")}
-    config = PicoConfig(
+    method = options.get("method", "pico")
+    model_class = next(kind for kind in (PicoModel, CddsModel) if method in kind.config_class.alignment_heads)
+    config = model_class.config_class(
         vision_config=vision_config,
         text_config=text_config,
         embedding_dim=setting["embedding_dim"],
-        alignment_head=options.get("method", "pico"),
+        alignment_head=method,
         **head,
     )
-    return PicoModel(config, text_model=text_model)
+    return model_class(config, text_model=text_model)
 
 
 def run_study(options: argparse.Namespace) -> None:

@@ -1,0 +1,91 @@
+"""Configuration of CDDS: that of PICO, with the decoupling network and the weights of its losses."""
+
+from huggingface_hub.dataclasses import strict
+
+from .configuration_pico import PicoConfig
+
+
+_AT_LEAST = {"unet_num_layers": 1, "unet_num_heads": 1, "noise_groups": 1}
+_WEIGHTS = ("semantic_weight", "modality_weight", "integrity_weight", "ranking_weight")
+
+
+@strict
+class CddsConfig(PicoConfig):
+    r"""
+    Configuration of a [`CddsModel`].
+
+    Method: CDDS (arXiv 2603.05566). The paper publishes neither the number of noise groups nor the weights of the
+    losses; those defaults are ours.
+
+    Args:
+        alignment_head (`str`, *optional*, defaults to `"cdds"`):
+            The only one of this type of model.
+        unet_num_layers (`int`, *optional*, defaults to 2):
+            Transformer layers of the encoder and of each decoder.
+        unet_num_heads (`int`, *optional*, defaults to 8):
+            Attention heads of these layers; must divide `embedding_dim`.
+        noise_groups (`int`, *optional*, defaults to 2):
+            Noisy copies over which components are averaged in training (z). Evaluation is without noise.
+        threshold_init (`float`, *optional*, defaults to 1.0):
+            Initial value of every column's learned threshold: standard deviations above the mean relation from which
+            a column of the other modality counts as related.
+        semantic_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the loss that pulls sampled tokens to semantic components (a_s).
+        modality_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the loss that makes modality components of all samples alike (a_m).
+        integrity_weight (`float`, *optional*, defaults to 0.5):
+            Weight of the reconstruction from semantic components (a_f), between 0 and 1; the reconstruction from
+            sampled ones has the rest.
+        ranking_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the loss of the pairs (`loss_type`), which the printed objective lacks *(ours)*.
+        semantic_probability (`bool`, *optional*, defaults to `False`):
+            Whether PICO's column weights apply to the semantic components; the options of [`PicoConfig`] that concern
+            style prototypes count then *(ours)*.
+        kwargs: Options of [`PicoConfig`].
+
+    Example:
+
+    ```python
+    >>> from transformers import BertConfig, ViTConfig
+    >>> from modeling_pico import CddsConfig, CddsModel
+
+    >>> config = CddsConfig(vision_config=ViTConfig(), text_config=BertConfig())
+    >>> model = CddsModel(config)
+    ```
+    """
+
+    model_type = "cdds"
+    alignment_heads = ("cdds",)
+
+    alignment_head: str = "cdds"
+    unet_num_layers: int = 2
+    unet_num_heads: int = 8
+    noise_groups: int = 2
+    threshold_init: int | float = 1.0
+    semantic_weight: int | float = 1.0
+    modality_weight: int | float = 1.0
+    integrity_weight: int | float = 0.5
+    ranking_weight: int | float = 1.0
+    semantic_probability: bool = False
+
+    def validate_architecture(self):
+        """Checks every option; a wrong one is refused with the values that are allowed."""
+        super().validate_architecture()
+        for name, bound in {**_AT_LEAST, **dict.fromkeys(_WEIGHTS, 0)}.items():
+            if not getattr(self, name) >= bound:
+                raise ValueError(f"`{name}` must be at least {bound}, but got {getattr(self, name)!r}.")
+        if self.integrity_weight > 1:
+            raise ValueError(f"`integrity_weight` must be between 0 and 1, but got {self.integrity_weight!r}.")
+        if self.embedding_dim % self.unet_num_heads:
+            raise ValueError(
+                f"`unet_num_heads` must divide `embedding_dim`, but got {self.unet_num_heads} and "
+                f"{self.embedding_dim}."
+            )
+
+    @property
+    def uses_prototypes(self) -> bool:
+        """Whether the model has style prototypes."""
+        return self.semantic_probability
+
+
+__all__ = ["CddsConfig"]

@@ -1,0 +1,261 @@
+"""CDDS model: tokens are decoupled into semantic and modality components, and the semantic ones are scored."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from .alignment_heads_pico import FineGrainedHead, TokenProjection
+from .configuration_cdds import CddsConfig
+from .decoupling_cdds import (
+    column_similarity,
+    integrity_loss,
+    modality_loss,
+    related_semantics,
+    sample_distribution,
+    semantic_loss,
+)
+from .modeling_pico import PicoModel
+from .prototypes_pico import StylePrototypes
+
+
+def _transformer_layer(config: CddsConfig) -> nn.TransformerEncoderLayer:
+    """A layer of ViT's form at the width of the token embeddings."""
+    dim = config.embedding_dim
+    return nn.TransformerEncoderLayer(
+        dim, config.unet_num_heads, 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
+
+
+class SkipProjection(nn.Linear):
+    """
+    Linear map of a decoder layer's output and the encoder layer's it belongs to, `(..., 2 * dim)`, to `(..., dim)`. It
+    starts as their mean, so that fresh components are close to the tokens that are decoupled and training starts near
+    the fine-grained baseline *(ours)*.
+    """
+
+
+class Decoder(nn.Module):
+    """Transformer layers, each followed by a [`SkipProjection`] (Eq. 3)."""
+
+    def __init__(self, config: CddsConfig):
+        super().__init__()
+        dim = config.embedding_dim
+        self.layers = nn.ModuleList(_transformer_layer(config) for _ in range(config.unet_num_layers))
+        self.projections = nn.ModuleList(SkipProjection(2 * dim, dim) for _ in range(config.unet_num_layers))
+
+    def forward(self, states: torch.Tensor, skips: list[torch.Tensor], padding: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            states (`torch.Tensor` of shape `(batch, tokens, dim)`): What is decoded.
+            skips (`list[torch.Tensor]`): Outputs of the encoder's layers, of the same shape, in their order.
+            padding (`torch.Tensor` of shape `(batch, tokens)`): True at tokens that attention passes over.
+        """
+        for layer, projection, skip in zip(self.layers, self.projections, reversed(skips), strict=True):
+            states = projection(torch.cat([layer(states, src_key_padding_mask=padding), skip], dim=-1))
+        return states
+
+
+@dataclass
+class EncodedTokens:
+    """
+    One modality's tokens on their way through a [`DualPathUNet`], noise groups stacked in the first dimension.
+
+    Attributes:
+        noisy (`torch.Tensor` of shape `(groups * batch, tokens, dim)`): What the decoders decode.
+        skips (`list[torch.Tensor]`): Outputs of the encoder's layers, in the same shape.
+        padding (`torch.Tensor` of shape `(groups * batch, tokens)`): True at tokens that attention passes over.
+        groups (`int`): Number of groups.
+    """
+
+    noisy: torch.Tensor
+    skips: list[torch.Tensor]
+    padding: torch.Tensor
+    groups: int
+
+
+class DualPathUNet(nn.Module):
+    """
+    Decouples the tokens of one modality: a shared encoder (Eq. 1), noise that a transformer layer has given structure
+    (Eq. 2), and one decoder each for semantic and modality components (Eq. 3), averaged over the noise groups (Eq. 4).
+
+    The noise is drawn in training only. Evaluation has one group with noise zero, its mean, so that a sample always
+    gets the same embeddings *(ours)*.
+    """
+
+    def __init__(self, config: CddsConfig):
+        super().__init__()
+        self.noise_groups = config.noise_groups
+        self.encoder = nn.ModuleList(_transformer_layer(config) for _ in range(config.unet_num_layers))
+        self.noise_layer = _transformer_layer(config)
+        self.semantic_decoder = Decoder(config)
+        self.modality_decoder = Decoder(config)
+
+    def encode(self, tokens: torch.Tensor, mask: torch.Tensor) -> EncodedTokens:
+        """
+        Args:
+            tokens (`torch.Tensor` of shape `(batch, tokens, dim)`): Token embeddings.
+            mask (`torch.Tensor` of shape `(batch, tokens)`): True at real tokens.
+        """
+        # A sample without a real token attends to all of them: attention to none is no number.
+        padding = ~mask & mask.any(dim=1, keepdim=True)
+        states = tokens.to(self.noise_layer.linear1.weight.dtype)
+        skips = []
+        for layer in self.encoder:
+            states = layer(states, src_key_padding_mask=padding)
+            skips.append(states)
+        groups = self.noise_groups if self.training else 1
+        stacked = states.repeat(groups, 1, 1)
+        noise = torch.randn_like(stacked) if self.training else torch.zeros_like(stacked)
+        padding = padding.repeat(groups, 1)
+        noisy = stacked + self.noise_layer(noise, src_key_padding_mask=padding)
+        return EncodedTokens(noisy, [skip.repeat(groups, 1, 1) for skip in skips], padding, groups)
+
+    def decode(self, decoder: Decoder, encoded: EncodedTokens) -> torch.Tensor:
+        """Components `(batch, tokens, dim)` in float32, the mean over the noise groups."""
+        components = decoder(encoded.noisy, encoded.skips, encoded.padding).float()
+        return components.unflatten(0, (encoded.groups, -1)).mean(dim=0)
+
+
+@dataclass
+class DecoupledSide:
+    """
+    What the losses need of one modality.
+
+    Attributes:
+        tokens (`torch.Tensor` of shape `(batch, tokens, dim)`): Token embeddings before decoupling.
+        semantic (`torch.Tensor` of shape `(batch, tokens, dim)`): Semantic components.
+        encoded ([`EncodedTokens`]): For the modality components, which nothing but the losses needs.
+        mask (`torch.Tensor` of shape `(batch, tokens)`): True at real tokens.
+    """
+
+    tokens: torch.Tensor
+    semantic: torch.Tensor
+    encoded: EncodedTokens
+    mask: torch.Tensor
+
+
+class CddsHead(FineGrainedHead):
+    """
+    Scores semantic components; with `semantic_probability`, weighted by PICO's style prototypes.
+
+    Token embeddings enter the networks, and the losses, with unit root mean square: their scale is fixed, since the
+    loss of information (Eqs. 13 and 14) could else be reduced by shrinking them *(ours)*.
+    """
+
+    def __init__(self, config: CddsConfig):
+        super().__init__(config)
+        self.visual_unet = DualPathUNet(config)
+        self.textual_unet = DualPathUNet(config)
+        # alpha of Eq. 7, and w_m, w_s and w_x of Eqs. 13 and 14.
+        self.visual_threshold = nn.Parameter(torch.empty(config.embedding_dim))
+        self.textual_threshold = nn.Parameter(torch.empty(config.embedding_dim))
+        self.component_weights = nn.Parameter(torch.empty(3))
+        self.style_prototypes = StylePrototypes(config) if config.semantic_probability else None
+
+    def embed(self, token_states, mask, class_state, modality):
+        unet = self.visual_unet if modality == "image" else self.textual_unet
+        tokens = self.project(token_states, modality) * self.config.embedding_dim**0.5
+        encoded = unet.encode(tokens, mask)
+        semantic = unet.decode(unet.semantic_decoder, encoded)
+        scored = nn.functional.normalize(semantic, dim=-1) * mask.unsqueeze(-1)
+        return scored, mask, DecoupledSide(tokens, semantic, encoded, mask)
+
+    def weight(self, tokens, mask, modality):
+        if self.style_prototypes is None:
+            return tokens, None
+        return self.style_prototypes.weight_tokens(tokens, mask, modality)
+
+    def auxiliary_losses(self, image: DecoupledSide, text: DecoupledSide) -> dict[str, torch.Tensor]:
+        """
+        The terms of the printed objective, `a_s L_s + a_m L_m + a_f L_f + (1 - a_f) L_x` (Eq. 15), each the sum of
+        that of the images and that of the texts.
+
+        Args:
+            image: The images of this process's batch, decoupled.
+            text: Its texts; they need not be as many.
+        """
+        modality_v = self.visual_unet.decode(self.visual_unet.modality_decoder, image.encoded)
+        modality_t = self.textual_unet.decode(self.textual_unet.modality_decoder, text.encoded)
+        with torch.autocast(image.tokens.device.type, enabled=False):
+            sampled_v, sampled_t = self._sample(image, text)
+            sides = ((image, modality_v, sampled_v), (text, modality_t, sampled_t))
+            w_m, w_s, w_x = self.component_weights.float()
+            terms = [
+                (
+                    semantic_loss(sampled, side.semantic, side.mask),
+                    modality_loss(modality, side.mask),
+                    integrity_loss(side.tokens, w_m * modality + w_s * side.semantic, side.mask),
+                    integrity_loss(side.tokens, w_m * modality + w_x * sampled, side.mask),
+                )
+                for side, modality, sampled in sides
+            ]
+        share = self.config.integrity_weight
+        weights = {
+            "semantic": self.config.semantic_weight,
+            "modality": self.config.modality_weight,
+            "integrity": share,
+            "sampled_integrity": 1 - share,
+        }
+        return {
+            name: weight * (of_images + of_texts)
+            for (name, weight), of_images, of_texts in zip(weights.items(), *terms, strict=True)
+        }
+
+    def _sample(self, image: DecoupledSide, text: DecoupledSide) -> tuple[torch.Tensor, torch.Tensor]:
+        """V_x and T_x: the semantic components of either side in the form of the other; zero at padding."""
+        values_v, values_t = image.semantic[image.mask], text.semantic[text.mask]
+        if not len(values_v) or not len(values_t):
+            raise ValueError("The losses of CDDS need a batch with at least one real token on either side.")
+        similarity = column_similarity(values_v, values_t)
+        weights_v = related_semantics(similarity, self.visual_threshold.float())
+        weights_t = related_semantics(similarity.T, self.textual_threshold.float())
+        sampled_v = sample_distribution(values_v, values_t, weights_v)
+        sampled_t = sample_distribution(values_t, values_v, weights_t)
+        return (
+            torch.zeros_like(image.semantic).masked_scatter(image.mask.unsqueeze(-1), sampled_v),
+            torch.zeros_like(text.semantic).masked_scatter(text.mask.unsqueeze(-1), sampled_t),
+        )
+
+
+class CddsModel(PicoModel):
+    r"""
+    Two-tower vision-language model that decouples the tokens of both modalities into semantic and modality components
+    and scores the semantic ones, patch by word (CDDS, arXiv 2603.05566).
+
+    Loads, trains, evaluates and exports as [`PicoModel`] does. In training mode outputs carry the losses of the
+    decoupling as `auxiliary_loss`. They are over the batch of one process.
+
+    Args:
+        config ([`CddsConfig`]): Configuration; all weights are fresh.
+        vision_model (`PreTrainedModel`, *optional*): Vision backbone to use instead of a fresh one.
+        text_model (`PreTrainedModel`, *optional*): Text backbone to use instead of a fresh one.
+    """
+
+    config: CddsConfig
+    config_class = CddsConfig
+    base_model_prefix = "cdds"
+    alignment_head: CddsHead
+    head_classes = {"cdds": CddsHead}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, CddsHead):
+            for threshold in (module.visual_threshold, module.textual_threshold):
+                init.constant_(threshold, self.config.threshold_init)
+            init.constant_(module.component_weights, 0.5)
+        elif isinstance(module, SkipProjection):
+            half = torch.eye(module.out_features, device=module.weight.device) / 2
+            init.copy_(module.weight, half.repeat(1, 2))
+            init.zeros_(module.bias)
+        elif isinstance(module, (nn.Linear, nn.LayerNorm, nn.MultiheadAttention)) and not isinstance(
+            module, TokenProjection
+        ):
+            PreTrainedModel._init_weights(self, module)
+        else:
+            super()._init_weights(module)
+
+
+__all__ = ["CddsModel"]
