@@ -26,9 +26,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, HfArgume
 from transformers import logging as hf_logging
 from transformers.trainer_utils import get_last_checkpoint
 
-from modeling_pico import PicoConfig, PicoModel, PicoProcessor
+from modeling_pico import CddsModel, PicoConfig, PicoModel, PicoProcessor
 from modeling_pico.backbones_pico import build_backbone, load_backbone
-from modeling_pico.configuration_pico import ALIGNMENT_HEADS
 from modeling_pico.data import (
     CaptionedImageDataset,
     PicoDataCollator,
@@ -50,18 +49,21 @@ from modeling_pico.training.from_scratch import (
 
 logger = hf_logging.get_logger("train_pico")
 
+# The type of model that each method is a head of.
+METHODS = {head: kind for kind in (PicoModel, CddsModel) for head in kind.config_class.alignment_heads}
+
 
 @dataclass
 class ModelArguments:
-    """What is trained. Options of `PicoConfig` that are left out keep their default, or the checkpoint's value."""
+    """What is trained. Options of the model that are left out keep their default, or the checkpoint's value."""
 
     method: str | None = field(
         default=None,
         metadata={
             "help": "pico: weighted patch-by-word score; fine_grained: the same score without weights; "
-            "instance_norm: the same with column means removed; clip_style: pooled embeddings. Default: pico, or what "
-            "the checkpoint is.",
-            "choices": ALIGNMENT_HEADS,
+            "instance_norm: the same with column means removed; clip_style: pooled embeddings; cdds: semantic "
+            "components of the tokens alone. Default: pico, or what the checkpoint is.",
+            "choices": list(METHODS),
         },
     )
     model_name_or_path: str | None = field(
@@ -89,7 +91,7 @@ class ModelArguments:
     vocab_size: int = field(
         default=8000, metadata={"help": "Largest vocabulary of the tokenizer trained on captions."}
     )
-    # Options of PicoConfig.
+    # Options of PicoConfig and, at the end, of CddsConfig.
     embedding_dim: int | None = field(default=None, metadata={"help": "Features of a token embedding."})
     pooling: str | None = field(default=None, metadata={"help": "mean or class_token."})
     vision_special_tokens: bool | None = field(default=None, metadata={"help": "CLS and registers take part."})
@@ -109,12 +111,42 @@ class ModelArguments:
     margin: float | None = field(default=None, metadata={"help": "Margin of the hinge loss."})
     logit_scale_init_value: float | None = field(default=None, metadata={"help": "Initial log inverse temperature."})
 
-    def config_options(self) -> dict:
-        """Options of `PicoConfig` that were given."""
-        names = {option.name for option in fields(PicoConfig)}
-        given = {item.name: getattr(self, item.name) for item in fields(self) if item.name in names}
+    unet_num_layers: int | None = field(default=None, metadata={"help": "Layers of the encoder and each decoder."})
+    unet_num_heads: int | None = field(default=None, metadata={"help": "Attention heads of these layers."})
+    noise_groups: int | None = field(default=None, metadata={"help": "Noisy copies that are averaged in training."})
+    threshold_init: float | None = field(default=None, metadata={"help": "Initial threshold of related columns."})
+    semantic_weight: float | None = field(default=None, metadata={"help": "Weight of the semantic loss."})
+    modality_weight: float | None = field(default=None, metadata={"help": "Weight of the modality loss."})
+    integrity_weight: float | None = field(default=None, metadata={"help": "Share of the plain reconstruction."})
+    ranking_weight: float | None = field(default=None, metadata={"help": "Weight of the loss of the pairs."})
+    semantic_probability: bool | None = field(default=None, metadata={"help": "Column weights on components."})
+
+    def model_class(self, checkpoint: str | None = None) -> type[PicoModel]:
+        """The type of model: of the checkpoint to go on with, else of the method, else of the checkpoint given."""
+        if checkpoint is None and self.method is not None:
+            return METHODS[self.method]
+        source = checkpoint or self.model_name_or_path
+        if source is not None:
+            config = AutoConfig.from_pretrained(source, revision=None if checkpoint else self.model_revision)
+            if isinstance(config, PicoConfig):
+                return METHODS[config.alignment_head]
+        return PicoModel
+
+    def config_options(self, model_class: type[PicoModel]) -> dict:
+        """The model's options that were given; ValueError for one that this type of model does not have."""
+        names = {kind: {option.name for option in fields(kind.config_class)} for kind in METHODS.values()}
+        known = set().union(*names.values())
+        given = {item.name: getattr(self, item.name) for item in fields(self) if item.name in known}
         given["alignment_head"] = self.method
-        return {name: value for name, value in given.items() if value is not None}
+        given = {name: value for name, value in given.items() if value is not None}
+        strays = sorted(given.keys() - names[model_class])
+        if strays:
+            methods = [method for method, kind in METHODS.items() if names[kind].issuperset(strays)]
+            raise ValueError(
+                f"{model_class.__name__} has no option {', '.join(map(repr, strays))}; these are options of --method "
+                f"{', '.join(methods)}."
+            )
+        return given
 
 
 @dataclass
@@ -269,6 +301,14 @@ class Data:
         return {name: dataset for name, dataset in named.items() if dataset is not None}
 
 
+def may_use_prototypes(model_args: ModelArguments) -> bool:
+    """Whether the model could have style prototypes; known for certain only once it is built."""
+    if model_args.model_name_or_path is not None and model_args.method is None:
+        return True
+    model_class = model_args.model_class()
+    return model_class.config_class(**model_args.config_options(model_class)).uses_prototypes
+
+
 def load_data(model_args: ModelArguments, data_args: DataArguments, training_args: PicoTrainingArguments) -> Data:
     """Loads the splits that the run needs, on the main process first."""
     train = evaluation = None
@@ -280,7 +320,7 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, training_arg
             if data_args.min_crop_scale < 1 or data_args.random_flip:
                 transform = RandomCropFlip(data_args.min_crop_scale, data_args.random_flip)
             train = load_split(data_args.train_split, data_args, data_args.max_train_samples, transform)
-        if training_args.do_eval or (needs_feedback and model_args.method in (None, "pico")):
+        if training_args.do_eval or (needs_feedback and may_use_prototypes(model_args)):
             evaluation = load_split(data_args.eval_split, data_args, data_args.max_eval_samples)
         if training_args.do_predict:
             # Named, so that a split without styles is refused with the columns that it has.
@@ -355,18 +395,20 @@ def build(
     loading = {**revision}
     if model_args.attn_implementation is not None:
         loading["attn_implementation"] = model_args.attn_implementation
-    options = model_args.config_options()
+    model_class = model_args.model_class(checkpoint)
+    options = {} if checkpoint else model_args.config_options(model_class)
     if checkpoint or is_pico_checkpoint(source, revision.get("revision")):
-        model = PicoModel.from_pretrained(source, dtype=torch.float32, **loading, **({} if checkpoint else options))
+        model = model_class.from_pretrained(source, dtype=torch.float32, **loading, **options)
         return model, PicoProcessor.from_pretrained(source, **revision)
     if joint is not None:
-        model = PicoModel.from_backbones(joint, backbone_kwargs=loading, **options)
+        model = model_class.from_backbones(joint, backbone_kwargs=loading, **options)
         return model, PicoProcessor.from_backbones(joint, **revision)
-    return build_towers(model_args, data_args, train_captions, loading, revision, options)
+    vision_model, text_model, processor = build_towers(model_args, data_args, train_captions, loading, revision)
+    return model_class.from_backbones(vision_model, text_model, **options), processor
 
 
-def build_towers(model_args, data_args, train_captions, loading, revision, options) -> tuple[PicoModel, PicoProcessor]:
-    """Each tower from its checkpoint if one is given, else small and from scratch."""
+def build_towers(model_args, data_args, train_captions, loading, revision):
+    """Each tower from its checkpoint if one is given, else small and from scratch; and their processor."""
     vision, text = model_args.vision_model_name_or_path, model_args.text_model_name_or_path
     if vision is None:
         config = small_vision_config(
@@ -394,8 +436,7 @@ def build_towers(model_args, data_args, train_captions, loading, revision, optio
     else:
         text_model = load_backbone(text, "text", dtype="float32", **loading)
         tokenizer = AutoTokenizer.from_pretrained(text, **revision)
-    model = PicoModel.from_backbones(vision_model, text_model, **options)
-    return model, PicoProcessor(image_processor=image_processor, tokenizer=tokenizer)
+    return vision_model, text_model, PicoProcessor(image_processor=image_processor, tokenizer=tokenizer)
 
 
 def report_truncation(datasets: dict[str, CaptionedImageDataset], processor: PicoProcessor, max_length: int | None):

@@ -1,5 +1,8 @@
 """Configuration of CDDS: that of PICO, with the decoupling network and the weights of its losses."""
 
+import math
+from typing import TYPE_CHECKING
+
 from huggingface_hub.dataclasses import strict
 
 from .configuration_pico import PicoConfig
@@ -22,8 +25,9 @@ class CddsConfig(PicoConfig):
             The only one of this type of model.
         unet_num_layers (`int`, *optional*, defaults to 2):
             Transformer layers of the encoder and of each decoder.
-        unet_num_heads (`int`, *optional*, defaults to 8):
-            Attention heads of these layers; must divide `embedding_dim`.
+        unet_num_heads (`int`, *optional*):
+            Attention heads of these layers; must divide `embedding_dim`. 8 by default, or the largest power of two
+            below that does.
         noise_groups (`int`, *optional*, defaults to 2):
             Noisy copies over which components are averaged in training (z). Evaluation is without noise.
         threshold_init (`float`, *optional*, defaults to 1.0):
@@ -59,7 +63,11 @@ class CddsConfig(PicoConfig):
 
     alignment_head: str = "cdds"
     unet_num_layers: int = 2
-    unet_num_heads: int = 8
+    if TYPE_CHECKING:
+        # What it is once the configuration is made.
+        unet_num_heads: int
+    else:
+        unet_num_heads: int | None = None
     noise_groups: int = 2
     threshold_init: int | float = 1.0
     semantic_weight: int | float = 1.0
@@ -67,6 +75,11 @@ class CddsConfig(PicoConfig):
     integrity_weight: int | float = 0.5
     ranking_weight: int | float = 1.0
     semantic_probability: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.unet_num_heads is None:
+            self.unet_num_heads = math.gcd(self.embedding_dim, 8)
+        super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         """Checks every option; a wrong one is refused with the values that are allowed."""

@@ -176,6 +176,13 @@ class PicoConfig(PreTrainedConfig):
         self.text_config = _backbone_config(self.text_config, "text_config", "bert")
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As `PreTrainedConfig.from_dict`. A checkpoint of another type of model is a start; its head is left out."""
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            config_dict = {name: value for name, value in config_dict.items() if name != "alignment_head"}
+        return super().from_dict(config_dict, **kwargs)
+
     def validate_architecture(self):
         """Checks every option; a wrong one is refused with the values that are allowed."""
         for name, allowed in {**_CHOICES, "alignment_head": self.alignment_heads}.items():

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import nn
+from transformers import AutoModel
 from transformers.utils import logging
 
 from .modeling_pico import PicoModel
@@ -139,10 +140,12 @@ def _export(encoder: nn.Module, inputs: dict[str, torch.Tensor], axes: dict[int,
 def main(argv: list[str] | None = None) -> None:
     """Exports a checkpoint from the command line."""
     parser = argparse.ArgumentParser(prog="python -m modeling_pico.export", description=main.__doc__)
-    parser.add_argument("model", help="folder or Hub id of a PICO checkpoint")
+    parser.add_argument("model", help="folder or Hub id of a PICO or CDDS checkpoint")
     parser.add_argument("output_dir", help="folder for the ONNX files, the image processor and the tokenizer")
     args = parser.parse_args(argv)
-    model = PicoModel.from_pretrained(args.model, dtype=torch.float32)
+    model = AutoModel.from_pretrained(args.model, dtype=torch.float32)
+    if not isinstance(model, PicoModel):
+        raise ValueError(f"{args.model!r} is a {type(model).__name__}; the encoders of PICO and CDDS are exported.")
     export_onnx(model, PicoProcessor.from_pretrained(args.model), args.output_dir)
 
 

@@ -1,4 +1,4 @@
-"""Model cards of trained PICO checkpoints, rendered from `model_card_template.md`."""
+"""Model cards of trained PICO and CDDS checkpoints, rendered from `model_card_template.md`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from transformers import PreTrainedConfig
 
 
-TAGS = ["pico", "image-text-retrieval", "cross-modal-retrieval", "late-interaction"]
+TAGS = ["image-text-retrieval", "cross-modal-retrieval", "late-interaction"]
 
 # Task of the metadata and pretty name by metric; also the columns of the recall tables, in this order.
 _METRICS = {
@@ -46,6 +46,17 @@ _PROTOTYPE_OPTIONS = (
     "probability_combination",
     "probability_gradient",
     "sharpness",
+)
+_DECOUPLING_OPTIONS = (
+    "unet_num_layers",
+    "unet_num_heads",
+    "noise_groups",
+    "threshold_init",
+    "semantic_weight",
+    "modality_weight",
+    "integrity_weight",
+    "ranking_weight",
+    "semantic_probability",
 )
 _STAGE_COLUMNS = {
     "epoch": ("Epoch", "{:g}"),
@@ -118,7 +129,7 @@ def create_model_card(
     name = model_id if is_on_hub else _last_part(model_id)
     options = config.to_dict() if isinstance(config, PreTrainedConfig) else dict(config)
     head = options.get("alignment_head", "pico")
-    has_prototypes = head == "pico"
+    has_prototypes = _has_prototypes(options)
     backbones = list(dict.fromkeys([base_models] if isinstance(base_models, str) else base_models or []))
     dataset = _described_dataset(dataset_name)
     results = _eval_results(metrics or {}, dataset) if dataset else []
@@ -126,7 +137,8 @@ def create_model_card(
         model_name=name.split("/")[-1] if results else None,
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
-        tags=TAGS,
+        tags=[name for name, known in (("cdds", head == "cdds"), ("pico", head != "cdds" or has_prototypes)) if known]
+        + TAGS,
         base_model=[backbone for backbone in backbones if _is_hub_id(backbone)] or None,
         datasets=[dataset["id"]] if dataset and dataset["id"] else None,
         metrics=["recall"] if results else None,
@@ -141,6 +153,8 @@ def create_model_card(
         name=name,
         literal=json.dumps(name, ensure_ascii=False),
         head=head,
+        has_prototypes=has_prototypes,
+        model_class="CddsModel" if head == "cdds" else "PicoModel",
         backbones=[backbone if _is_hub_id(backbone) else None for backbone in backbones],
         dataset=dataset,
         splits=_split_table(splits or {}),
@@ -155,6 +169,10 @@ def create_model_card(
         versions=[(key, value) for key, value in (framework_versions or {}).items() if value is not None],
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def _has_prototypes(options: Mapping[str, Any]) -> bool:
+    return options.get("alignment_head", "pico") == "pico" or bool(options.get("semantic_probability"))
 
 
 def _environment() -> Environment:
@@ -259,7 +277,9 @@ def _option_table(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     names = list(_OPTIONS)
     if config.get("loss_type") == "hinge":
         names.append("margin")
-    if config.get("alignment_head", "pico") == "pico":
+    if config.get("alignment_head") == "cdds":
+        names += _DECOUPLING_OPTIONS
+    if _has_prototypes(config):
         names += _PROTOTYPE_OPTIONS
         if config.get("column_mode") in ("quantile", "position"):
             names.append("column_length")

@@ -101,7 +101,7 @@ class DualPathUNet(nn.Module):
         """
         # A sample without a real token attends to all of them: attention to none is no number.
         padding = ~mask & mask.any(dim=1, keepdim=True)
-        states = tokens.to(self.noise_layer.linear1.weight.dtype)
+        states = tokens.to(next(self.parameters()).dtype)
         skips = []
         for layer in self.encoder:
             states = layer(states, src_key_padding_mask=padding)

@@ -178,8 +178,10 @@ def assert_same_values(values, expected) -> None:
         assert len(values) == len(expected)
         for value, other in zip(values, expected, strict=True):
             assert_same_values(value, other)
+    elif isinstance(values, dict):
+        assert_same_values(tuple(values.items()), tuple(expected.items()))
     else:
-        assert values is None
+        assert values is None or values == expected
 
 
 @families

@@ -617,7 +617,9 @@ def test_a_configuration_is_shared_with_the_towers(tiny_model):
 
 
 def shipped_files() -> list[Path]:
-    return sorted(Path(modeling_pico.__file__).parent.glob("*_pico.py"))
+    return sorted(
+        path for path in Path(modeling_pico.__file__).parent.glob("*_*.py") if path.stem.endswith(("_pico", "_cdds"))
+    )
 
 
 @pytest.mark.parametrize("path", shipped_files(), ids=lambda path: path.stem)

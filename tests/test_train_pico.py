@@ -344,7 +344,7 @@ def test_file_and_flags_that_override_it(tmp_path, suffix):
     assert (training_args.num_train_epochs, training_args.learning_rate) == (2, 0.003)
     assert (training_args.prototype_start, training_args.output_dir) == (1.5, "out")
     assert (data_args.test_split, data_args.random_flip, model_args.method) == (["a", "b"], True, "clip_style")
-    assert model_args.config_options() == {"alignment_head": "clip_style"}
+    assert model_args.config_options(PicoModel) == {"alignment_head": "clip_style"}
 
 
 def test_values_of_a_file_that_are_no_strings_of_the_command_line(tmp_path):
@@ -361,7 +361,7 @@ def test_values_of_a_file_that_are_no_strings_of_the_command_line(tmp_path):
 def test_the_quickstart_recipe_is_valid(tmp_path):
     model_args, data_args, training_args = train_pico.parse_arguments([str(ROOT / "examples" / "quickstart.yaml")])
     assert (data_args.dataset_name, training_args.do_train) == ("styled_shapes", True)
-    PicoConfig(**model_args.config_options())
+    PicoConfig(**model_args.config_options(PicoModel))
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def build_model(setting: dict[str, Any], options: dict[str, Any], data: Any) -> 
     vision_config.hidden_act = "relu"
     head = {name: value for name, value in options.items() if name not in ("method", "args")}
     method = options.get("method", "pico")
-    model_class = next(kind for kind in (PicoModel, CddsModel) if method in kind.config_class.alignment_heads)
+    model_class = CddsModel if method in CddsModel.config_class.alignment_heads else PicoModel
     config = model_class.config_class(
         vision_config=vision_config,
         text_config=text_config,

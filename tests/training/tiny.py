@@ -63,7 +63,7 @@ def processor() -> PicoProcessor:
     return PicoProcessor(image_processor=small_image_processor(SIZE), tokenizer=train_tokenizer(captions, 200, 24))
 
 
-def model(dropout: float = 0.0, seed: int = 0, **options: Any) -> PicoModel:
+def model(dropout: float = 0.0, seed: int = 0, model_class: type[PicoModel] = PicoModel, **options: Any) -> PicoModel:
     """A model whose weights depend on `seed` alone."""
     set_seed(seed)
     vision = small_vision_config(16, 1, 2, SIZE, 8)
@@ -71,7 +71,7 @@ def model(dropout: float = 0.0, seed: int = 0, **options: Any) -> PicoModel:
     for config in (vision, text):
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
     options = {"embedding_dim": 8, "num_style_prototypes": 3, "comparator_hidden_size": 4, **options}
-    return PicoModel.from_backbones(build_backbone(vision), build_backbone(text), **options)
+    return model_class.from_backbones(build_backbone(vision), build_backbone(text), **options)
 
 
 def arguments(folder: Path | str, **options: Any) -> PicoTrainingArguments:
