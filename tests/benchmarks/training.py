@@ -1,6 +1,6 @@
-"""Measures what training costs: column weights, the staged construction, and GradCache.
+"""Measures what training costs: column weights, the staged construction, GradCache, and the methods side by side.
 
-    python tests/benchmarks/training.py --output DIR [--quick] [--dataset FOLDER_OF_EMOJI_STYLES]
+    python tests/benchmarks/training.py --output DIR [--quick] [--dataset FOLDER_OF_EMOJI_STYLES] [--only methods ...]
 
 Prints tables and writes `training.json` and `training.md` to DIR. Everything that is compared runs in turn in one
 process; ratios are medians over rounds, since absolute times depend on the machine and on what else it does.
@@ -25,7 +25,7 @@ import torch
 import transformers
 from transformers import BertConfig, TrainerCallback, ViTConfig
 
-from modeling_pico import PicoModel, PicoTrainer
+from modeling_pico import CddsModel, PicoModel, PicoTrainer
 from modeling_pico.backbones_pico import build_backbone
 from modeling_pico.loss_pico import image_text_loss
 from modeling_pico.scoring_pico import pair_scores
@@ -62,16 +62,25 @@ TOWERS = {
     },
 }
 
+METHODS: dict[str, tuple[type[PicoModel], dict[str, Any]]] = {
+    "fine_grained": (PicoModel, {"alignment_head": "fine_grained"}),
+    "pico": (PicoModel, {}),
+    "cdds": (CddsModel, {}),
+    "pico + cdds": (CddsModel, {"semantic_probability": True}),
+}
+SECTIONS = ("weights", "gradient_cache", "construction", "methods")
 
-def build_model(towers: str, head: str, dropout: float | None = None) -> PicoModel:
-    """A model with fresh towers; for the weighted head as it is after the first construction."""
+
+def build_model(towers: str, method: str, dropout: float | None = None) -> PicoModel:
+    """A model with fresh towers; one with column weights as it is after the first construction."""
     torch.manual_seed(0)
     vision, text, options = TOWERS[towers]
     if dropout is not None:
         text = BertConfig(
             **{**text.to_dict(), "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
         )
-    model = PicoModel.from_backbones(build_backbone(vision), build_backbone(text), alignment_head=head, **options)
+    model_class, head = METHODS[method]
+    model = model_class.from_backbones(build_backbone(vision), build_backbone(text), **head, **options)
     prototypes = model.style_prototypes
     if prototypes is not None:
         prototypes.stage.fill_(1)
@@ -94,9 +103,10 @@ def random_batch(model: PicoModel, size: int) -> dict[str, torch.Tensor]:
 
 
 def batch_loss(outputs, ids: torch.Tensor) -> torch.Tensor:
-    """In-batch InfoNCE."""
+    """In-batch InfoNCE, and what else the head asks for."""
     scores = pair_scores(outputs.image_embeds, outputs.text_embeds, outputs.image_mask, outputs.text_mask)
-    return image_text_loss(scores, scores.T, image_ids=ids, logit_scale=outputs.logit_scale)
+    loss = image_text_loss(scores, scores.T, image_ids=ids, logit_scale=outputs.logit_scale)
+    return loss if outputs.auxiliary_loss is None else loss + outputs.auxiliary_loss
 
 
 def plain_step(model: PicoModel, batch: dict[str, torch.Tensor]) -> None:
@@ -141,6 +151,42 @@ def weights_cost(rounds: int) -> list[dict]:
         batch = random_batch(on, size)
         steps = [functools.partial(plain_step, model, batch) for model in (on, off)]
         rows.append({"towers": towers, "batch": size, **compare(*steps, rounds * factor)})
+    return rows
+
+
+def kept_bytes(model: PicoModel, batch: dict[str, torch.Tensor]) -> int:
+    """Bytes that the forward pass of a batch keeps for the backward pass, the parameters themselves left out."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = batch_loss(model(**batch, return_logits=False), batch["image_ids"])
+    total = sum(storage.nbytes() for storage in kept.values())
+    del loss
+    return total
+
+
+def methods_cost(rounds: int) -> list[dict]:
+    """A training step of every method against the same step of the fine-grained baseline."""
+    rows = []
+    for towers, (size, factor) in zip(TOWERS, ((4, 1), (64, 3), (64, 4)), strict=True):
+        baseline = build_model(towers, "fine_grained")
+        batch = random_batch(baseline, size)
+        kept = kept_bytes(baseline, batch)
+        for method in METHODS:
+            model = build_model(towers, method)
+            steps = [functools.partial(plain_step, net, batch) for net in (model, baseline)]
+            row: dict[str, Any] = {"towers": towers, "batch": size, "method": method}
+            row["parameters"] = model.num_parameters()
+            row["kept_bytes"] = kept_bytes(model, batch)
+            row["kept_ratio"] = row["kept_bytes"] / kept
+            rows.append({**row, **compare(*steps, rounds * factor)})
     return rows
 
 
@@ -232,33 +278,81 @@ def construction_cost(recipe: str, flags: list[str]) -> dict:
     return {"recipe": recipe, "training_passes_s": clock.seconds, **watch.seconds, "share": spent / clock.seconds}
 
 
+def construction_costs(dataset: str | None) -> list[dict]:
+    """[`construction_cost`] of the quick start and, where its data is given, of the emoji-styles recipe."""
+    rows = [construction_cost("examples/quickstart.yaml", [])]
+    if dataset:
+        flags = ["--dataset_name", dataset, "--method", "pico", "--num_train_epochs", "6"]
+        rows.append(construction_cost("examples/emoji_styles/train.yaml", flags))
+    return rows
+
+
 def to_markdown(results: dict) -> str:
     """The tables of a report."""
-    lines = ["# Cost of training", "", results["environment"], "", "## A step with weights on against weights off", ""]
+    tables = {
+        "weights": weights_table,
+        "gradient_cache": gradient_cache_table,
+        "construction": construction_table,
+        "methods": methods_table,
+    }
+    lines = ["# Cost of training", "", results["environment"]]
+    for name, table in tables.items():
+        if name in results:
+            lines += ["", *table(results[name])]
+    return "\n".join(lines) + "\n"
+
+
+def weights_table(rows: list[dict]) -> list[str]:
+    """Markdown of [`weights_cost`]."""
+    lines = ["## A step with weights on against weights off", ""]
     lines += ["| towers | batch | on, s | off, s | ratio |", "| --- | --- | --- | --- | --- |"]
-    for row in results["weights"]:
+    for row in rows:
         lines.append(
             f"| {row['towers']} | {row['batch']} | {row['first_s']:.3f} | {row['second_s']:.3f} | {row['ratio']:.3f} |"
         )
-    cache = results["gradient_cache"]
-    lines += ["", "## GradCache against the plain batch", ""]
-    lines += [
+    return lines
+
+
+def gradient_cache_table(row: dict) -> list[str]:
+    """Markdown of [`gradient_cache_cost`]."""
+    return [
+        "## GradCache against the plain batch",
+        "",
         "| towers | batch | chunk | largest gradient difference | ratio of time |",
         "| --- | --- | --- | --- | --- |",
+        f"| {row['towers']} | {row['batch']} | {row['chunk']} | {row['largest_gradient_difference']:.1e} "
+        f"(largest gradient {row['largest_gradient']:.1e}) | {row['ratio']:.2f} |",
     ]
-    lines.append(
-        f"| {cache['towers']} | {cache['batch']} | {cache['chunk']} | {cache['largest_gradient_difference']:.1e} "
-        f"(largest gradient {cache['largest_gradient']:.1e}) | {cache['ratio']:.2f} |"
-    )
-    lines += ["", "## Staged construction, share of the training passes", ""]
+
+
+def construction_table(rows: list[dict]) -> list[str]:
+    """Markdown of [`construction_cost`] of some recipes."""
+    lines = ["## Staged construction, share of the training passes", ""]
     lines += ["| recipe | training passes, s | statistics, s | K-means, s | feedback, s | share |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
-    for row in results["construction"]:
+    for row in rows:
         lines.append(
             f"| {row['recipe']} | {row['training_passes_s']:.1f} | {row['statistics and columns']:.2f} | "
             f"{row['K-means']:.2f} | {row['feedback']:.2f} | {100 * row['share']:.1f}% |"
         )
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def methods_table(rows: list[dict]) -> list[str]:
+    """Markdown of [`methods_cost`]."""
+    lines = ["## Methods: a training step against that of the fine-grained baseline", ""]
+    lines += [
+        "Kept is what the forward pass holds for the backward pass, without weights, gradients and optimizer.",
+        "",
+    ]
+    lines += ["| towers | batch | method | parameters, M | step, s | ratio | kept, MB | ratio |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for row in rows:
+        lines.append(
+            f"| {row['towers']} | {row['batch']} | {row['method']} | {row['parameters'] / 1e6:.2f} | "
+            f"{row['first_s']:.3f} | {row['ratio']:.2f} | {row['kept_bytes'] / 1e6:.0f} | {row['kept_ratio']:.2f} |"
+        )
+    return lines
 
 
 def main() -> None:
@@ -266,19 +360,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for training.json and training.md")
     parser.add_argument("--dataset", help="folder of emoji-styles, for the share of construction on it")
     parser.add_argument("--quick", action="store_true", help="few rounds, for a look")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="measure these alone")
     args = parser.parse_args()
     rounds = 3 if args.quick else 11
+    measure: dict[str, Callable[[], Any]] = {
+        "weights": lambda: weights_cost(rounds),
+        "gradient_cache": lambda: gradient_cache_cost(max(3, rounds // 2), 128 if args.quick else 512, 32),
+        "construction": lambda: construction_costs(args.dataset),
+        "methods": lambda: methods_cost(rounds),
+    }
     results = {
         "environment": f"Python {platform.python_version()}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; "
         f"`python tests/benchmarks/training.py {' '.join(sys.argv[1:])}`",
-        "weights": weights_cost(rounds),
-        "gradient_cache": gradient_cache_cost(max(3, rounds // 2), 128 if args.quick else 512, 32),
-        "construction": [construction_cost("examples/quickstart.yaml", [])],
+        **{name: measure[name]() for name in SECTIONS if name in args.only},
     }
-    if args.dataset:
-        flags = ["--dataset_name", args.dataset, "--method", "pico", "--num_train_epochs", "6"]
-        results["construction"].append(construction_cost("examples/emoji_styles/train.yaml", flags))
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "training.json").write_text(json.dumps(results, indent=2) + "\n")
     report = to_markdown(results)

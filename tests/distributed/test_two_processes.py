@@ -74,6 +74,20 @@ def test_training_ends_alike_on_both_and_as_with_one_process(results, run):
         assert mine == pytest.approx(other, abs=1e-4)
 
 
+def test_auxiliary_losses_are_of_either_process_and_logged_as_their_mean(results):
+    single, first, second = (result["decoupled"] for result in results)
+    assert_close(first["gradients"], second["gradients"], 0.0)
+    assert_close(first["state"], second["state"], 0.0)
+    terms = ("semantic_loss", "modality_loss", "integrity_loss", "sampled_integrity_loss", "loss")
+    assert len(single["losses_logged"]) == len(first["losses_logged"]) == single["steps"]
+    for term in terms:
+        assert [entry[term] for entry in first["losses_logged"]] == [entry[term] for entry in second["losses_logged"]]
+        # Distributions are over half the batch: alike, not the same.
+        assert first["losses_logged"][0][term] == pytest.approx(single["losses_logged"][0][term], rel=0.5)
+    means = [(a + b) / 2 for a, b in zip(first["losses"], second["losses"], strict=True)]
+    assert means == pytest.approx([entry["loss"] for entry in first["losses_logged"]], rel=1e-3)
+
+
 @pytest.mark.parametrize("run", ["infonce", "hinge"])
 def test_evaluation_of_an_odd_set_is_that_of_one_process(results, run):
     single, first, second = (result[run] for result in results)

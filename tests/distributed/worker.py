@@ -20,7 +20,7 @@ from accelerate import PartialState
 from tiny import prototype_log, trainer
 from transformers import logging
 
-from modeling_pico import RetrievalEvaluator
+from modeling_pico import CddsModel, RetrievalEvaluator
 from modeling_pico.training import PicoTrainer
 
 
@@ -72,6 +72,7 @@ def run(folder: Path, model_options: dict, checkpoint: str | None = None, **opti
         "ids": made.ids,
         "state": {name: tensor.clone() for name, tensor in made._pico_model().state_dict().items()},
         "log": prototype_log(made),
+        "losses_logged": [entry for entry in made.state.log_history if "loss" in entry],
         "evaluation": {name: evaluation[name] for name in evaluation if "per_second" not in name},
         "folds": made.evaluator.metrics(made._pico_model(), encoded),
         "eval_ids": (encoded.image_ids, encoded.text_ids),
@@ -100,6 +101,15 @@ def main(folder: Path) -> dict:
             prototype_update_start=1.5,
         ),
         "chunks": run(folder / "chunks", PURITY, num_train_epochs=1, gradient_cache_chunk_size=3),
+        "decoupled": run(
+            folder / "decoupled",
+            {"model_class": CddsModel, "unet_num_layers": 1, "semantic_probability": True},
+            num_train_epochs=2,
+            prototype_update_start=2,
+            logging_steps=1,
+            learning_rate=1e-2,
+            dataloader_drop_last=False,
+        ),
         "local": run(folder / "local", PURITY, num_train_epochs=1, gather_negatives=False),
     }
     torch.save(results, folder / f"rank{state.process_index}-of-{state.num_processes}.pt")
