@@ -26,8 +26,8 @@ class CddsConfig(PicoConfig):
         unet_num_layers (`int`, *optional*, defaults to 2):
             Transformer layers of the encoder and of each decoder.
         unet_num_heads (`int`, *optional*):
-            Attention heads of these layers; must divide `embedding_dim`. 8 by default, or the largest power of two
-            below that does.
+            Attention heads of these layers; must divide `embedding_dim`. By default 8, fewer where they would be
+            narrower than 16 features.
         noise_groups (`int`, *optional*, defaults to 2):
             Noisy copies over which components are averaged in training (z). Evaluation is without noise.
         threshold_init (`float`, *optional*, defaults to 1.0):
@@ -78,7 +78,7 @@ class CddsConfig(PicoConfig):
 
     def __post_init__(self, **kwargs):
         if self.unet_num_heads is None:
-            self.unet_num_heads = math.gcd(self.embedding_dim, 8)
+            self.unet_num_heads = math.gcd(8, self.embedding_dim, max(self.embedding_dim // 16, 1))
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):

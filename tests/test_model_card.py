@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from transformers import BertConfig, ViTConfig
 
 import modeling_pico
-from modeling_pico import PicoConfig
+from modeling_pico import CddsConfig, PicoConfig
 from modeling_pico.configuration_pico import ALIGNMENT_HEADS
 from modeling_pico.model_card import create_model_card
 
@@ -204,6 +204,19 @@ def test_says_which_head_it_is(head):
     assert ("has no style prototypes" in card.text) != is_pico
     assert ("instance normalisation" in card.text) == (head == "instance_norm")
     assert ("Prototype stage" in card.text) == is_pico and ("| num_style_prototypes |" in card.text) == is_pico
+
+
+@pytest.mark.parametrize("semantic_probability", [False, True])
+def test_says_that_it_is_cdds(semantic_probability):
+    card = _full_card(config=CddsConfig(semantic_probability=semantic_probability))
+    assert _headings(card) == HEADINGS
+    assert "\n\n\n" not in card.text and "None" not in str(card)
+    assert card.text.count("2603.05566") == 3 and "from modeling_pico import CddsModel" in card.text
+    assert ("2510.11175" in card.text) == semantic_probability == ("ma2025reliable" in card.text)
+    assert card.data.tags[:2] == (["cdds", "pico"] if semantic_probability else ["cdds", "image-text-retrieval"])
+    options = [row[0] for row in next(table for table in _tables(card) if table[0][0] == "Option")]
+    assert "integrity_weight" in options and ("num_style_prototypes" in options) == semantic_probability
+    assert ("Prototype stage" in card.text) == ("Prototype feedback" in card.text) == semantic_probability
 
 
 def test_options_follow_the_configuration():

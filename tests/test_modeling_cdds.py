@@ -62,6 +62,11 @@ def test_configuration_survives_disk(tmp_path):
     assert again.uses_prototypes and not default.uses_prototypes
 
 
+@pytest.mark.parametrize(("dim", "heads"), [(512, 8), (64, 4), (192, 4), (48, 1), (12, 1), (33, 1), (96, 2)])
+def test_narrow_embeddings_have_fewer_attention_heads(dim, heads):
+    assert CddsConfig(embedding_dim=dim).unet_num_heads == heads
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -314,7 +319,7 @@ def test_a_pico_checkpoint_is_a_start(tiny_model, tmp_path):
     source = tiny_model(alignment_head="fine_grained")
     source.save_pretrained(tmp_path)
     model, info = CddsModel.from_pretrained(tmp_path, noise_groups=3, output_loading_info=True)
-    assert (model.config.noise_groups, model.config.unet_num_heads, model.config.alignment_head) == (3, 4, "cdds")
+    assert (model.config.noise_groups, model.config.unet_num_heads, model.config.alignment_head) == (3, 1, "cdds")
     assert all(name.startswith("alignment_head.") for name in info["missing_keys"]) and not info["unexpected_keys"]
     own = model.alignment_head
     assert torch.equal(own.visual_projection.weight, source.alignment_head.visual_projection.weight)
