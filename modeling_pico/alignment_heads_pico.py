@@ -10,6 +10,11 @@ from .configuration_pico import PicoConfig
 from .prototypes_pico import StylePrototypes
 
 
+# Shorter vectors are divided by this instead of their length: a token of zeros stays one, rounding left of a constant
+# image is not blown up to unit length, and their gradient, which is divided too, stays within the range of float16.
+MIN_NORM = 1e-4
+
+
 class TokenProjection(nn.Linear):
     """Linear map from hidden states to token embeddings."""
 
@@ -32,7 +37,7 @@ class FineGrainedHead(nn.Module):
     def project(self, hidden_states: torch.Tensor, modality: str) -> torch.Tensor:
         """Projects `(..., hidden)` to unit vectors `(..., dim)` in float32."""
         projection = self.visual_projection if modality == "image" else self.text_projection
-        return nn.functional.normalize(projection(hidden_states).float(), dim=-1)
+        return nn.functional.normalize(projection(hidden_states).float(), dim=-1, eps=MIN_NORM)
 
     def pool(
         self, tokens: torch.Tensor, mask: torch.Tensor, class_state: torch.Tensor | None, modality: str
@@ -40,7 +45,7 @@ class FineGrainedHead(nn.Module):
         """One unit vector `(batch, dim)` of a sample's tokens `(batch, tokens, dim)`, by `config.pooling`."""
         if class_state is not None:
             return self.project(class_state, modality)
-        return nn.functional.normalize((tokens * mask.unsqueeze(-1)).sum(dim=1), dim=-1)
+        return nn.functional.normalize((tokens * mask.unsqueeze(-1)).sum(dim=1), dim=-1, eps=MIN_NORM)
 
     def embed(
         self, token_states: torch.Tensor, mask: torch.Tensor, class_state: torch.Tensor | None, modality: str
@@ -96,7 +101,7 @@ class InstanceNormHead(FineGrainedHead):
         projection = self.visual_projection if modality == "image" else self.text_projection
         states, valid = projection(token_states).float(), mask.unsqueeze(-1)
         mean = (states * valid).sum(dim=1, keepdim=True) / valid.sum(dim=1, keepdim=True).clamp(min=1)
-        return nn.functional.normalize(states - mean, dim=-1) * valid, mask, None
+        return nn.functional.normalize(states - mean, dim=-1, eps=MIN_NORM) * valid, mask, None
 
 
 class PicoHead(FineGrainedHead):
@@ -118,4 +123,12 @@ HEADS: dict[str, type[FineGrainedHead]] = {
 }
 
 
-__all__ = ["HEADS", "ClipStyleHead", "FineGrainedHead", "InstanceNormHead", "PicoHead", "TokenProjection"]
+__all__ = [
+    "HEADS",
+    "MIN_NORM",
+    "ClipStyleHead",
+    "FineGrainedHead",
+    "InstanceNormHead",
+    "PicoHead",
+    "TokenProjection",
+]

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from .alignment_heads_pico import FineGrainedHead, TokenProjection
+from .alignment_heads_pico import MIN_NORM, FineGrainedHead, TokenProjection
 from .configuration_cdds import CddsConfig
 from .decoupling_cdds import (
     column_similarity,
@@ -160,7 +160,7 @@ class CddsHead(FineGrainedHead):
         tokens = self.project(token_states, modality) * self.config.embedding_dim**0.5
         encoded = unet.encode(tokens, mask)
         semantic = unet.decode(unet.semantic_decoder, encoded)
-        scored = nn.functional.normalize(semantic, dim=-1) * mask.unsqueeze(-1)
+        scored = nn.functional.normalize(semantic, dim=-1, eps=MIN_NORM) * mask.unsqueeze(-1)
         return scored, mask, DecoupledSide(tokens, semantic, encoded, mask)
 
     def weight(self, tokens, mask, modality):

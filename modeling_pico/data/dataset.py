@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import datasets
@@ -78,6 +78,11 @@ class CaptionedImageDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def image_names(self, codes: Sequence[int]) -> list[str]:
+        """The `image_id` of the data for each code of `ids`."""
+        rows = [int((self.ids == code).nonzero()[0]) for code in codes]
+        return self.dataset.select_columns("image_id")[rows]["image_id"]
 
     def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
         row = key.row if isinstance(key, SampleKey) else int(key)

@@ -1,12 +1,14 @@
 """Training: arguments, staged construction of prototypes, trainer."""
 
 from .arguments import PicoTrainingArguments
+from .finite import NonFiniteLossError
 from .prototype_construction import PrototypeState, construct_prototypes, feedback_weight, weighted_kmeans
 from .staging import PrototypeConstruction
 from .trainer import PicoTrainer
 
 
 __all__ = [
+    "NonFiniteLossError",
     "PicoTrainer",
     "PicoTrainingArguments",
     "PrototypeConstruction",

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 FEEDBACKS = ("counterfactual", "epoch_delta", "ema", "uniform", "latest")
 SCHEDULE_UNITS = ("epochs", "share")
 CAPTION_SAMPLINGS = ("random", "all")
+NON_FINITE_LOSSES = ("stop", "skip")
 
 
 @dataclass
@@ -28,6 +29,10 @@ class PicoTrainingArguments(TrainingArguments):
         gradient_cache_chunk_size (`int`, *optional*):
             Encodes each batch in chunks of so many pairs (GradCache): the loss and gradient of a large batch with the
             memory of a small one, for one more forward pass.
+        non_finite_loss (`str`, *optional*, defaults to `"stop"`):
+            What a loss or gradient that is NaN or infinite does, on whichever process: `"stop"` ends training with an
+            error that names the batch's images, before the weights change; `"skip"` leaves the optimizer step out,
+            with all its micro-batches, warns, and logs `skipped_steps`; ten in a row end training all the same.
         hinge_warmup_epochs (`float`, *optional*, defaults to 1.0):
             Epochs in which the hinge loss counts all negatives instead of the hardest.
         prototype_start (`float`, *optional*, defaults to 2.0):
@@ -72,6 +77,10 @@ class PicoTrainingArguments(TrainingArguments):
     gradient_cache_chunk_size: int | None = field(
         default=None, metadata={"help": "Encode each batch in chunks of so many pairs (GradCache)."}
     )
+    non_finite_loss: str = field(
+        default="stop",
+        metadata={"help": "What a loss that is NaN or infinite does.", "choices": NON_FINITE_LOSSES},
+    )
     hinge_warmup_epochs: float = field(
         default=1.0, metadata={"help": "Epochs in which the hinge loss counts all negatives."}
     )
@@ -104,17 +113,20 @@ class PicoTrainingArguments(TrainingArguments):
         if self.ddp_broadcast_buffers is None:
             # Prototypes are computed alike on all processes; a broadcast before every forward would be wasted.
             self.ddp_broadcast_buffers = False
+        # A loss that stops training needs no filter, which would wait for the device at every micro-batch.
+        self.logging_nan_inf_filter = self.non_finite_loss == "skip"
         for name, allowed in (
             ("caption_sampling", CAPTION_SAMPLINGS),
             ("prototype_schedule", SCHEDULE_UNITS),
             ("feedback", FEEDBACKS),
+            ("non_finite_loss", NON_FINITE_LOSSES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"`{name}` must be one of {', '.join(map(repr, allowed))}, but got {getattr(self, name)!r}."
                 )
         for name in ("prototype_interval", "feedback_kappa", "reservoir_pairs", "eval_num_folds", "prototype_start"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # NaN is refused, too
                 raise ValueError(f"`{name}` must be greater than 0, but got {getattr(self, name)}.")
         if self.feedback_images is not None and self.feedback_images < 1:
             raise ValueError(f"`feedback_images` must be at least 1, or None for all, but got {self.feedback_images}.")

@@ -89,8 +89,13 @@ def weighted_kmeans(
     """
     if len(points) == 0:
         raise ValueError("K-means needs at least one point, but got none.")
-    if weights.min() < 0:
-        raise ValueError(f"K-means weights must not be negative, but the smallest is {weights.min().item()}.")
+    if not points.isfinite().all():
+        raise ValueError("K-means points must be finite, but some are NaN or infinite.")
+    if not weights.isfinite().all() or weights.min() < 0:
+        raise ValueError(
+            f"K-means weights must be finite and not negative, but the smallest is {weights.min().item()} and the "
+            f"largest {weights.max().item()}."
+        )
     points = points.float()
     weights = weights.float() if weights.sum() > 0 else torch.ones_like(weights, dtype=torch.float32)
     centroids = _plus_plus_start(points, weights, num_clusters, generator) if initial is None else initial.float()

@@ -26,6 +26,7 @@ from .arguments import PicoTrainingArguments
 from .callbacks import LogitScaleCallback, PrototypeCallback, SamplerEpochCallback
 from .checkpoints import CheckpointTrainer
 from .distributed import gather_batch
+from .finite import FiniteLossCallback
 from .gradient_cache import cached_backward, split_inputs
 from .publishing import PublishingTrainer
 from .retrieval_evaluation import EvaluationTrainer
@@ -96,6 +97,8 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         )
         self.evaluator = RetrievalEvaluator(args.eval_num_folds, loss_batch_size=args.per_device_eval_batch_size)
         self.add_callback(LogitScaleCallback)
+        self._finite_loss = FiniteLossCallback(args.non_finite_loss, self.train_dataset, self.log)
+        self.add_callback(self._finite_loss)
 
     # Data
 
@@ -239,7 +242,20 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         """As `Trainer.training_step`; with `gradient_cache_chunk_size` the batch is encoded in chunks."""
         chunk_size = self.args.gradient_cache_chunk_size
         if chunk_size is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            loss = self._step_in_chunks(model, inputs, chunk_size)
+        self._finite_loss.note(loss, inputs)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._finite_loss.grad_norm = norm if self.accelerator.scaler is None else None
+        return norm
+
+    def _step_in_chunks(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], chunk_size: int
+    ) -> torch.Tensor:
         model.train()
         if isinstance(self.optimizer, AcceleratedOptimizer):
             self.optimizer.train()
@@ -318,6 +334,8 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         image_tokens, image_mask = outputs["image_tokens"].detach(), outputs["image_mask"]
         text_tokens, text_mask = outputs["text_tokens"].detach(), outputs["text_mask"]
         valid = image_mask.any(dim=1) & text_mask.any(dim=1)
+        # What a step that is left out saw must not reach the prototypes either.
+        valid &= image_tokens.flatten(1).sum(dim=1).isfinite() & text_tokens.flatten(1).sum(dim=1).isfinite()
         # Two collectives in place of four.
         shares = torch.cat([sign_shares(image_tokens, image_mask), sign_shares(text_tokens, text_mask)], dim=1)
         image_shares, text_shares = gather_rows(shares).chunk(2, dim=1)

@@ -184,7 +184,7 @@ def test_iterations_are_bounded():
 def test_wrong_kmeans_input_is_refused():
     with pytest.raises(ValueError, match="at least one point"):
         weighted_kmeans(torch.zeros(0, 3), torch.zeros(0), 2)
-    with pytest.raises(ValueError, match="must not be negative, but the smallest is -0.5"):
+    with pytest.raises(ValueError, match="finite and not negative, but the smallest is -0.5 and the largest"):
         weighted_kmeans(torch.zeros(2, 3), torch.tensor([1.0, -0.5]), 2)
 
 

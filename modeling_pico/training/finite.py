@@ -1,0 +1,107 @@
+"""Steps whose loss or gradient is NaN or infinite: training stops before such a step, or leaves it out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import gather, gather_object
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 10
+"""So many steps left out one after another are no accident of the data; training stops then as well."""
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss or its gradient is NaN or infinite. The message names the batch; the weights are as before the step."""
+
+
+class FiniteLossCallback(TrainerCallback):
+    r"""
+    Judges every optimizer step just before it is taken, so that no weight and no checkpoint ever becomes NaN.
+
+    Once a step, and not once a micro-batch: all forward and backward passes are under way by then, and a device is
+    waited for once. Processes decide together. Under loss scaling (fp16) only the loss is judged: infinite gradients
+    belong to the search for the scale there, and the scaler leaves such steps out itself.
+
+    Args:
+        action (`str`): `"stop"` raises [`NonFiniteLossError`], `"skip"` leaves the step out, warns and counts.
+        dataset (`Any`): The training set; one that has `image_names` tells ids as the data does.
+        log (`Callable`): Takes `{"skipped_steps": count}`.
+    """
+
+    def __init__(self, action: str, dataset: Any, log: Callable[[dict[str, float]], None]):
+        self.action = action
+        self.dataset = dataset
+        self.log = log
+        self.grad_norm: Any = None
+        self.skipped = 0
+        self._in_a_row = 0
+        self._noted: list[tuple[torch.Tensor, dict[str, Any]]] = []
+
+    def note(self, loss: torch.Tensor, inputs: dict[str, Any]) -> None:
+        """Takes the loss of a micro-batch and what it was computed from."""
+        self._noted.append((loss.detach(), inputs))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        logged = [entry["skipped_steps"] for entry in state.log_history if "skipped_steps" in entry]
+        self.skipped = int(logged[-1]) if logged else 0
+        self._in_a_row = 0
+        self._noted.clear()
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        noted, self._noted = self._noted, []
+        losses = torch.stack([loss for loss, _ in noted])
+        finite = losses.isfinite().all()
+        if self.grad_norm is not None:
+            norm = self.grad_norm.full_tensor() if hasattr(self.grad_norm, "full_tensor") else self.grad_norm
+            finite = finite & torch.as_tensor(norm, device=finite.device).isfinite()
+        if args.world_size > 1:
+            finite = gather(finite[None].to(torch.uint8)).all()
+        if finite:
+            self._in_a_row = 0
+            return
+        message = self._message(state.global_step + 1, noted)
+        self._in_a_row += 1
+        if self.action == "stop":
+            raise NonFiniteLossError(f"{message} `non_finite_loss='skip'` leaves such steps out.")
+        if self._in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteLossError(f"{message} It is the {self._in_a_row}th step in a row.")
+        self.skipped += 1
+        logger.warning(f"{message} The step is left out; {self.skipped} so far.")
+        # Without gradients an optimizer leaves weights, momentum and decay alone.
+        model.zero_grad(set_to_none=True)
+        self.log({"skipped_steps": self.skipped})
+
+    def _message(self, step: int, noted: list[tuple[torch.Tensor, dict[str, Any]]]) -> str:
+        bad = [(loss, inputs) for loss, inputs in noted if not loss.isfinite()]
+        values = gather_object([float(loss) for loss, _ in bad])
+        # Finite losses: the gradient is to blame, and with it every micro-batch.
+        blamed = bad if values else noted
+        ids = gather_object([code for _, inputs in blamed for code in inputs["image_ids"].tolist()])
+        pixels = gather_object([code for _, inputs in blamed for code in _ids_of_bad_pixels(inputs)])
+        what = f"loss ({', '.join(map(str, values))})" if values else f"gradient (norm {float(self.grad_norm)})"
+        if pixels:
+            reason = f"Not finite are the pixels of {self._names(pixels)}."
+        else:
+            reason = "Their pixels are finite: a lower `learning_rate`, bf16 instead of fp16, or other data may help."
+        return (
+            f"The {what} of step {step} is not finite. Images of its batch, by image_id: {self._names(ids)}. {reason}"
+        )
+
+    def _names(self, codes: list[int]) -> str:
+        names = self.dataset.image_names(codes) if hasattr(self.dataset, "image_names") else codes
+        return ", ".join(map(repr, names))
+
+
+def _ids_of_bad_pixels(inputs: dict[str, Any]) -> list[int]:
+    finite = inputs["pixel_values"].flatten(1).isfinite().all(dim=1)
+    return inputs["image_ids"][~finite].tolist()
+
+
+__all__ = ["FiniteLossCallback", "NonFiniteLossError"]
