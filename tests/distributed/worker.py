@@ -2,13 +2,20 @@
 What several processes do together, as one script for any number of them.
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 worker.py FOLDER
+    python worker.py FOLDER 4
 
 Every process writes what it holds at the end to FOLDER/rank{N}-of-{M}.pt. The batch of all processes together is the
-same for any number of them.
+same for any number of them. The first form also resumes what one process left in FOLDER/single, and ends with a
+training in which the last process is killed; the second imports once, forks and does `FEW` alone.
 """
 
 from __future__ import annotations
 
+import math
+import multiprocessing
+import os
+import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -17,15 +24,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 import torch
 from accelerate import PartialState
-from tiny import prototype_log, trainer
+from tiny import CountedDataset, prototype_log, rows, trainer
 from transformers import logging
 
 from modeling_pico import CddsModel, RetrievalEvaluator
-from modeling_pico.training import PicoTrainer
+from modeling_pico.training import NonFiniteLossError, PicoTrainer
 
 
 GLOBAL_BATCH = 8
 PURITY = {"style_probability": "purity", "sharpness": 4.0, "column_mode": "statistics"}
+EPOCHS = {"num_train_epochs": 3, "prototype_update_start": 2}
+# What four processes do, too.
+FEW = ("uneven", "masked")
 
 
 class FirstGradients(PicoTrainer):
@@ -48,16 +58,56 @@ class FirstGradients(PicoTrainer):
         return loss
 
 
-def run(folder: Path, model_options: dict, checkpoint: str | None = None, **options) -> dict:
+class Masked(FirstGradients):
+    """The second half of each batch has no word, which leaves processes without a valid pair; the last batch none."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        size = len(inputs["input_ids"])
+        first = 0 if self.state.global_step == self.state.max_steps - 1 else GLOBAL_BATCH // 2
+        inputs["attention_mask"][max(0, first - PartialState().process_index * size) :] = 0
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+class Poisoned(FirstGradients):
+    """An image of the last process is not finite in the second step."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        if self.state.global_step == 1 and PartialState().is_last_process:
+            inputs["pixel_values"][1, 0, 2, 2] = math.nan
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+class Mortal(FirstGradients):
+    """The last process is killed in the middle of the third step."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        if self.state.global_step == 2 and PartialState().is_last_process:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss
+
+
+def train(folder: Path, model_options: dict, checkpoint: str | None = None, global_batch=GLOBAL_BATCH, **options):
     made = trainer(
         folder,
-        trainer_class=FirstGradients,
         model_options=model_options,
         # Not AdamW: it divides by the size of gradients and so makes rounding of tiny ones visible.
-        **{"optim": "sgd", "learning_rate": 0.3, "backbone_learning_rate": 0.3, "save_strategy": "no", **options},
-        per_device_train_batch_size=GLOBAL_BATCH // PartialState().num_processes,
+        **{
+            "trainer_class": FirstGradients,
+            "optim": "sgd",
+            "learning_rate": 0.3,
+            "backbone_learning_rate": 0.3,
+            "save_strategy": "no",
+            **options,
+        },
+        per_device_train_batch_size=global_batch // PartialState().num_processes,
     )
     made.train(resume_from_checkpoint=checkpoint)
+    return made
+
+
+def run(*args, **kwargs) -> dict:
+    made = train(*args, **kwargs)
     evaluation = made.evaluate()
     prediction = made.predict(made.eval_dataset)
     made.eval_dataset.styles = ["ink", "oil", "oil"] * 3
@@ -73,6 +123,7 @@ def run(folder: Path, model_options: dict, checkpoint: str | None = None, **opti
         "state": {name: tensor.clone() for name, tensor in made._pico_model().state_dict().items()},
         "log": prototype_log(made),
         "losses_logged": [entry for entry in made.state.log_history if "loss" in entry],
+        "skipped": [entry["skipped_steps"] for entry in made.state.log_history if "skipped_steps" in entry],
         "evaluation": {name: evaluation[name] for name in evaluation if "per_second" not in name},
         "folds": made.evaluator.metrics(made._pico_model(), encoded),
         "eval_ids": (encoded.image_ids, encoded.text_ids),
@@ -82,14 +133,26 @@ def run(folder: Path, model_options: dict, checkpoint: str | None = None, **opti
     }
 
 
-def main(folder: Path) -> dict:
-    logging.set_verbosity_error()
-    state = PartialState(cpu=True)
-    epochs = {"num_train_epochs": 3, "prototype_update_start": 2}
-    results = {
-        "infonce": run(folder / "infonce", PURITY, save_strategy="epoch", **epochs),
-        "resumed": run(folder / "resumed", PURITY, checkpoint=str(folder / "infonce" / "checkpoint-2"), **epochs),
-        "subset": run(folder / "subset", PURITY, feedback_images=4, **epochs),
+def few(folder: Path) -> dict:
+    return {
+        # 16 of 29 images, then the other 13: of four processes one has four of them, the others three.
+        "uneven": run(
+            folder / "uneven",
+            PURITY,
+            global_batch=16,
+            data=CountedDataset(rows(29, repeats=2)),
+            dataloader_drop_last=False,
+            **EPOCHS,
+        ),
+        "masked": run(folder / "masked", PURITY, trainer_class=Masked, **EPOCHS),
+    }
+
+
+def many(folder: Path) -> dict:
+    return {
+        "infonce": run(folder / "infonce", PURITY, save_strategy="epoch", **EPOCHS),
+        "resumed": run(folder / "resumed", PURITY, checkpoint=str(folder / "infonce" / "checkpoint-2"), **EPOCHS),
+        "subset": run(folder / "subset", PURITY, feedback_images=4, **EPOCHS),
         # 20 images and shorter batches at the end, which the processes share.
         "hinge": run(
             folder / "hinge",
@@ -111,10 +174,66 @@ def main(folder: Path) -> dict:
             dataloader_drop_last=False,
         ),
         "local": run(folder / "local", PURITY, num_train_epochs=1, gather_negatives=False),
+        "skip": run(
+            folder / "skip",
+            PURITY,
+            trainer_class=Poisoned,
+            num_train_epochs=2,
+            gather_negatives=False,
+            non_finite_loss="skip",
+        ),
+        "stop": stopped(folder),
     }
+
+
+def stopped(folder: Path) -> str:
+    try:
+        train(folder / "stop", PURITY, trainer_class=Poisoned, num_train_epochs=1)
+    except NonFiniteLossError as error:
+        return str(error)
+    return "was not stopped"
+
+
+def resume_what_one_process_left(folder: Path) -> dict:
+    checkpoint = str(folder / "single" / "infonce" / "checkpoint-2")
+    return {
+        "taken over": run(folder / "over", PURITY, checkpoint=checkpoint, **EPOCHS),
+        # The batch of each process stays as it was, so that all together see twice as many pairs a step.
+        "widened": run(folder / "wide", PURITY, checkpoint=checkpoint, global_batch=2 * GLOBAL_BATCH, **EPOCHS),
+    }
+
+
+def main(folder: Path, part=lambda folder: {**many(folder), **few(folder)}) -> dict:
+    logging.set_verbosity_error()
+    state = PartialState(cpu=True)
+    results = part(folder)
     torch.save(results, folder / f"rank{state.process_index}-of-{state.num_processes}.pt")
     return results
 
 
+def forked(folder: Path, rank: int, processes: int, port: int) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    main(folder, few)
+    torch.distributed.destroy_process_group()
+
+
+def fork(folder: Path, processes: int) -> None:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=forked, args=(folder, rank, processes, port)) for rank in range(processes)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    sys.exit(max(abs(child.exitcode or 0) for child in children))
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if len(sys.argv) > 2:
+        fork(Path(sys.argv[1]), int(sys.argv[2]))
+    else:
+        main(Path(sys.argv[1]), lambda folder: {**many(folder), **few(folder), **resume_what_one_process_left(folder)})
+        train(Path(sys.argv[1]) / "mortal", PURITY, trainer_class=Mortal, save_strategy="epoch", **EPOCHS)

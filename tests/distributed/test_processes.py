@@ -1,11 +1,13 @@
-"""Two processes train, evaluate and resume as one process with the whole batch does."""
+"""Two and four processes train, evaluate and resume as one process with the whole batch does; a death is no secret."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,19 +20,33 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """Results of one process, and of both of two."""
+def launched(tmp_path_factory):
+    """Results of one process, of both of two and of all of four, and how the death of a process ended the two."""
     folder = tmp_path_factory.mktemp("processes")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, str(WORKER), str(folder)], env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
     from worker import main
 
+    options = {"env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    four = subprocess.Popen([sys.executable, str(WORKER), str(folder), "4"], **options)
     single = main(folder / "single")
-    return single, *(torch.load(folder / f"rank{rank}-of-2.pt", weights_only=False) for rank in (0, 1))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    two = subprocess.run([*launch, str(WORKER), str(folder)], timeout=240, check=False, **options)
+    ended = time.time()
+    printed, _ = four.communicate(timeout=240)
+    assert four.returncode == 0, printed[-3000:]
+    results = {}
+    for processes in (2, 4):
+        for rank in range(processes):
+            file = folder / f"rank{rank}-of-{processes}.pt"
+            assert file.is_file(), two.stdout[-3000:]
+            results[rank, processes] = torch.load(file, weights_only=False)
+    return SimpleNamespace(folder=folder, single=single, results=results, two=two, ended=ended)
+
+
+@pytest.fixture(scope="module")
+def results(launched):
+    """Results of one process, and of both of two."""
+    return launched.single, launched.results[0, 2], launched.results[1, 2]
 
 
 def assert_close(first: dict, second: dict, tolerance: float) -> None:
@@ -101,6 +117,32 @@ def test_evaluation_of_an_odd_set_is_that_of_one_process(results, run):
     assert first["styles"] == second["styles"] == pytest.approx(single["styles"], abs=1e-4)
 
 
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("run", ["uneven", "masked"])
+def test_one_two_and_four_processes_train_and_measure_alike(launched, run, processes):
+    single = launched.single[run]
+    ranks = [launched.results[rank, processes][run] for rank in range(processes)]
+    sizes = [[len(ids) for ids in batches] for batches in zip(*(rank["ids"] for rank in ranks), strict=True)]
+    if run == "uneven":
+        # 13 images that are no multiple of any number of processes.
+        assert sizes == [[16 // processes] * processes, {2: [7, 6], 4: [4, 3, 3, 3]}[processes]] * 3
+    else:
+        assert any(len({rank["widths"][step] for rank in ranks}) > 1 for step in range(len(sizes)))
+    losses = [sum(step) / processes for step in zip(*(rank["losses"] for rank in ranks), strict=True)]
+    assert losses == pytest.approx(single["losses"], rel=1e-4)
+    assert len(losses) == 6 and len(set(losses)) == 6
+    for rank in ranks:
+        assert_close(rank["state"], ranks[0]["state"], 0.0)
+        assert_close(rank["state"], single["state"], 1e-4)
+        assert len(rank["log"]) == len(single["log"]) == 2
+        for mine, other in zip(rank["log"], single["log"], strict=True):
+            assert mine == pytest.approx(other, abs=1e-4)
+        for numbers in ("evaluation", "folds", "styles"):
+            mine, other = ({**result[numbers], "eval_runtime": 0} for result in (rank, single))
+            assert mine == pytest.approx(other, abs=1e-4)
+    assert all(tensor.isfinite().all() for tensor in ranks[0]["state"].values())
+
+
 @pytest.mark.parametrize("run", ["infonce", "hinge"])
 def test_folds_that_processes_share_are_those_of_the_full_matrix(results, run):
     single, first, second = (result[run] for result in results)
@@ -122,9 +164,53 @@ def test_two_processes_resume_bit_for_bit(results):
         assert result["resumed"]["log"] == result["infonce"]["log"]
 
 
+def test_two_processes_take_over_from_one(results):
+    single, first, second = results
+    for result in (first["taken over"], second["taken over"]):
+        assert_close(result["state"], single["infonce"]["state"], 1e-4)
+        assert len(result["losses"]) == len(single["infonce"]["losses"]) - 2
+    # 20 images in batches of 16: one step an epoch, and two of three steps were done.
+    for result in (first["widened"], second["widened"]):
+        assert result["steps"] == 3 and len(result["losses"]) == 1
+        assert_close(result["state"], first["widened"]["state"], 0.0)
+
+
+def test_a_loss_that_is_not_finite_on_one_process_is_skipped_on_both(results):
+    _, first, second = (result["skip"] for result in results)
+    assert torch.tensor(first["losses"]).isfinite().all()
+    assert torch.tensor(second["losses"]).isfinite().tolist() == [True, False, True, True]
+    assert first["skipped"] == second["skipped"] == [1]
+    assert_close(first["state"], second["state"], 0.0)
+    assert all(tensor.isfinite().all() for tensor in first["state"].values())
+
+
+def test_a_loss_that_is_not_finite_stops_both_with_the_ids_of_all(results):
+    single, first, second = (result["stop"] for result in results)
+    assert first == second
+    assert "loss (nan, nan) of step 2 is not finite" in first and "loss (nan) of step 2" in single
+    ids = [[message.split("by image_id: ")[1].split(". ")[0]] for message in (first, single)]
+    assert ids[0] == ids[1] and len(ids[0][0].split(", ")) == 8
+    assert "Not finite are the pixels of" in first
+
+
 def test_without_gathered_negatives_processes_see_their_own_pairs(results):
     single, first, second = (result["local"] for result in results)
     assert_close(first["state"], second["state"], 0.0)
     # Half the negatives make an easier task.
     assert (first["losses"][0] + second["losses"][0]) / 2 < single["losses"][0] - 0.1
     assert first["losses"][0] != second["losses"][0]
+
+
+def test_a_killed_process_ends_the_run_with_its_name_and_leaves_a_checkpoint_for_one(launched, tmp_path):
+    assert launched.two.returncode != 0
+    assert "Signal 9 (SIGKILL) received by PID" in launched.two.stdout
+    checkpoints = sorted(path.name for path in (launched.folder / "mortal").glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-2"]
+    # The other one did not wait for a timeout, which is half an hour.
+    written = (launched.folder / "mortal" / "checkpoint-2" / "trainer_state.json").stat().st_mtime
+    assert launched.ended - written < 60
+    from worker import EPOCHS, PURITY, train
+
+    checkpoint = str(launched.folder / "mortal" / "checkpoint-2")
+    resumed = train(tmp_path, PURITY, checkpoint=checkpoint, **EPOCHS)
+    assert_close(resumed.model.state_dict(), launched.single["infonce"]["state"], 1e-4)
