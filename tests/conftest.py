@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -31,6 +32,10 @@ from transformers.utils import logging as hf_logging
 
 from modeling_pico import PicoConfig, PicoModel, PicoProcessor
 
+
+# The same examples in every run and on every machine, however slow.
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+settings.load_profile("repeatable")
 
 CAPTIONS = ["a red circle", "two blue stars above a small green square", "the red star on a blue circle"]
 

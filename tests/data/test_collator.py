@@ -3,6 +3,8 @@ from __future__ import annotations
 import datasets
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from modeling_pico.data import PicoDataCollator, count_truncated, default_max_length
@@ -98,3 +100,59 @@ def test_images_of_different_sizes_are_refused(processor):
     samples[1]["image"] = Image.new("RGB", (4, 4))
     with pytest.raises(ValueError, match=r"one shape .*\[\(3, 4, 4\), \(3, 8, 8\)\]. Let it resize"):
         PicoDataCollator(processor)(samples)
+
+
+WORDS = st.sampled_from(["a", "red", "blue", "cat", "dog"])
+CAPTION = st.lists(WORDS, max_size=9).map(" ".join)
+COLORS = st.tuples(*[st.integers(0, 255)] * 3)
+
+
+def words_of(processor, ids, mask) -> str:
+    """What the mask shows, without [CLS] and [SEP]."""
+    return " ".join(processor.tokenizer.convert_ids_to_tokens(ids[mask.bool()].tolist())[1:-1])
+
+
+def assert_pixels(processor, pixels, color) -> None:
+    expected = processor.image_processor(images=[Image.new("RGB", (8, 8), color)])["pixel_values"][0]
+    assert torch.equal(pixels, torch.as_tensor(expected))
+
+
+# The fixture is the same object for all examples of a test, and stays as it is.
+any_batch = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@any_batch
+@given(pairs=st.lists(st.tuples(COLORS, CAPTION), min_size=1, max_size=6), multiple=st.sampled_from([None, 4, 7]))
+def test_any_training_pair_stays_together(processor, pairs, multiple):
+    samples = [
+        {"image": Image.new("RGB", (8, 8), color), "caption": caption, "image_id": 100 - row}
+        for row, (color, caption) in enumerate(pairs)
+    ]
+    batch = PicoDataCollator(processor, pad_to_multiple_of=multiple)(samples)
+    for row, (color, caption) in enumerate(pairs):
+        assert_pixels(processor, batch["pixel_values"][row], color)
+        assert words_of(processor, batch["input_ids"][row], batch["attention_mask"][row]) == caption
+        assert batch["image_ids"][row] == 100 - row
+        # Padding changes nothing of what the mask shows: alone the sample gives the same.
+        alone = PicoDataCollator(processor)([samples[row]])
+        shown = batch["attention_mask"][row].bool()
+        assert torch.equal(batch["input_ids"][row][shown], alone["input_ids"][0])
+        assert not batch["input_ids"][row][~shown].any()
+    width, longest = batch["input_ids"].shape[1], max(len(caption.split()) + 2 for _, caption in pairs)
+    assert width == longest if multiple is None else (width % multiple == 0 and longest <= width < longest + multiple)
+
+
+@any_batch
+@given(rows=st.lists(st.tuples(COLORS, st.lists(CAPTION, min_size=1, max_size=4)), min_size=1, max_size=4))
+def test_any_evaluation_caption_keeps_the_id_of_its_image(processor, rows):
+    samples = [
+        {"image": Image.new("RGB", (8, 8), color), "captions": captions, "image_id": 7 + row // 2}
+        for row, (color, captions) in enumerate(rows)
+    ]
+    batch = PicoDataCollator(processor)(samples)
+    assert batch["num_captions"].tolist() == [len(captions) for _, captions in rows]
+    expected = [(7 + row // 2, caption) for row, (_, captions) in enumerate(rows) for caption in captions]
+    texts = zip(batch["text_ids"].tolist(), batch["input_ids"], batch["attention_mask"], strict=True)
+    assert [(code, words_of(processor, ids, mask)) for code, ids, mask in texts] == expected
+    for row, (color, _) in enumerate(rows):
+        assert_pixels(processor, batch["pixel_values"][row], color)
