@@ -16,7 +16,9 @@ import logging
 import os
 import shlex
 import sys
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -24,7 +26,6 @@ import yaml
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, HfArgumentParser, set_seed
 from transformers import logging as hf_logging
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_pico import CddsModel, PicoConfig, PicoModel, PicoProcessor
 from modeling_pico.backbones_pico import build_backbone, load_backbone
@@ -39,12 +40,14 @@ from modeling_pico.data import (
 from modeling_pico.evaluation.style_report import order_styles
 from modeling_pico.plots import has_matplotlib, require_matplotlib, save_run_plots
 from modeling_pico.training import PicoTrainer, PicoTrainingArguments
+from modeling_pico.training.checkpoint_files import clean_up, is_complete, last_checkpoint, write_text
 from modeling_pico.training.from_scratch import (
     small_image_processor,
     small_text_config,
     small_vision_config,
     train_tokenizer,
 )
+from modeling_pico.training.run_record import describe_run, without_secrets, write_run_record
 
 
 logger = hf_logging.get_logger("train_pico")
@@ -239,14 +242,23 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Pic
 def find_checkpoint(args: PicoTrainingArguments) -> str | None:
     """The checkpoint to resume from; refuses an output folder that already holds a run."""
     wanted = args.resume_from_checkpoint
-    if wanted is not None and wanted.lower() not in ("true", "false", "last"):
-        if not os.path.isdir(wanted):
-            raise ValueError(f"--resume_from_checkpoint: the folder {wanted!r} does not exist.")
+    if wanted is not None and wanted.lower() not in ("true", "false", "last", "auto"):
+        if not is_complete(wanted):
+            raise ValueError(
+                f"--resume_from_checkpoint: {wanted!r} is not a complete checkpoint (a folder with "
+                "trainer_state.json). Give the folder of one, or true, auto, false."
+            )
         return wanted
-    last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-    if wanted is not None and wanted.lower() != "false":
+    with args.main_process_first(local=False, desc="looking for checkpoints"):
+        if args.do_train and args.should_save:
+            clean_up(args.output_dir)
+    last = last_checkpoint(args.output_dir)
+    if wanted is not None and wanted.lower() != "false" and (last is not None or wanted.lower() != "auto"):
         if last is None:
-            raise ValueError(f"--resume_from_checkpoint: {args.output_dir!r} holds no checkpoint.")
+            raise ValueError(
+                f"--resume_from_checkpoint: {args.output_dir!r} holds no complete checkpoint. With auto, a run starts "
+                "anew where there is none."
+            )
         return last
     finished = os.path.isfile(os.path.join(args.output_dir, "all_results.json"))
     if args.do_train and (last is not None or finished):
@@ -473,7 +485,7 @@ def wants_plots(plots: str) -> bool:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Runs what the arguments ask for; returns all metrics."""
+    """Runs what the arguments ask for; returns all metrics. SIGTERM in training: a checkpoint, exit status 143."""
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, training_args = parse_arguments(argv)
     set_up_logging(training_args.get_process_log_level())
@@ -500,6 +512,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     splits = data.by_name(data_args)
     if training_args.should_log:
         report_truncation(splits, processor, collator.max_length)
+    if training_args.process_index == 0:
+        record_run(argv, model_args, data_args, training_args, splits)
 
     trainer = PicoTrainer(
         model=model,
@@ -516,18 +530,40 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         "splits": {
             name: {"images": len(split), "texts": int(split.num_captions.sum())} for name, split in splits.items()
         },
-        "command": shlex.join(["accelerate", "launch", "train_pico.py", *argv]),
+        "command": shlex.join(["accelerate", "launch", "train_pico.py", *without_secrets(argv)]),
     }
     trainer.card_split_names = {"eval": data_args.eval_split}
     results = run(trainer, data, checkpoint)
     if training_args.do_train:
-        trainer.create_model_card()
+        with ornament("model card"):
+            trainer.create_model_card()
         if training_args.push_to_hub:
             trainer.push_to_hub()
     if plots:
         # After the upload: pictures show images of the data, which may not be meant to be published.
-        save_run_plots(trainer, splits, main=data_args.eval_split)
+        with ornament("pictures"):
+            save_run_plots(trainer, splits, main=data_args.eval_split)
     return results
+
+
+def record_run(argv, model_args, data_args, training_args, splits: dict[str, CaptionedImageDataset]) -> None:
+    """Writes what this run is into `run.json`, before anything is trained."""
+    configuration = {
+        "model": asdict(model_args),
+        "data": asdict(data_args),
+        "training": training_args.to_dict(),
+    }
+    record = describe_run(["train_pico.py", *argv], configuration, splits, Path(__file__).resolve().parent)
+    write_run_record(training_args.output_dir, record)
+
+
+@contextmanager
+def ornament(name: str) -> Iterator[None]:
+    """Reports an error of what a run can do without; the model and the results are on the disk by then."""
+    try:
+        yield
+    except Exception:
+        logger.exception(f"The {name} could not be made. The model and the results are complete without.")
 
 
 def run(trainer: PicoTrainer, data: Data, checkpoint: str | None) -> dict[str, float]:
@@ -553,8 +589,8 @@ def run(trainer: PicoTrainer, data: Data, checkpoint: str | None) -> dict[str, f
         trainer.card_info["style_metrics"] = {name: style.retrieval for name, style in report.styles.items()}
         if trainer.is_world_process_zero():
             text = json.dumps(report.to_dict(), indent=4, ensure_ascii=False)
-            Path(args.output_dir, "style_report.json").write_text(text + "\n", encoding="utf-8")
-            Path(args.output_dir, "style_report.md").write_text(report.to_markdown(), encoding="utf-8")
+            write_text(Path(args.output_dir, "style_report.json"), text + "\n")
+            write_text(Path(args.output_dir, "style_report.md"), report.to_markdown())
     return results
 
 

@@ -354,7 +354,7 @@ def test_values_of_a_file_that_are_no_strings_of_the_command_line(tmp_path):
     assert (training_args.resume_from_checkpoint, data_args.test_split) == ("true", ["neon"])
     assert (data_args.seen_styles, data_args.style_report, data_args.plots) == (["ink"], False, "true")
     assert training_args.learning_rate == 1e-3
-    with pytest.raises(ValueError, match="resume_from_checkpoint.*holds no checkpoint"):
+    with pytest.raises(ValueError, match="resume_from_checkpoint.*holds no complete checkpoint"):
         train_pico.find_checkpoint(training_args)
 
 
@@ -417,8 +417,8 @@ def test_bad_flag_names_what_is_allowed(tmp_path, capsys, options, words):
         ({"caption_column": "texts"}, ["texts", "caption_column", "captions", "image_id"]),
         ({"id_column": "imgid"}, ["imgid", "id_column", "image_id"]),
         ({"model_name_or_path": "a", "text_model_name_or_path": "b"}, ["either", "not both"]),
-        ({"resume_from_checkpoint": "nowhere"}, ["resume_from_checkpoint", "'nowhere'", "does not exist"]),
-        ({"resume_from_checkpoint": "true"}, ["resume_from_checkpoint", "holds no checkpoint"]),
+        ({"resume_from_checkpoint": "nowhere"}, ["resume_from_checkpoint", "'nowhere'", "not a complete checkpoint"]),
+        ({"resume_from_checkpoint": "true"}, ["resume_from_checkpoint", "holds no complete checkpoint", "auto"]),
     ],
 )
 def test_bad_value_stops_before_training(data, tmp_path, options, words):

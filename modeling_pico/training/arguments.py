@@ -110,6 +110,9 @@ class PicoTrainingArguments(TrainingArguments):
         super().__post_init__()
         # Samples are pixels and token ids only after collation, so no column can be judged unused before it.
         self.remove_unused_columns = False
+        # [`PicoTrainer`] writes a checkpoint on SIGTERM in any case, at the end of a step with all that belongs to it;
+        # the callback of transformers would write it in the middle, from where no run continues exactly.
+        self.enable_jit_checkpoint = False
         if self.ddp_broadcast_buffers is None:
             # Prototypes are computed alike on all processes; a broadcast before every forward would be wasted.
             self.ddp_broadcast_buffers = False

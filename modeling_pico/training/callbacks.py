@@ -19,8 +19,8 @@ class PrototypeCallback(TrainerCallback):
     Decides when prototypes are built and come into use.
 
     A construction that falls on the end of an epoch waits for `on_epoch_end`, so that it shares the evaluation the
-    trainer makes there; unless an evaluation or a checkpoint follows at the end of the step already, which would be a
-    checkpoint without the construction, and a run that resumes from it does not see that epoch end again.
+    trainer makes there; unless an evaluation, or a checkpoint that [`EpochEndCallback`] does not put off, follows at
+    the end of the step already: a run that resumes from that checkpoint does not see this epoch end again.
     """
 
     def __init__(self, construction: PrototypeConstruction):
@@ -44,6 +44,33 @@ class PrototypeCallback(TrainerCallback):
         self.construction.due = self.construction.is_reached(state.global_step)
 
 
+class EpochEndCallback(TrainerCallback):
+    """
+    Puts off the checkpoint of an epoch's last step until the end of the epoch, so that it holds what is evaluated and
+    constructed there: a run that resumes from it does not see that epoch end again.
+
+    Attributes:
+        follows (`bool`): Whether the end of the epoch comes right after this step.
+    """
+
+    def __init__(self):
+        self.follows = False
+        self._save = False
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.follows = self._save = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        stops = control.should_epoch_stop or control.should_training_stop
+        self.follows = stops or state.epoch == math.floor(state.epoch)
+        if self.follows:
+            self._save, control.should_save = control.should_save, False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_save or self._save
+        self.follows = self._save = False
+
+
 class SamplerEpochCallback(TrainerCallback):
     """Tells the batch sampler its epoch, also where a resumed run wraps it twice and nobody else does."""
 
@@ -64,4 +91,4 @@ class LogitScaleCallback(TrainerCallback):
                     parameter.clamp_(max=MAX_LOGIT_SCALE)
 
 
-__all__ = ["LogitScaleCallback", "PrototypeCallback", "SamplerEpochCallback"]
+__all__ = ["EpochEndCallback", "LogitScaleCallback", "PrototypeCallback", "SamplerEpochCallback"]

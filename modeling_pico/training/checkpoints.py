@@ -2,18 +2,266 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from ..modeling_pico import PicoModel
 from .base import TrainerBase
+from .callbacks import EpochEndCallback
+from .checkpoint_files import (
+    UNFINISHED,
+    clean_up,
+    is_complete,
+    last_checkpoint,
+    move_files,
+    put_in_place,
+    rotate,
+    write_text,
+)
 
 
 logger = logging.get_logger(__name__)
 
+LOSS_FILE = "training_loss.json"
+# What a shell reports of a process that SIGTERM ended.
+TERMINATED = 128 + signal.SIGTERM
+
 
 class CheckpointTrainer(TrainerBase):
-    """Checkpoints that hold all a run needs to continue."""
+    """
+    Checkpoints that are complete or absent, and hold all a run needs to continue as if it had never stopped.
+
+    SIGTERM ends a training with a checkpoint: after the step in progress, with the evaluation and the construction
+    that belong to it, and with exit status 143. A handler that the program has set itself stays in place.
+    """
+
+    _staging: str | None = None
+    _saved = False
+    _terminated = False
+    _loss_sums: dict[str, Any] | None = None
+    # First step of those whose losses are added up in `_total_loss_scalar`.
+    _first_step = 0
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._epoch_end = EpochEndCallback()
+        self.add_callback(self._epoch_end)
+
+    # Training
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> TrainOutput:
+        """As `Trainer.train`; `resume_from_checkpoint=True` takes the newest checkpoint that is complete."""
+        if self.args.should_save:
+            clean_up(str(self.args.output_dir))
+        self.accelerator.wait_for_everyone()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{str(self.args.output_dir)!r} holds no complete checkpoint to resume from.")
+        elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
+            raise ValueError(
+                f"{str(resume_from_checkpoint)!r} is not a complete checkpoint: it lacks a readable "
+                f"{TRAINER_STATE_NAME}."
+            )
+        self._loss_sums = None
+        with self._noticing_sigterm():
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    @contextmanager
+    def _noticing_sigterm(self) -> Iterator[None]:
+        self._terminated = False
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            yield
+            return
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_terminated", True))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _should_terminate(self) -> bool:
+        """Whether any process was asked to end: all have to stop after the same step."""
+        if self.args.world_size == 1:
+            return self._terminated
+        asked = torch.tensor(float(self._terminated), device=self.args.device)
+        return bool(self.accelerator.reduce(asked, "sum") > 0)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self._restore_loss()
+        if self.state.global_step >= self.state.max_steps:
+            # A finished run that is resumed: `Trainer` would train the rest of the epoch.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
+        self._saved = False
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        # What the end of the epoch brings belongs to this step: a resumed run would not do it again.
+        if self._epoch_end.follows or not self._should_terminate():
+            return
+        if not self._saved:
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        if self.is_world_process_zero():
+            logger.warning(
+                f"Training was asked to end (SIGTERM) and stops after step {self.state.global_step} of "
+                f"{self.state.max_steps}. Its checkpoint in {self._get_output_dir(trial)} is complete: continue with "
+                "resume_from_checkpoint."
+            )
+        raise SystemExit(TERMINATED)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._restore_loss()
+        # With a limit of one, `Trainer` would now delete the newest checkpoint unless it is the best one, and leave it
+        # half-deleted if it died.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            output = super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.log`; the loss of the whole training is that of all its steps, also where it was resumed."""
+        if "train_loss" in logs:
+            steps = self.state.global_step - self._first_step
+            logs["train_loss"] = self._total_loss_scalar / max(steps, 0.001)
+        super().log(logs, *args, **kwargs)
+
+    # Writing
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else self._staging
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        state, run = self.state, Path(self._get_output_dir(trial))
+        final = run / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        best = state.best_model_checkpoint
+        try:
+            with self._staged(run, f"The checkpoint {final}") as staging:
+                self._staging = str(staging)
+                super()._save_checkpoint(model, trial)
+                best_folder = run / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+                if best_folder == final or best_folder.is_dir():
+                    best = str(best_folder)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    # `Trainer` wrote where it looked for the best checkpoint, which is not where that lies.
+                    state.best_model_checkpoint = best
+                    state.save_to_json(str(staging / final.name / TRAINER_STATE_NAME))
+                    put_in_place(staging / final.name, final)
+                    rotate(run, self.args.save_total_limit, [final, best])
+        finally:
+            state.best_model_checkpoint, self._staging = best, None
+        self.accelerator.wait_for_everyone()
+        self._saved = True
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`; in the output folder, a model is replaced only by a complete one."""
+        if output_dir is not None:
+            super().save_model(output_dir, _internal_call)
+            return
+        run = Path(str(self.args.output_dir))
+        with self._staged(run, f"The model in {run}") as staging:
+            super().save_model(str(staging / "model"), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                move_files(staging / "model", run)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    @contextmanager
+    def _staged(self, run: Path, what: str) -> Iterator[Path]:
+        """A folder to write into, gone afterwards; an error of writing says what it did not touch."""
+        staging = run / UNFINISHED
+        try:
+            yield staging
+        except Exception as error:
+            last = last_checkpoint(run) if run.is_dir() else None
+            kept = "there is none yet" if last is None else f"the newest is {last}"
+            raise OSError(
+                f"{what} could not be written ({type(error).__name__}: {error}). Nothing is left of the attempt, and "
+                f"earlier checkpoints are as they were: {kept}. Make room or mend the folder, then continue with "
+                "resume_from_checkpoint."
+            ) from error
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Not before the checkpoint has its final place.
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        """As `Trainer.save_metrics`; files hold their old or their new content, never a part."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / f"{split}_results.json", json.dumps(metrics, indent=4, sort_keys=True))
+        if combined:
+            path = folder / "all_results.json"
+            known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            write_text(path, json.dumps({**known, **metrics}, indent=4, sort_keys=True))
+
+    # State
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        losses = self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist()
+        if not self.args.should_save:
+            return
+        # The mean that is logged next reaches back before the checkpoint.
+        sums = {
+            "since_last_log": losses,
+            "last_logged_step": self._globalstep_last_logged,
+            "total": self._total_loss_scalar,
+            "first_step": self._first_step,
+        }
+        Path(output_dir, LOSS_FILE).write_text(json.dumps(sums) + "\n", encoding="utf-8")
+        if self.construction is not None:
+            self.construction.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and os.path.isfile(path := os.path.join(checkpoint, LOSS_FILE)):
+            self._loss_sums = json.loads(Path(path).read_text(encoding="utf-8"))
+        self._first_step = self.state.global_step
+        if self.construction is not None and checkpoint is not None:
+            self.construction.load(checkpoint)
+
+    def _restore_loss(self) -> None:
+        """Continues the sums of losses that a checkpoint holds; `Trainer` starts them anew."""
+        sums, self._loss_sums = self._loss_sums, None
+        if sums is None:
+            return
+        losses = sums["since_last_log"]
+        same_processes = len(losses) == self.args.world_size
+        self._tr_loss.fill_(losses[self.args.process_index] if same_processes else sum(losses) / len(losses))
+        self._globalstep_last_logged = sums["last_logged_step"]
+        self._total_loss_scalar = sums["total"]
+        self._first_step = sums["first_step"]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._load_weights(resume_from_checkpoint):
@@ -32,16 +280,6 @@ class CheckpointTrainer(TrainerBase):
         logger.info(f"Loading model from {folder}.")
         self.model.load_state_dict(type(self.model).from_pretrained(folder).state_dict())
         return True
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.construction is not None and self.args.should_save:
-            self.construction.save(output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.construction is not None and checkpoint is not None:
-            self.construction.load(checkpoint)
 
 
 __all__ = ["CheckpointTrainer"]

@@ -127,13 +127,11 @@ def prototype_log(made: PicoTrainer) -> list[dict[str, float]]:
     return [entry for entry in made.state.log_history if "prototype_stage" in entry]
 
 
-def eval_log(made: PicoTrainer) -> list[dict[str, float]]:
-    """Evaluations and constructions in the log, without what depends on the clock."""
+def whole_log(made: PicoTrainer) -> list[dict[str, float]]:
+    """All of the log, without what depends on the clock."""
     clock = ("runtime", "per_second")
     return [
-        {name: value for name, value in entry.items() if not name.endswith(clock)}
-        for entry in made.state.log_history
-        if "prototype_stage" in entry or any(name.endswith("rsum") for name in entry)
+        {name: value for name, value in entry.items() if not name.endswith(clock)} for entry in made.state.log_history
     ]
 
 
