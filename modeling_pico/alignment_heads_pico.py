@@ -31,8 +31,9 @@ class FineGrainedHead(nn.Module):
     def __init__(self, config: PicoConfig):
         super().__init__()
         self.config = config
-        self.visual_projection = TokenProjection(hidden_size(config.vision_config), config.embedding_dim, bias=False)
-        self.text_projection = TokenProjection(hidden_size(config.text_config), config.embedding_dim, bias=False)
+        dim, bias = config.embedding_dim, config.projection_bias
+        self.visual_projection = TokenProjection(hidden_size(config.vision_config), dim, bias=bias)
+        self.text_projection = TokenProjection(hidden_size(config.text_config), dim, bias=bias)
 
     def project(self, hidden_states: torch.Tensor, modality: str) -> torch.Tensor:
         """Projects `(..., hidden)` to unit vectors `(..., dim)` in float32."""

@@ -215,22 +215,42 @@ def load_backbone(name_or_path: str, modality: str, *, output_loading_info: bool
 
 def joint_projections(joint: PreTrainedModel) -> dict[str, torch.Tensor]:
     """
-    Weights `(dim, hidden)` by which a joint model maps its two towers into one space, by the names of the alignment
-    head; empty where it has none, or some with a bias.
+    Weights `(dim, hidden)` and biases `(dim,)` by which a joint model maps its two towers into one space, by the names
+    of the alignment head. A side that ends in that space already gets the identity. Empty where the model has none.
     """
-    config = joint.config
-    if config.model_type == "siglip":
-        # The towers end in the common space already.
-        width = hidden_size(config.text_config)
-        same = width == hidden_size(config.vision_config) and config.vision_config.vision_use_head
-        return {name: torch.eye(width) for name in ("visual_projection", "text_projection")} if same else {}
-    found: dict[str, torch.Tensor] = {}
-    for name in ("visual_projection", "text_projection"):
-        module = joint._modules.get(name)
-        if not isinstance(module, nn.Linear) or module.bias is not None:
+    config, modules = joint.config, joint._modules
+    width = hidden_size(config.vision_config)
+    identity = nn.Linear(width, width, bias=False)
+    nn.init.eye_(identity.weight)
+    visual = modules.get("visual_projection", modules.get("vision_proj"))
+    text = modules.get("text_projection", modules.get("text_proj"))
+    if config.model_type == "siglip" and config.vision_config.vision_use_head:
+        visual = text = identity
+        if hidden_size(config.text_config) != width:
             return {}
-        found[name] = module.weight.detach()
+    elif config.model_type == "align":
+        visual = identity
+    if not (isinstance(visual, nn.Linear) and isinstance(text, nn.Linear)):
+        return {}
+    if visual.out_features != text.out_features:
+        return {}
+    projections = {"visual_projection": visual, "text_projection": text}
+    found = {f"{name}.weight": module.weight.detach() for name, module in projections.items()}
+    if visual.bias is not None or text.bias is not None:
+        for name, module in projections.items():
+            bias = torch.zeros(module.out_features) if module.bias is None else module.bias.detach()
+            found[f"{name}.bias"] = bias
     return found
+
+
+def joint_logit_scale(joint: PreTrainedModel) -> torch.Tensor | None:
+    """Logarithm of a joint model's learned inverse temperature, None where it has none."""
+    parameters = dict(joint.named_parameters(recurse=False))
+    if "logit_scale" in parameters:
+        return parameters["logit_scale"].detach().reshape(())
+    if "temperature" in parameters:  # ALIGN divides by it
+        return -parameters["temperature"].detach().log().reshape(())
+    return None
 
 
 def freeze_unused(vision_model: PreTrainedModel, pooled: bool) -> None:
@@ -327,8 +347,10 @@ def class_token_state(
     """
     family = model.config.model_type
     # CLIP's text tower is causal: its summary is the state at the end of the text. SigLIP's is the last place of a
-    # text of full length, and attention over all patches of an image. All three return it as pooled output.
-    if family in ("clip_text_model", *_SIGLIP_TEXT) or (family == "siglip_vision_model" and model.use_head):
+    # text of full length, and attention over all patches of an image; ALIGN's of an image is the mean of its patches.
+    # All of them return it as pooled output.
+    pooled = ("clip_text_model", "align_vision_model", *_SIGLIP_TEXT)
+    if family in pooled or (family == "siglip_vision_model" and model.use_head):
         return outputs.pooler_output
     if modality == "image":
         return token_states[:, 0] if num_prefix_tokens(model.config) else None
@@ -343,6 +365,7 @@ __all__ = [
     "hidden_size",
     "image_token_states",
     "is_joint",
+    "joint_logit_scale",
     "joint_projections",
     "load_backbone",
     "load_config",

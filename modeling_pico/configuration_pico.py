@@ -55,6 +55,8 @@ class PicoConfig(PreTrainedConfig):
             Configuration of the text backbone.
         embedding_dim (`int`, *optional*, defaults to 512):
             Number of features (feature columns) of a token embedding.
+        projection_bias (`bool`, *optional*, defaults to `False`):
+            Whether the projections of hidden states to token embeddings have a bias, as those of BLIP and ALIGN do.
         alignment_head (`str`, *optional*, defaults to `"pico"`):
             `"pico"`: patch-by-word score with every feature column weighted by its semantic probability;
             `"fine_grained"`: the same score without weights; `"instance_norm"`: the same, with the mean of each
@@ -151,6 +153,7 @@ class PicoConfig(PreTrainedConfig):
         vision_config: PreTrainedConfig | dict | None = None
         text_config: PreTrainedConfig | dict | None = None
     embedding_dim: int = 512
+    projection_bias: bool = False
     alignment_head: str = "pico"
     pooling: str = "mean"
     vision_special_tokens: bool = True

@@ -17,6 +17,7 @@ from .backbones_pico import (
     freeze_unused,
     image_token_states,
     is_joint,
+    joint_logit_scale,
     joint_projections,
     load_backbone,
     load_config,
@@ -141,6 +142,8 @@ class PicoPreTrainedModel(PreTrainedModel):
             init.constant_(module.bias, 2.0)
         elif isinstance(module, TokenProjection):
             init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
 
 
 def _size_message(path, kwargs: dict, details: str) -> str:
@@ -206,7 +209,10 @@ class PicoModel(PicoPreTrainedModel):
         self.post_init()
 
     def _freeze_unused(self) -> None:
-        config = self.config
+        config, prototypes = self.config, self.style_prototypes
+        if prototypes is not None and config.style_probability == "learned":
+            prototypes.visual_comparator.requires_grad_(prototypes.is_weighted("image"))
+            prototypes.textual_comparator.requires_grad_(prototypes.is_weighted("text"))
         freeze_unused(self.vision_model, config.alignment_head == "clip_style" and config.pooling == "class_token")
 
     def enable_input_require_grads(self) -> None:
@@ -252,8 +258,8 @@ class PicoModel(PicoPreTrainedModel):
         Args:
             vision (`str` or `PreTrainedModel`):
                 Vision checkpoint (ViT, Swin, DINOv2, ...) or, without `text`, a joint one (CLIP, SigLIP, BLIP, ALIGN,
-                ...). Its projections without a bias, its temperature and its class-token pooling come along, as far
-                as `config_kwargs` do not say otherwise.
+                ...). Its projections, its temperature and its class-token pooling come along, as far as
+                `config_kwargs` do not say otherwise.
             text (`str` or `PreTrainedModel`, *optional*):
                 Text checkpoint (BERT, RoBERTa, MiniLM, ...).
             backbone_kwargs (`dict`, *optional*):
@@ -293,23 +299,27 @@ class PicoModel(PicoPreTrainedModel):
         projections = joint_projections(joint)
         if projections:
             config_kwargs = {
-                "embedding_dim": projections["text_projection"].shape[0],
+                "embedding_dim": projections["text_projection.weight"].shape[0],
+                "projection_bias": "text_projection.bias" in projections,
                 "pooling": "class_token",
                 **config_kwargs,
             }
         model = cls._assemble(tower_of(joint, "image"), tower_of(joint, "text"), config_kwargs)
         config = model.config
-        with torch.no_grad():
-            if projections and projections["text_projection"].shape[0] == config.embedding_dim:
-                for name, weight in projections.items():
-                    getattr(model.alignment_head, name).weight.copy_(weight)
-                if "logit_scale_init_value" not in config_kwargs:
-                    model.logit_scale.copy_(joint.get_parameter("logit_scale").reshape(()))
-            else:
-                logger.warning(
-                    f"The projections to {config.embedding_dim} features are freshly initialised: the checkpoint has "
-                    f"{'none of that size' if projections else 'none (without a bias)'}."
-                )
+        head = model.alignment_head.state_dict()
+        if projections and all(
+            name in head and head[name].shape == given.shape for name, given in projections.items()
+        ):
+            model.alignment_head.load_state_dict(projections, strict=False)
+            logit_scale = joint_logit_scale(joint)
+            if logit_scale is not None and "logit_scale_init_value" not in config_kwargs:
+                with torch.no_grad():
+                    model.logit_scale.copy_(logit_scale)
+        else:
+            logger.warning(
+                f"The projections to {config.embedding_dim} features are freshly initialised: the checkpoint has none "
+                f"{'like them' if projections else 'for both sides'}."
+            )
         return model.eval()
 
     def _features(

@@ -436,6 +436,17 @@ def test_every_trainable_parameter_gets_a_gradient(tiny_model, use_prototypes, h
         assert model.text_model.embeddings.word_embeddings.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize(("weighted", "unused"), [("image", "textual"), ("text", "visual")])
+def test_the_comparator_of_a_side_without_weights_is_frozen(tiny_model, batch, weighted, unused, tmp_path):
+    model = tiny_model(probability_combination=weighted)
+    model.save_pretrained(tmp_path)
+    for made in (model, PicoModel.from_pretrained(tmp_path)):
+        made(**batch, return_loss=True).loss.backward()
+        frozen = {name for name, parameter in made.named_parameters() if not parameter.requires_grad}
+        assert frozen and all(f"{unused}_comparator" in name for name in frozen)
+        assert frozen == {name for name, parameter in made.named_parameters() if parameter.grad is None}
+
+
 def test_a_temperature_learned_by_infonce_passes_into_a_hinge_model(tiny_model, tmp_path):
     model = tiny_model()
     with torch.no_grad():
