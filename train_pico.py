@@ -16,10 +16,11 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import torch
 import yaml
@@ -211,9 +212,24 @@ class DataArguments:
     )
 
 
+def number_or_none(kind: type) -> Callable[[str], float | None]:
+    """What `kind` makes of a flag's value, and None of the word none: in a file that is `null`."""
+
+    def convert(text: str) -> float | None:
+        return None if text.lower() == "none" else kind(text)
+
+    convert.__name__ = kind.__name__  # argparse names it in its errors
+    return convert
+
+
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, PicoTrainingArguments]:
     """Parses flags, or a YAML or JSON file followed by flags that override it."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, PicoTrainingArguments))
+    classes = (ModelArguments, DataArguments, PicoTrainingArguments)
+    parser = HfArgumentParser(classes)
+    hints = {name: hint for arguments in classes for name, hint in get_type_hints(arguments).items()}
+    for action in parser._actions:
+        if action.type in (int, float) and type(None) in get_args(hints.get(action.dest)):
+            action.type = number_or_none(action.type)
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         path, argv = Path(argv[0]), argv[1:]
         if not path.is_file():

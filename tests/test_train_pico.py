@@ -381,6 +381,15 @@ def test_wrong_file_is_refused(tmp_path, text, words):
         train_pico.parse_arguments(["nowhere.yaml"])
 
 
+def test_none_on_the_command_line_is_what_null_is_in_a_file(tmp_path):
+    wanted = {"feedback_images": None, "backbone_learning_rate": None, "max_eval_samples": None}
+    path = write(tmp_path / "run.yaml", "".join(f"{name}: null\n" for name in wanted))
+    given = [str(part) for name in wanted for part in (f"--{name}", "none")]
+    for argv in ([path], given, [path, *given]):
+        _, data_args, training_args = train_pico.parse_arguments([str(arg) for arg in argv])
+        assert {name: getattr(training_args, name, getattr(data_args, name, 0)) for name in wanted} == wanted
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -391,6 +400,8 @@ def test_wrong_file_is_refused(tmp_path, text, words):
         ({"feedback": "best"}, ["best", "counterfactual", "uniform"]),
         ({"caption_sampling": "one"}, ["one", "random", "all"]),
         ({"num_train_epochs": "many"}, ["num_train_epochs", "many"]),
+        ({"num_train_epochs": "none"}, ["num_train_epochs", "invalid float", "none"]),
+        ({"feedback_images": "some"}, ["feedback_images", "invalid int", "some"]),
         ({"no_such_flag": 1}, ["no_such_flag"]),
     ],
 )
