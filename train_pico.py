@@ -200,6 +200,9 @@ class DataArguments:
     on_empty_captions: str = field(
         default="error", metadata={"help": "For images whose captions are all empty.", "choices": ["error", "skip"]}
     )
+    max_skipped: float = field(
+        default=0.5, metadata={"help": "Largest share of the rows that skip leaves out; more is an error."}
+    )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that check images."})
     min_crop_scale: float = field(default=1.0, metadata={"help": "Smallest area of random training crops; 1 is off."})
     random_flip: bool = field(default=False, metadata={"help": "Mirror half of the training images."})
@@ -297,6 +300,7 @@ def load_rows(split: str, data_args: DataArguments, **options) -> Dataset:
         "config_name": data_args.dataset_config_name,
         "cache_dir": data_args.cache_dir,
         "on_empty_captions": data_args.on_empty_captions,
+        "max_skipped": data_args.max_skipped,
     }
     return load_captioned_images(data_args.dataset_name, split=split, **{**described, **options})
 
@@ -308,7 +312,9 @@ def load_split(
     dataset = load_rows(split, data_args, **options)
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
-    dataset = check_images(dataset, data_args.on_bad_image, data_args.preprocessing_num_workers)
+    dataset = check_images(
+        dataset, data_args.on_bad_image, data_args.preprocessing_num_workers, data_args.max_skipped
+    )
     return CaptionedImageDataset(dataset, transform=transform)
 
 

@@ -7,15 +7,21 @@ import re
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 # One entry of `read_*`: the image's path (None without images), its captions, and its id.
 CaptionRow = dict[str, Any]
 CAPTIONS_PER_IMAGE = 5
+# Halves of a character that JSON can write (\ud83d) and text cannot hold.
+_LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def is_karpathy_json(path: Path) -> bool:
     """Whether a JSON file is laid out like Karpathy's splits, judged by its beginning."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         start = file.read(1 << 16).lstrip()
     return start.startswith("{") and re.search(r'"images"\s*:\s*\[', start) is not None
 
@@ -27,27 +33,58 @@ def read_karpathy_json(path: Path, split: str, image_dir: Path, with_images: boo
     `restval` counts as `train`, as is usual for MS-COCO. The image lies at `image_dir/filepath/filename`, or at
     `image_dir/filename` where there is no folder `filepath`.
     """
-    with open(path, encoding="utf-8") as file:
-        entries = json.load(file)["images"]
+    contents = _read_json(path)
+    entries = contents.get("images") if isinstance(contents, dict) else None
+    if not isinstance(entries, list):
+        raise ValueError(f"{str(path)!r} must be an object with a list 'images'.")
+    problems = [(number, problem) for number, entry in enumerate(entries) if (problem := _entry_problem(entry))]
+    if problems:
+        first = "; ".join(f"entry {number} {problem}" for number, problem in problems[:5])
+        raise ValueError(f"{len(problems)} of {len(entries)} entries of 'images' in {str(path)!r} are wrong: {first}.")
     splits = ["train" if entry["split"] == "restval" else entry["split"] for entry in entries]
     if split not in splits:
         raise ValueError(f"{str(path)!r} has no split {split!r}; it has {sorted(set(splits))}.")
     folders: dict[str, Path] = {}
     rows = []
+    replaced = 0
     for number, (entry, entry_split) in enumerate(zip(entries, splits, strict=True)):
         if entry_split != split:
             continue
         sub = entry.get("filepath", "")
         if sub not in folders:
             folders[sub] = image_dir / sub if (image_dir / sub).is_dir() else image_dir
+        captions = [sentence["raw"] for sentence in entry["sentences"]]
+        repaired = [_LONE_SURROGATES.sub("\ufffd", caption) for caption in captions]
+        replaced += sum(old != new for old, new in zip(captions, repaired, strict=True))
         rows.append(
             {
                 "image": str(folders[sub] / entry["filename"]) if with_images else None,
-                "captions": [sentence["raw"] for sentence in entry["sentences"]],
+                "captions": repaired,
                 "image_id": str(entry.get("imgid", number)),
             }
         )
+    if replaced:
+        logger.warning(f"{replaced} captions of {str(path)!r} hold halves of characters, which became \ufffd.")
     return rows
+
+
+def _entry_problem(entry: Any) -> str:
+    """What is wrong with an entry of Karpathy's `images`, or an empty string."""
+    if not isinstance(entry, dict):
+        return "is not an object"
+    for name in ("filename", "split", "filepath"):
+        value = entry.get(name, "" if name == "filepath" else None)
+        if not isinstance(value, str) or "\0" in value or _LONE_SURROGATES.search(value):
+            return f"has the {name} {json.dumps(value)[:80]} (text is needed)"
+    image_id = entry.get("imgid", 0)
+    if isinstance(image_id, bool) or not isinstance(image_id, (int, str)) or _LONE_SURROGATES.search(str(image_id)):
+        return f"has the imgid {json.dumps(image_id)[:80]} (an integer or text is needed)"
+    sentences = entry.get("sentences")
+    if not isinstance(sentences, list) or not all(
+        isinstance(sentence, dict) and isinstance(sentence.get("raw"), str) for sentence in sentences
+    ):
+        return "has 'sentences' that are not a list of {'raw': caption}"
+    return ""
 
 
 def find_caption_files(name: str, split: str) -> tuple[Path, Path, Path | None] | None:
@@ -126,17 +163,56 @@ def _image_files(ids: list[str], mapping_path: Path | None, ids_path: Path) -> d
             f"There is no 'id_mapping.json' beside {str(ids_path)!r}, so the images of the ids are unknown. "
             "Pass with_images=False to load the captions alone."
         )
-    with open(mapping_path, encoding="utf-8") as file:
-        mapping = json.load(file)
+    mapping = _read_json(mapping_path)
+    if not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
+        raise ValueError(f"{str(mapping_path)!r} must be an object that gives the file name of each id.")
     unknown = [image_id for image_id in ids if image_id not in mapping]
     if unknown:
         raise ValueError(f"{str(mapping_path)!r} lacks {len(unknown)} of {len(ids)} ids, the first are {unknown[:5]}.")
     return mapping
 
 
+def _read_text(path: Path) -> str:
+    # Some editors put a mark at the beginning, which would become a part of the first id.
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{str(path)!r} is not text in UTF-8: line {line} holds {error.object[error.start]:#x}."
+        ) from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(_read_text(path), object_pairs_hook=_unique_names)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not JSON: {error}.") from error
+    except RecursionError as error:
+        raise ValueError(f"{str(path)!r} is nested too deeply.") from error
+    except _DuplicateName as error:
+        raise ValueError(f"{str(path)!r} says twice what {error.args[0]!r} is.") from error
+
+
+class _DuplicateName(Exception):
+    pass
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # JSON readers take the last of two values; which of two files is the image of an id must not be left to that.
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise _DuplicateName(name)
+            seen.add(name)
+    return found
+
+
 def _read_lines(path: Path) -> list[str]:
     # Not `splitlines`: it also breaks at characters that may stand inside a caption, and the count of lines matters.
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = _read_text(path).split("\n")
     if lines and not lines[-1]:
         lines.pop()
     return [line.rstrip("\r") for line in lines]

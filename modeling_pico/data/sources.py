@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import datasets
+import pyarrow as pa
+from huggingface_hub import constants as hub_constants
 from transformers.utils import logging
 
 from .caption_files import find_caption_files, is_karpathy_json, read_caption_files, read_karpathy_json
-from .images import iter_encoded
+from .images import MAX_SKIPPED, check_share, iter_encoded, too_many
+from .paths import Fence, place_paths
 from .styled_shapes import styled_shapes
 
 
@@ -23,7 +28,19 @@ STYLED_SHAPES = "styled_shapes"
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "text")
 # What is neither printable nor a separator between words: C0 and C1 controls, and the separators of lines.
 _NOT_PRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
-_FILE_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+_FILE_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+# From here on floating-point numbers skip integers: two ids may have become one.
+_FIRST_INEXACT = 2.0**53
+
+
+class _Source(NamedTuple):
+    """Rows as they are, whether they bring ids, and where relative paths start from and all paths may lead to."""
+
+    rows: datasets.Dataset
+    has_ids: bool
+    start: Path | None
+    fence: Fence
 
 
 class _Columns(NamedTuple):
@@ -49,6 +66,7 @@ def load_captioned_images(
     token: str | bool | None = None,
     with_images: bool = True,
     on_empty_captions: Literal["error", "skip"] = "error",
+    max_skipped: float = MAX_SKIPPED,
 ) -> datasets.Dataset:
     """
     Loads captioned images from any of the sources below into the same columns.
@@ -57,7 +75,8 @@ def load_captioned_images(
 
     1. `"styled_shapes"`: the generated data of [`styled_shapes`] (a folder of that name is `"./styled_shapes"`).
     2. A file: `.json` in the layout of Karpathy's splits (`dataset_flickr30k.json`, `dataset_coco.json`), or any
-       parquet, JSON, JSON lines or CSV file; such a file has no splits, it is the one that is asked for.
+       parquet, JSON, JSON lines or CSV file; such a file has no splits, it is the one that is asked for. All columns
+       of a CSV file are text.
     3. A folder written by `save_to_disk`.
     4. A folder with `[prefix_]{split}_caps.txt` and `[prefix_]{split}_ids.txt` (one id a caption, or one an image with
        five captions each), or such a folder followed by the prefix (`"data/f30k"`). `[prefix_]id_mapping.json` gives
@@ -69,8 +88,11 @@ def load_captioned_images(
     `id_column`) become one row with all their captions, at the place of the first. Rows with one id but different
     images stay separate: they mean the same and look different.
 
-    Captions are stripped, and line breaks and control characters in them become spaces. Empty ones are dropped with a
-    warning.
+    Captions are stripped, and line breaks and control characters in them become spaces. Empty ones, also those without
+    a visible character, are dropped with a warning.
+
+    Paths of images must not lead out of the folder of the data or `image_dir`, neither by `..` nor as absolute paths
+    nor behind symbolic links; data of the Hub may besides use the caches of `datasets` and `huggingface_hub`.
 
     Args:
         dataset_name (`str`):
@@ -88,7 +110,8 @@ def load_captioned_images(
         style_column (`str`, *optional*):
             Column with the name of the style. Defaults to `"style"` if that exists.
         image_dir (`str`, *optional*):
-            Folder that relative image paths start from. Defaults to the folder of the data if that is local.
+            Folder that relative image paths start from, and that images may lie in. Defaults to the folder of the
+            data if that is local.
         config_name (`str`, *optional*):
             Configuration of a data set on the Hub.
         cache_dir (`str`, *optional*):
@@ -104,61 +127,103 @@ def load_captioned_images(
             are the same as with images (if the data has no image column at all, rows with one id become one).
         on_empty_captions (`str`, *optional*, defaults to `"error"`):
             What becomes of a row whose captions are all empty: `"error"` raises, `"skip"` drops it with a warning.
+        max_skipped (`float`, *optional*, defaults to 0.5):
+            Largest share of the rows that `"skip"` drops; more is an error.
 
     Returns:
         `datasets.Dataset`: with the columns `image` (`datasets.Image(decode=False)`, nothing is decoded), `captions`
         (list of `str`), `image_id` (`str`) and, if known, `style` (`str`).
 
     Raises:
-        ValueError: for a column or split that does not exist, files that do not fit together, or rows without
-            captions.
+        ValueError: for a column or split that does not exist, files that cannot be read or do not fit together,
+            captions that are no text, ids that are missing, paths that lead elsewhere, or rows without captions. The
+            message says how many rows it is about and names the first.
     """
+    check_share(max_skipped)
     if on_empty_captions not in ("error", "skip"):
         raise ValueError(f"`on_empty_captions` must be 'error' or 'skip', got {on_empty_captions!r}.")
     if dataset_name == STYLED_SHAPES:
-        dataset, has_ids, root = styled_shapes(split), True, None
+        source = _Source(styled_shapes(split), True, None, Fence([]))
     else:
         hub = {"name": config_name, "cache_dir": cache_dir, "revision": revision, "token": token}
-        dataset, has_ids, root = _open_source(dataset_name, split, image_dir, with_images, data_files, hub)
-    if id_column is None and has_ids:
+        source = _open_source(dataset_name, split, image_dir, with_images, data_files, hub)
+    if id_column is None and source.has_ids:
         id_column = "image_id"
-    columns = _choose_columns(dataset, image_column, caption_column, id_column, style_column, with_images)
-    return _canonical(dataset, columns, root, with_images, on_empty_captions)
+    columns = _choose_columns(source.rows, image_column, caption_column, id_column, style_column, with_images)
+    return _canonical(source, columns, with_images, on_empty_captions, max_skipped)
 
 
 def _open_source(
-    name: str,
-    split: str,
-    image_dir: str | None,
-    with_images: bool,
-    data_files: Any,
-    hub: dict[str, Any],
-) -> tuple[datasets.Dataset, bool, Path | None]:
-    """Opens a source; returns its rows, whether they bring ids, and the folder that relative paths start from."""
+    name: str, split: str, image_dir: str | None, with_images: bool, data_files: Any, hub: dict[str, Any]
+) -> _Source:
     path = Path(name).expanduser()
-    is_local = path.exists()
-    root = Path(image_dir) if image_dir else (path.parent if path.is_file() else path) if is_local else None
-    if root is not None and not root.is_dir():
+    folder = (path.parent if path.is_file() else path).absolute() if path.exists() else None
+    start = Path(image_dir).expanduser().absolute() if image_dir else folder
+    if start is not None and not start.is_dir():
         raise ValueError(f"`image_dir` {str(image_dir)!r} is not a folder.")
+    fence = Fence(_image_folders(folder, start))
     if path.is_file():
-        if path.suffix == ".json" and is_karpathy_json(path):
-            assert root is not None
-            return _from_rows(read_karpathy_json(path, split, root, with_images)), True, None
-        if path.suffix not in _FILE_BUILDERS:
-            raise ValueError(f"Cannot read {name!r}: a data file ends in one of {sorted(_FILE_BUILDERS)}.")
-        options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-        builder = _FILE_BUILDERS[path.suffix]
-        file = datasets.load_dataset(
-            builder, data_files={"data": str(path)}, split="data", cache_dir=hub["cache_dir"], **options
-        )
-        return file, False, root
+        return _from_file(path, split, start, fence, with_images, hub["cache_dir"])
     if path.is_dir() and any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
-        return _from_disk(path, split), False, root
+        return _Source(_from_disk(path, split), False, start, fence)
     files = find_caption_files(str(path), split) if data_files is None else None
     if files is not None:
-        rows = read_caption_files(*files, Path(image_dir) if image_dir else files[0].parent, with_images)
-        return _from_rows(rows), True, None
-    return _from_hub(name, split, data_files, hub), False, root
+        start = start or files[0].parent.absolute()
+        rows = read_caption_files(*files, start, with_images)
+        return _Source(_from_rows(rows), True, start, Fence(_image_folders(files[0].parent.absolute(), start)))
+    caches = [hub["cache_dir"] or datasets.config.HF_DATASETS_CACHE, hub_constants.HF_HUB_CACHE]
+    fence = Fence([*fence.folders, *caches])
+    return _Source(_load(name, name, split=split, data_files=data_files, **hub), False, start, fence)
+
+
+def _image_folders(*folders: Path | None) -> list[Path]:
+    """Where images may lie: the folders, and the files behind a snapshot in the cache of the Hub."""
+    known = list(dict.fromkeys(folder for folder in folders if folder is not None))
+    parents = [parent for folder in known for parent in (folder, *folder.parents)]
+    blobs = [parent.parent / "blobs" for parent in parents if parent.name == "snapshots"]
+    return [*known, *(folder for folder in blobs if folder.is_dir())]
+
+
+def _from_file(
+    path: Path, split: str, start: Path | None, fence: Fence, with_images: bool, cache_dir: str | None
+) -> _Source:
+    assert start is not None  # the folder of the file, at least
+    if path.suffix == ".json" and is_karpathy_json(path):
+        return _Source(_from_rows(read_karpathy_json(path, split, start, with_images)), True, start, fence)
+    if path.suffix in _SEPARATORS:
+        return _Source(_from_csv(path, _SEPARATORS[path.suffix]), False, start, fence)
+    if path.suffix not in _FILE_BUILDERS:
+        known = sorted([*_FILE_BUILDERS, *_SEPARATORS])
+        raise ValueError(f"Cannot read {str(path)!r}: a data file ends in one of {known}.")
+    rows = _load(
+        _FILE_BUILDERS[path.suffix], str(path), split="data", data_files={"data": str(path)}, cache_dir=cache_dir
+    )
+    return _Source(rows, False, start, fence)
+
+
+def _from_csv(path: Path, separator: str) -> datasets.Dataset:
+    """
+    All columns as text: guessing types would make the caption "NA" empty and cut the digits of long ids, and a row
+    with a comma too many would shift the columns.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter=separator, strict=True)
+            names = next(reader, [])
+            rows = [(reader.line_num, row) for row in reader if row]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"Cannot read {str(path)!r}: {error}.") from error
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"The first line of {str(path)!r} must name the columns, each once; it holds {names}.")
+    wrong = [(line, len(row)) for line, row in rows if len(row) != len(names)]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(rows)} rows of {str(path)!r} have another number of fields than its {len(names)} "
+            f"columns, the first (line, fields): {wrong[:5]}. Fields with {separator!r} in them need quotes."
+        )
+    columns = zip(*(row for _, row in rows), strict=True) if rows else [()] * len(names)
+    features = datasets.Features({name: datasets.Value("string") for name in names})
+    return datasets.Dataset.from_dict(dict(zip(names, map(list, columns), strict=True)), features=features)
 
 
 def _from_rows(rows: list[dict[str, Any]]) -> datasets.Dataset:
@@ -181,11 +246,17 @@ def _from_disk(path: Path, split: str) -> datasets.Dataset:
     return saved
 
 
-def _from_hub(name: str, split: str, data_files: Any, hub: dict[str, Any]) -> datasets.Dataset:
+def _load(builder: str, source: str, *, split: str, **options: Any) -> datasets.Dataset:
     try:
-        return datasets.load_dataset(name, data_files=data_files, split=split, **hub)
-    except ValueError as error:
-        raise ValueError(f"Cannot load the split {split!r} of {name!r}: {error}") from error
+        return datasets.load_dataset(builder, split=split, **options)
+    except FileNotFoundError:
+        raise
+    # The last three: what its readers of files meet when these are not as they should be.
+    except (ValueError, datasets.exceptions.DatasetsError, TypeError, LookupError, AttributeError) as error:
+        generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        cause = error.__cause__ if generating and error.__cause__ is not None else error
+        described = f"{type(cause).__name__}: " * (not isinstance(cause, ValueError))
+        raise ValueError(f"Cannot load the split {split!r} of {source!r}: {described}{cause}") from error
 
 
 def _choose_columns(
@@ -217,13 +288,15 @@ def _choose_columns(
 
 
 def _canonical(
-    dataset: datasets.Dataset, columns: _Columns, root: Path | None, with_images: bool, on_empty_captions: str
+    source: _Source, columns: _Columns, with_images: bool, on_empty_captions: str, max_skipped: float
 ) -> datasets.Dataset:
     """Brings rows into the canonical columns: merges, cleans, checks."""
-    dataset = dataset.with_format(None)
+    dataset = source.rows.with_format(None)
+    if not len(dataset):
+        raise ValueError("The data holds no rows.")
     texts = _caption_lists(dataset, columns.captions)
     ids = _strings(dataset, columns.image_id) if columns.image_id else None
-    images = _image_table(dataset, columns.image, root) if columns.image in dataset.column_names else None
+    images = _image_table(source, columns.image, with_images) if columns.image in dataset.column_names else None
     if images is not None:
         groups = _group_rows(_image_keys(images), ids)
     else:
@@ -243,6 +316,8 @@ def _canonical(
         problem = f"{len(empty)} of {len(groups)} images have no caption, the first at the rows {rows[:5]}"
         if on_empty_captions == "error":
             raise ValueError(f"{problem}. Drop them with on_empty_captions='skip'.")
+        if len(empty) > max_skipped * len(groups) or len(empty) == len(groups):
+            raise ValueError(f"{problem}. {too_many(len(empty), len(groups), max_skipped)}")
         logger.warning(f"{problem}; they were dropped.")
     used = [index for index, group in enumerate(captions) if group]
 
@@ -272,24 +347,41 @@ def _join(
 
 
 def _clean(text: str | None) -> str:
-    return _NOT_PRINTABLE.sub(" ", text).strip() if text else ""
+    cleaned = _NOT_PRINTABLE.sub(" ", text).strip() if text else ""
+    # Without a visible character (zero-width spaces, byte order marks) there is nothing to read.
+    return cleaned if any(character.isprintable() and character != " " for character in cleaned) else ""
+
+
+def _values(dataset: datasets.Dataset, column: str) -> list[Any]:
+    feature = dataset.features[column]
+    if datasets.features.features.require_decoding(feature, ignore_decode_attribute=True):
+        raise ValueError(f"The column {column!r} must hold text or numbers, but holds {feature}.")
+    return dataset[column][:]
 
 
 def _strings(dataset: datasets.Dataset, column: str) -> list[str]:
-    values = dataset[column][:]
+    values = _values(dataset, column)
     feature = dataset.features[column]
     if isinstance(feature, datasets.ClassLabel):
-        values = [None if value is None else feature.int2str(value) for value in values]
-    missing = [row for row, value in enumerate(values) if value is None]
+        # Negative is how labels that are not known are stored.
+        values = [None if value is None or value < 0 else feature.int2str(value) for value in values]
+    missing = [row for row, value in enumerate(values) if value is None or value == "" or value != value]
     if missing:
         raise ValueError(f"The column {column!r} is empty in {len(missing)} rows, the first are {missing[:5]}.")
+    floats = (value for value in values if isinstance(value, float))
+    if any(math.isinf(value) or abs(value) >= _FIRST_INEXACT for value in floats):
+        raise ValueError(
+            f"The column {column!r} holds floating-point numbers of 2**53 or more, which have lost digits. Store it "
+            "as text or integers."
+        )
     return [str(value) for value in values]
 
 
 def _caption_lists(dataset: datasets.Dataset, column: str) -> list[list[str | None]]:
     """The captions of each row as a list, whatever of the known shapes the column has."""
     lists: list[list[str | None]] = []
-    for row, value in enumerate(dataset[column][:]):
+    wrong = []
+    for row, value in enumerate(_values(dataset, column)):
         if value is None or isinstance(value, str):
             value = [value]
         elif isinstance(value, dict) and isinstance(value.get("raw"), list):
@@ -298,28 +390,57 @@ def _caption_lists(dataset: datasets.Dataset, column: str) -> list[list[str | No
             value = [text.get("raw", text) if isinstance(text, dict) else text for text in value]
         texts = value if isinstance(value, list) else [value]
         if not all(text is None or isinstance(text, str) for text in texts):
-            raise ValueError(
-                f"The column {column!r} must hold a caption, a list of captions, or a list of {{'raw': caption}}; "
-                f"row {row} holds {json.dumps(value, default=str)[:80]}."
-            )
+            wrong.append((row, value))
         lists.append(texts or [])
+    if wrong:
+        row, value = wrong[0]
+        raise ValueError(
+            f"The column {column!r} must hold a caption, a list of captions, or a list of {{'raw': caption}}; "
+            f"{len(wrong)} of {len(lists)} rows do not, the first is row {row}, which holds "
+            f"{json.dumps(value, default=str)[:80]}."
+        )
     return lists
 
 
-def _image_table(dataset: datasets.Dataset, column: str, root: Path | None) -> datasets.Dataset:
-    """The image column alone, named `image` and not decoded, with relative paths made absolute below `root`."""
-    feature = dataset.features[column]
+def _image_table(source: _Source, column: str, with_images: bool) -> datasets.Dataset:
+    """The image column alone, named `image` and not decoded, with paths made absolute and kept inside the fence."""
+    fence = source.fence if with_images else None  # paths alone only tell rows apart
+    feature = source.rows.features[column]
     is_text = isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
     is_bytes = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
     if not (is_text or is_bytes or isinstance(feature, datasets.Image)):
         raise ValueError(f"The column {column!r} must hold images, bytes or paths, but holds {feature}.")
-    images = dataset.select_columns([column])
+    images = source.rows.select_columns([column])
     if column != "image":
         images = images.rename_column(column, "image")
-    if is_text and root is not None:
-        paths = [None if path is None else str(root / path) for path in images["image"][:]]
+    if is_text:
+        paths = place_paths(images["image"][:], source.start, fence)
         images = datasets.Dataset.from_dict({"image": paths}, features=datasets.Features(image=feature))
-    return images.cast_column("image", datasets.Image(decode=False))
+    images = images.cast_column("image", datasets.Image(decode=False))
+    return images if is_text or is_bytes else _placed(images, source.start, fence)
+
+
+def _placed(images: datasets.Dataset, start: Path | None, fence: Fence | None) -> datasets.Dataset:
+    """Images of which those without bytes have placed paths."""
+    chunks = list(iter_encoded(images))
+    paths = [
+        None if has_bytes else path
+        for chunk in chunks
+        for has_bytes, path in zip(
+            chunk.field("bytes").is_valid().to_pylist(), chunk.field("path").to_pylist(), strict=True
+        )
+    ]
+    placed = place_paths(paths, start, fence)
+    if placed == paths:
+        return images
+    values = pa.array(placed, images.features["image"].pa_type.field("path").type)
+    parts, first = [], 0
+    for chunk in chunks:
+        fields = [chunk.field("bytes"), values.slice(first, len(chunk))]
+        parts.append(pa.StructArray.from_arrays(fields, ["bytes", "path"]))
+        first += len(chunk)
+    table = datasets.table.InMemoryTable(pa.table({"image": pa.chunked_array(parts)}))
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=images.features))
 
 
 def _image_keys(images: datasets.Dataset) -> Iterator[tuple[str, Any]]:

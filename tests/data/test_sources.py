@@ -77,13 +77,13 @@ def test_saved_to_disk(tmp_path, make_images):
     (one,) = make_images("one.png")
     dataset = datasets.Dataset.from_dict({"image": [str(one)], "caption": ["x"]})
     datasets.DatasetDict(train=dataset).save_to_disk(str(tmp_path / "splits"))
-    loaded = load_captioned_images(str(tmp_path / "splits"), split="train")
+    loaded = load_captioned_images(str(tmp_path / "splits"), split="train", image_dir=str(tmp_path))
     check_canonical(loaded)
     assert loaded[0]["image"]["path"] == str(one)
     with pytest.raises(ValueError, match="no split 'test'; it has \\['train'\\]"):
         load_captioned_images(str(tmp_path / "splits"), split="test")
     datasets.Dataset.from_dict(dataset[:], split="dev").save_to_disk(str(tmp_path / "single"))
-    assert len(load_captioned_images(str(tmp_path / "single"), split="dev")) == 1
+    assert len(load_captioned_images(str(tmp_path / "single"), split="dev", image_dir=str(tmp_path))) == 1
     with pytest.raises(ValueError, match="no split 'train'; it has \\['dev'\\]"):
         load_captioned_images(str(tmp_path / "single"), split="train")
 
@@ -245,7 +245,7 @@ def test_shapes_of_captions(load_rows):
     ] == ["x", "y"]
     assert load_rows([{"image": "a", "text": "x", "caption": "y"}])[0]["captions"] == ["y"]
     assert load_rows([{"image": "a", "text": "x", "caption": "y"}], caption_column="text")[0]["captions"] == ["x"]
-    with pytest.raises(ValueError, match="must hold a caption.*row 0 holds"):
+    with pytest.raises(ValueError, match="must hold a caption.*1 of 1 rows do not, the first is row 0"):
         load_rows([{"image": "a", "caption": 5}])
 
 
@@ -290,7 +290,13 @@ def test_rows_without_captions(load_rows, warnings_of):
     with pytest.raises(ValueError, match=r"2 of 3 images have no caption.*rows \[1, 2\]"):
         load_rows(rows)
     messages = warnings_of(sources)
-    assert load_rows(rows, on_empty_captions="skip")["captions"][:] == [["x"]]
+    with pytest.raises(ValueError, match=r"2 of 3 rows are more than may be left out: at most a share of 0.5 \("):
+        load_rows(rows, on_empty_captions="skip")
+    with pytest.raises(ValueError, match="3 of 3 rows are more than may be left out: not all"):
+        load_rows([{**row, "captions": [""]} for row in rows], on_empty_captions="skip", max_skipped=1.0)
+    with pytest.raises(ValueError, match=r"`max_skipped` is a share of the rows in \[0, 1\], got 50"):
+        load_rows(rows, on_empty_captions="skip", max_skipped=50)
+    assert load_rows(rows, on_empty_captions="skip", max_skipped=0.7)["captions"][:] == [["x"]]
     assert any("2 of 3 images have no caption" in message for message in messages)
     with pytest.raises(ValueError, match="'error' or 'skip', got 'maybe'"):
         load_rows(rows, on_empty_captions="maybe")
