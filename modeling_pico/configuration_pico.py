@@ -37,6 +37,10 @@ _LOWER_BOUNDS = {
     "sharpness": (0.0, False),
     "negative_slope": (0.0, True),
     "margin": (0.0, True),
+    "num_uncertainty_prototypes": (0, True),
+    "uncertainty_temperature": (0.0, False),
+    "uncertainty_weight": (0.0, True),
+    "uncertainty_diversity_weight": (0.0, True),
 }
 
 
@@ -111,6 +115,19 @@ class PicoConfig(PreTrainedConfig):
             Margin of the hinge loss.
         logit_scale_init_value (`float`, *optional*, defaults to 2.6592):
             Initial logarithm of the inverse temperature of InfoNCE; clamped to ln 100 in training.
+        num_uncertainty_prototypes (`int`, *optional*, defaults to 0):
+            Prototypes of each modality for the uncertainty of images and texts, beside any head; 0 is off. Method:
+            PAU, "Prototype-based Aleatoric Uncertainty" (arXiv 2309.17093), which uses 8.
+        uncertainty_temperature (`float`, *optional*, defaults to 5.0):
+            Divides the logits of evidence (tau of PAU).
+        uncertainty_weight (`float`, *optional*, defaults to 100.0):
+            Weight in the loss of the difference between uncertainty and its target.
+        uncertainty_diversity_weight (`float`, *optional*, defaults to 0.015):
+            Weight in the loss of the similarity of prototypes to one another.
+        uncertainty_gradient (`bool`, *optional*, defaults to `True`):
+            Whether the loss of the uncertainty trains the embeddings too, as in PAU, or its prototypes alone *(ours)*.
+        uncertainty_reranking (`dict`, *optional*):
+            Weights by which the uncertainty re-ranks scores, as learned on validation data.
 
     Example:
 
@@ -139,6 +156,8 @@ class PicoConfig(PreTrainedConfig):
         "text_mask",
         "image_semantic_probability",
         "text_semantic_probability",
+        "image_uncertainty",
+        "text_uncertainty",
         "auxiliary_loss",
         "auxiliary_losses",
         "vision_model_output",
@@ -173,6 +192,12 @@ class PicoConfig(PreTrainedConfig):
     loss_type: str = "infonce"
     margin: int | float = 0.2
     logit_scale_init_value: int | float = 2.6592
+    num_uncertainty_prototypes: int = 0
+    uncertainty_temperature: int | float = 5.0
+    uncertainty_weight: int | float = 100.0
+    uncertainty_diversity_weight: int | float = 0.015
+    uncertainty_gradient: bool = True
+    uncertainty_reranking: dict | None = None
 
     def __post_init__(self, **kwargs):
         self.vision_config = _backbone_config(self.vision_config, "vision_config", "vit")

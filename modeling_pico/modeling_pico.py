@@ -33,6 +33,7 @@ from .loss_pico import image_text_loss
 from .outputs_pico import PicoFeatures, PicoOutput
 from .prototypes_pico import ColumnComparator, StylePrototypes, StyleRates
 from .scoring_pico import pair_scores
+from .uncertainty_pico import UncertaintyPrototypes
 
 
 logger = logging.get_logger(__name__)
@@ -73,13 +74,14 @@ class PicoPreTrainedModel(PreTrainedModel):
         "mismatched_sum",
         "matched_count",
         "mismatched_count",
+        "uncertainty_prototypes",
     ]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
         """
-        As `PreTrainedModel.from_pretrained`. Style prototypes are never re-initialised because their sizes differ from
-        the configuration's: that is refused with a ValueError, with `ignore_mismatched_sizes` too.
+        As `PreTrainedModel.from_pretrained`. Prototypes are never re-initialised because their sizes differ from the
+        configuration's: that is refused with a ValueError, with `ignore_mismatched_sizes` too.
         """
         try:
             loaded: Any = super().from_pretrained(
@@ -92,7 +94,7 @@ class PicoPreTrainedModel(PreTrainedModel):
                 ) from error
             raise
         model, info = loaded
-        mismatched = [str(key) for key in info["mismatched_keys"] if "style_prototypes" in str(key)]
+        mismatched = [str(key) for key in info["mismatched_keys"] if "_prototypes." in str(key)]
         if mismatched:
             raise ValueError(_size_message(pretrained_model_name_or_path, kwargs, "; ".join(mismatched)))
         # Loading makes every parameter trainable.
@@ -144,18 +146,27 @@ class PicoPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, UncertaintyPrototypes):
+            init.xavier_uniform_(module.image)
+            init.xavier_uniform_(module.text)
 
 
 def _size_message(path, kwargs: dict, details: str) -> str:
-    names = ("num_style_prototypes", "column_mode", "column_length", "embedding_dim")
+    names = (
+        "num_style_prototypes",
+        "column_mode",
+        "column_length",
+        "embedding_dim",
+        "num_uncertainty_prototypes",
+    )
     options = (*names, "comparator", "comparator_hidden_size", "comparator_statistics")
     asked = ", ".join(f"{name}={kwargs[name]!r}" for name in options if name in kwargs)
     return (
         f"The tensors of {str(path)!r} do not have the sizes that the configuration asks for"
-        f"{f' ({asked})' if asked else ''}: {details}. The number and length of style prototypes "
-        "(num_style_prototypes, column_mode, column_length) and embedding_dim belong to a trained checkpoint and "
-        "cannot be changed on loading. Load it without them, or build the prototypes anew by training from the "
-        "backbones (PicoModel.from_backbones)."
+        f"{f' ({asked})' if asked else ''}: {details}. The number and length of prototypes "
+        "(num_style_prototypes, column_mode, column_length, num_uncertainty_prototypes) and embedding_dim belong to a "
+        "trained checkpoint and cannot be changed on loading. Load it without them, or build the prototypes anew by "
+        "training from the backbones (PicoModel.from_backbones)."
     )
 
 
@@ -199,6 +210,7 @@ class PicoModel(PicoPreTrainedModel):
         # One object for the composite, the tower and its layers, so that later changes reach them all.
         config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
         self.alignment_head = self.head_classes[config.alignment_head](config)
+        self.uncertainty_prototypes = UncertaintyPrototypes(config) if config.num_uncertainty_prototypes else None
         logit_scale = torch.tensor(float(config.logit_scale_init_value))
         if config.loss_type == "infonce":
             self.logit_scale = nn.Parameter(logit_scale)
@@ -328,7 +340,32 @@ class PicoModel(PicoPreTrainedModel):
         head = self.alignment_head
         tokens, mask, state = head.embed(token_states, mask, class_state, modality)
         embeds, probability = head.weight(tokens, mask, modality) if weighted else (tokens, None)
-        return {"tokens": tokens, "embeds": embeds, "mask": mask, "probability": probability, "state": state}
+        return {
+            "tokens": tokens,
+            "embeds": embeds,
+            "mask": mask,
+            "probability": probability,
+            "state": state,
+            "uncertainty": self.uncertainty(tokens, mask, modality),
+        }
+
+    def uncertainty(self, tokens: torch.Tensor, mask: torch.Tensor, modality: str) -> torch.Tensor | None:
+        """
+        Uncertainty of encoded samples. It is that of the tokens before weighting, so that it stays as it is when style
+        prototypes change.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(batch, tokens, dim)`): Token embeddings before weighting.
+            mask (`torch.Tensor` of shape `(batch, tokens)`): True at tokens that take part.
+            modality (`str`): `"image"` or `"text"`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch,)`, or None without `config.num_uncertainty_prototypes`.
+        """
+        if self.uncertainty_prototypes is None:
+            return None
+        pooled = self.alignment_head.pool(tokens, mask, None, modality)
+        return self.uncertainty_prototypes(pooled, self.logit_scale.detach().float().exp(), modality)
 
     def _features_output(self, outputs, features: dict[str, Any], modality: str) -> PicoFeatures:
         # Pooled here and not in `_features`: training never asks for it.
@@ -341,6 +378,7 @@ class PicoModel(PicoPreTrainedModel):
             embeds=features["embeds"],
             mask=features["mask"],
             semantic_probability=features["probability"],
+            uncertainty=features["uncertainty"],
         )
 
     def _encode_images(self, pixel_values: torch.Tensor, weighted: bool, **kwargs):
@@ -367,8 +405,19 @@ class PicoModel(PicoPreTrainedModel):
         mask = text_token_mask(attention_mask, config.text_special_tokens, config.text_config.model_type)
         return outputs, self._features(states, mask, class_state, "text", weighted)
 
-    def _auxiliary_losses(self, image: dict[str, Any], text: dict[str, Any]) -> dict[str, torch.Tensor]:
-        return self.alignment_head.auxiliary_losses(image["state"], text["state"])
+    def _auxiliary_losses(
+        self, image: dict[str, Any], text: dict[str, Any], image_ids: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        losses = self.alignment_head.auxiliary_losses(image["state"], text["state"])
+        # Texts that are not the images' partners, one by one, are no pairs to learn from.
+        if self.uncertainty_prototypes is None or len(image["tokens"]) != len(text["tokens"]):
+            return losses
+        images, texts = (
+            self.alignment_head.pool(side["tokens"], side["mask"], None, modality)
+            for side, modality in ((image, "image"), (text, "text"))
+        )
+        scale = self.logit_scale.float().exp()
+        return {**losses, **self.uncertainty_prototypes.losses(images, texts, scale, image_ids)}
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, weighted: bool = True, **kwargs) -> PicoFeatures:
@@ -424,6 +473,7 @@ class PicoModel(PicoPreTrainedModel):
             f"{modality}_mask": features["mask"],
             f"{modality}_tokens": features["tokens"],
             f"{modality}_semantic_probability": features["probability"],
+            f"{modality}_uncertainty": features["uncertainty"],
             "vision_model_output" if modality == "image" else "text_model_output": outputs,
         }
         pooled = self.alignment_head.pool(features["embeds"], features["mask"], None, modality)
@@ -485,7 +535,7 @@ class PicoModel(PicoPreTrainedModel):
             return self._one_side_output("image", vision_outputs, image)
         text_outputs, text = self._encode_texts(input_ids, attention_mask, True, **text_kwargs)
         logit_scale = self.logit_scale.float().exp()
-        auxiliary = self._auxiliary_losses(image, text) if self.training or return_loss else {}
+        auxiliary = self._auxiliary_losses(image, text, image_ids) if self.training or return_loss else {}
         auxiliary_loss = torch.stack([*auxiliary.values()]).sum() if auxiliary else None
         loss = logits = None
         if return_logits or return_loss:
@@ -519,6 +569,8 @@ class PicoModel(PicoPreTrainedModel):
             text_tokens=text["tokens"],
             image_semantic_probability=image["probability"],
             text_semantic_probability=text["probability"],
+            image_uncertainty=image["uncertainty"],
+            text_uncertainty=text["uncertainty"],
             logit_scale=logit_scale,
             auxiliary_loss=auxiliary_loss,
             auxiliary_losses=auxiliary or None,

@@ -21,6 +21,8 @@ class PicoFeatures(BaseModelOutputWithPooling):
             One unit vector per sample, for coarse search.
         semantic_probability (`torch.Tensor` of shape `(batch, dim)`, *optional*):
             Semantic probability of each feature column, where this side is weighted.
+        uncertainty (`torch.Tensor` of shape `(batch,)`, *optional*):
+            Uncertainty of each sample, with `num_uncertainty_prototypes`; the more ambiguous, the higher.
         last_hidden_state (`torch.Tensor` of shape `(batch, sequence, hidden)`), hidden_states, attentions:
             The backbone's outputs.
     """
@@ -28,6 +30,7 @@ class PicoFeatures(BaseModelOutputWithPooling):
     embeds: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     semantic_probability: torch.Tensor | None = None
+    uncertainty: torch.Tensor | None = None
 
 
 @dataclass
@@ -48,6 +51,8 @@ class PicoOutput(ModelOutput):
         text_tokens (`torch.Tensor` of shape `(texts, words, dim)`): Text token embeddings before weighting.
         image_semantic_probability (`torch.Tensor` of shape `(images, dim)`, *optional*): Where images are weighted.
         text_semantic_probability (`torch.Tensor` of shape `(texts, dim)`, *optional*): Where texts are weighted.
+        image_uncertainty (`torch.Tensor` of shape `(images,)`, *optional*): With `num_uncertainty_prototypes`.
+        text_uncertainty (`torch.Tensor` of shape `(texts,)`, *optional*): With `num_uncertainty_prototypes`.
         pooler_output (`torch.Tensor` of shape `(batch, dim)`, *optional*):
             One unit vector per sample, for coarse search; where only one side was given.
         logit_scale (`torch.Tensor`, scalar): Inverse temperature by which logits are multiplied.
@@ -69,6 +74,8 @@ class PicoOutput(ModelOutput):
     text_tokens: torch.Tensor | None = None
     image_semantic_probability: torch.Tensor | None = None
     text_semantic_probability: torch.Tensor | None = None
+    image_uncertainty: torch.Tensor | None = None
+    text_uncertainty: torch.Tensor | None = None
     pooler_output: torch.Tensor | None = None
     logit_scale: torch.Tensor | None = None
     auxiliary_loss: torch.Tensor | None = None

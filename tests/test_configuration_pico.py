@@ -72,6 +72,12 @@ def test_every_option_survives_disk(tmp_path):
         "loss_type": "hinge",
         "margin": 0.3,
         "logit_scale_init_value": 1.25,
+        "num_uncertainty_prototypes": 8,
+        "uncertainty_temperature": 2.0,
+        "uncertainty_weight": 1.0,
+        "uncertainty_diversity_weight": 0.1,
+        "uncertainty_gradient": False,
+        "uncertainty_reranking": {"text_weight": 0.5},
     }
     PicoConfig(**options).save_pretrained(tmp_path)
     again, default = PicoConfig.from_pretrained(tmp_path), PicoConfig()

@@ -651,12 +651,13 @@ def test_shipped_files_import_only_the_libraries_and_each_other(path):
 
 
 def test_a_checkpoint_runs_without_the_package(trained, tiny_processor, batch, tmp_path, run_without_package):
-    model, folder = trained(), tmp_path / "checkpoint"
+    model, folder = trained(num_uncertainty_prototypes=2), tmp_path / "checkpoint"
     model.save_pretrained(folder)
     tiny_processor.save_pretrained(folder)
     with torch.no_grad():
-        logits = model(**batch).logits_per_image
-    torch.save({"batch": batch, "logits": logits, "state": model.state_dict()}, tmp_path / "expected.pt")
+        output = model(**batch)
+    expected = {"logits_per_image": output.logits_per_image, "text_uncertainty": output.text_uncertainty}
+    torch.save({"batch": batch, "output": expected, "state": model.state_dict()}, tmp_path / "expected.pt")
     output = run_without_package(
         """
         import torch
@@ -672,7 +673,9 @@ def test_a_checkpoint_runs_without_the_package(trained, tiny_processor, batch, t
         for name, tensor in expected["state"].items():
             assert torch.equal(state[name], tensor), name
         with torch.no_grad():
-            assert torch.equal(model(**expected["batch"]).logits_per_image, expected["logits"])
+            output = model(**expected["batch"])
+        for name, tensor in expected["output"].items():
+            assert torch.equal(output[name], tensor), name
         processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
         assert type(processor).__name__ == "PicoProcessor"
         assert processor(text=["a red circle"])["input_ids"][0][0] == 2

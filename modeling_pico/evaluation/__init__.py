@@ -13,6 +13,7 @@ from .retrieval_metrics import (
     retrieval_metrics,
     retrieval_ranks,
 )
+from .uncertainty_reranking import RiskCoverage, UncertaintyReranking, learn_reranking, risk_coverage
 
 
 if TYPE_CHECKING:
@@ -25,13 +26,17 @@ __all__ = [
     "ImageTextRecall",
     "RetrievalEvaluator",
     "RetrievalRanks",
+    "RiskCoverage",
     "StyleReport",
+    "UncertaintyReranking",
     "chance_rsum",
     "folded_retrieval_metrics",
+    "learn_reranking",
     "measure_styles",
     "recall_at_k",
     "retrieval_metrics",
     "retrieval_ranks",
+    "risk_coverage",
 ]
 
 

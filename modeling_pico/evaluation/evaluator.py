@@ -18,10 +18,18 @@ from .retrieval_metrics import (
     RetrievalRanks,
     chance_rsum,
     fold_members,
-    folded_retrieval_metrics,
     mean_metrics,
     retrieval_metrics,
+    retrieval_ranks,
 )
+from .uncertainty_reranking import UncertaintyReranking, risk_coverage
+
+
+# Ranks of images among texts and of texts among images.
+_Ranks = tuple[torch.Tensor, torch.Tensor]
+# Scores of a tile as one kind of ranks sees them, from its rows, columns and scores.
+_View = Callable[[Any, Any, torch.Tensor], torch.Tensor]
+_PLAIN = "plain"
 
 
 @dataclass
@@ -112,6 +120,8 @@ class RetrievalEvaluator:
             Pairs per batch of the reported loss; in-batch losses depend on it.
         image_chunk (`int`, *optional*, defaults to 256): Images weighted and scored at a time.
         text_chunk (`int`, *optional*, defaults to 2048): Texts weighted and scored at a time.
+        reranking ([`UncertaintyReranking`], *optional*):
+            For a model with uncertainty: its metrics are reported too, as `reranked_rsum` and so on.
 
     Example:
 
@@ -122,11 +132,19 @@ class RetrievalEvaluator:
     ```
     """
 
-    def __init__(self, num_folds: int = 1, loss_batch_size: int = 64, image_chunk: int = 256, text_chunk: int = 2048):
+    def __init__(
+        self,
+        num_folds: int = 1,
+        loss_batch_size: int = 64,
+        image_chunk: int = 256,
+        text_chunk: int = 2048,
+        reranking: UncertaintyReranking | None = None,
+    ):
         self.num_folds = num_folds
         self.loss_batch_size = loss_batch_size
         self.image_chunk = image_chunk
         self.text_chunk = text_chunk
+        self.reranking = reranking
 
     def __call__(self, model: PicoModel, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
         """
@@ -220,8 +238,11 @@ class RetrievalEvaluator:
         Recalls at 1, 5 and 10 in both directions in percent, median ranks, rSum, the rSum of a random ranking
         (`chance_rsum`), and the in-batch loss over consecutive images with their first caption (`loss`). Give the
         `scores` of [`score`] where they are there for another reason.
+
+        For a model with uncertainty also the areas under the risk-coverage curves of recall at 1
+        (`image_to_text_aurc`, `text_to_image_aurc`, see [`RiskCoverage`]), and the `reranked_` metrics.
         """
-        metrics = self.retrieval_metrics(model, encoded, scores)
+        metrics = self._measure(model, encoded, scores, self.uncertainty(model, encoded))
         metrics["chance_rsum"] = chance_rsum(encoded.image_ids, encoded.text_ids, self.num_folds)
         metrics["loss"] = self._loss(model, encoded)
         return metrics
@@ -231,22 +252,102 @@ class RetrievalEvaluator:
         self, model: PicoModel, encoded: EncodedRetrieval, scores: torch.Tensor | None = None
     ) -> dict[str, float]:
         """Recalls, median ranks and rSum under the prototypes the model holds now; see [`metrics`]."""
-        if scores is not None:
-            return folded_retrieval_metrics(scores, encoded.image_ids, encoded.text_ids, num_folds=self.num_folds)
-        first = encoded.first_image()
-        members = fold_members(encoded.image_ids, encoded.text_ids, self.num_folds)
-        return mean_metrics([retrieval_metrics(*self._ranks(model, encoded, first, *fold)) for fold in members])
+        return self._measure(model, encoded, scores, None)
+
+    @torch.no_grad()
+    def uncertainty(self, model: PicoModel, encoded: EncodedRetrieval) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Uncertainty of the images `(images,)` of all processes and of the texts `(texts,)`, if the model has it."""
+        if model.uncertainty_prototypes is None:
+            return None
+
+        def of(modality: str, tokens: torch.Tensor, mask: torch.Tensor, size: int) -> torch.Tensor:
+            parts = zip(tokens.split(size), mask.split(size), strict=True)
+            return torch.cat([model.uncertainty(*part, modality) for part in parts])  # type: ignore[misc]
+
+        images = of("image", encoded.image_tokens, encoded.image_mask, self.image_chunk)
+        texts = of("text", encoded.text_tokens, encoded.text_mask, self.text_chunk)
+        return gather_rows(images[:, None]).squeeze(1), texts
+
+    def _measure(
+        self,
+        model: PicoModel,
+        encoded: EncodedRetrieval,
+        scores: torch.Tensor | None,
+        uncertainty: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> dict[str, float]:
+        """Metrics of the ranks, averaged over folds; with `uncertainty`, those that need it as well."""
+        first, folds = encoded.first_image(), []
+        for images, texts in fold_members(encoded.image_ids, encoded.text_ids, self.num_folds):
+            of_fold = None if uncertainty is None else (uncertainty[0][images], uncertainty[1][texts])
+            views = self._views(of_fold)
+            if scores is None:
+                ranks = self._ranks(model, encoded, first, images, texts, views)
+            else:
+                # Without the copy of the matrix that a choice of columns makes, where there is nothing to choose.
+                tile = scores if self.num_folds == 1 else scores[images].index_select(1, texts.to(scores.device))
+                ids = encoded.image_ids[images], encoded.text_ids[texts]
+                ranks = {
+                    name: retrieval_ranks(see(slice(None), slice(None), tile), *ids) for name, see in views.items()
+                }
+            folds.append(self._fold_metrics(ranks, of_fold))
+        return mean_metrics(folds)
+
+    def _views(self, uncertainty: tuple[torch.Tensor, torch.Tensor] | None) -> dict[str, _View]:
+        """
+        By name, how ranks see scores: as they are, and for each direction that is re-ranked, with the factor of what
+        is searched. A query's own factor changes nothing and is left out.
+        """
+        views: dict[str, _View] = {_PLAIN: lambda rows, columns, tile: tile}
+        reranking = self.reranking
+        if reranking is None or uncertainty is None:
+            return views
+        of_images, of_texts = uncertainty
+        if reranking.text_weight:
+            views["image_to_text"] = lambda rows, columns, tile: reranking.rerank(
+                tile, text_uncertainty=of_texts[columns]
+            )
+        if reranking.image_weight:
+            views["text_to_image"] = lambda rows, columns, tile: reranking.rerank(
+                tile, image_uncertainty=of_images[rows]
+            )
+        return views
+
+    def _fold_metrics(
+        self, ranks: dict[str, _Ranks], uncertainty: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> dict[str, float]:
+        metrics = retrieval_metrics(*ranks[_PLAIN])
+        if uncertainty is None:
+            return metrics
+        for direction, of_queries, queries in zip(
+            ("image_to_text", "text_to_image"), ranks[_PLAIN], uncertainty, strict=True
+        ):
+            metrics[f"{direction}_aurc"] = risk_coverage(of_queries, queries).aurc
+        if self.reranking is not None:
+            to_text = ranks.get("image_to_text", ranks[_PLAIN])[0]
+            to_image = ranks.get("text_to_image", ranks[_PLAIN])[1]
+            reranked = retrieval_metrics(to_text, to_image)
+            metrics.update({f"reranked_{name}": value for name, value in reranked.items()})
+        return metrics
 
     def _ranks(
-        self, model: PicoModel, encoded: EncodedRetrieval, first: int, images: slice, texts: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ranks of both directions among these images and texts; `first` is the first image of this process."""
+        self,
+        model: PicoModel,
+        encoded: EncodedRetrieval,
+        first: int,
+        images: slice,
+        texts: torch.Tensor,
+        views: dict[str, _View],
+    ) -> dict[str, _Ranks]:
+        """
+        Ranks of both directions among these images and texts, as each view sees the scores; `first` is the first image
+        of this process.
+        """
         image_ids, text_ids = encoded.image_ids[images], encoded.text_ids[texts]
         start, stop = max(images.start, first), min(images.stop, first + len(encoded.image_tokens))
         own = torch.arange(start, max(start, stop))
         image_blocks = _blocks(encoded.image_ids[own], own - first, own - images.start, self.image_chunk)
         text_blocks = _blocks(text_ids, texts, torch.arange(len(texts)), self.text_chunk)
-        ranks = RetrievalRanks(image_ids, text_ids)
+        ranks = {name: RetrievalRanks(image_ids, text_ids) for name in views}
         parts = {
             right: [
                 (block, [other for other in text_blocks if block.may_match(other) == right]) for block in image_blocks
@@ -254,16 +355,24 @@ class RetrievalEvaluator:
             for right in (True, False)
         }
         kept = []
-        for tile in self._tiles(model, encoded, parts[True]):
-            ranks.observe(*tile)
-            kept.append(tile)
-        ranks.best.copy_(gather(ranks.best[None]).amax(dim=0))
+        for rows, columns, tile in self._tiles(model, encoded, parts[True]):
+            for name, see in views.items():
+                ranks[name].observe(rows, columns, see(rows, columns, tile))
+            kept.append((rows, columns, tile))
+        for of_view in ranks.values():
+            of_view.best.copy_(gather(of_view.best[None]).amax(dim=0))
+
+        def count(rows: torch.Tensor, columns: torch.Tensor, tile: torch.Tensor) -> None:
+            for name, see in views.items():
+                ranks[name].count(rows, columns, see(rows, columns, tile))
+
         while kept:
-            ranks.count(*kept.pop())
-        for tile in self._tiles(model, encoded, parts[False]):
-            ranks.count(*tile)
-        ranks.counts.copy_(gather(ranks.counts[None]).sum(dim=0))
-        return ranks.compute()
+            count(*kept.pop())
+        for scored in self._tiles(model, encoded, parts[False]):
+            count(*scored)
+        for of_view in ranks.values():
+            of_view.counts.copy_(gather(of_view.counts[None]).sum(dim=0))
+        return {name: of_view.compute() for name, of_view in ranks.items()}
 
     def _tiles(
         self, model: PicoModel, encoded: EncodedRetrieval, parts: Iterable[tuple[_Block, list[_Block]]]

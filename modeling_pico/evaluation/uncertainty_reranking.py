@@ -1,0 +1,246 @@
+"""
+Re-ranking by uncertainty, and how well uncertainty tells right answers from wrong ones.
+
+Method: PAU (NeurIPS 2023, arXiv 2309.17093). Its weights are learned here on validation data, and only kept where they
+help queries that they were not chosen on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .retrieval_metrics import RECALL_LEVELS, retrieval_ranks
+
+
+# Weights tried first, over the standard deviation of the gallery's uncertainty, and the ratios by which the best of
+# them is then changed.
+_GRID = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+_REFINEMENTS = (1.8, 1.35, 1.15)
+_PARTS = 5
+
+
+@dataclass(frozen=True)
+class UncertaintyReranking:
+    """
+    Scores re-ranked by the uncertainty of what is searched, `S'_ij = exp(-b_i u_i) exp(-b_j u_j) (S_ij - floor)`.
+
+    A factor below 1 would raise a negative score, so scores are shifted by `floor`, the lowest score of the validation
+    data: nothing of the gallery that is searched enters. Scores below it keep their place below all others.
+
+    A query's own factor is the same for its whole gallery and changes none of its ranks. So `text_weight` matters to
+    image-to-text retrieval alone and `image_weight` to text-to-image alone, and each is learned by itself.
+
+    Args:
+        image_weight (`float`, *optional*, defaults to 0.0): Weight of the images' uncertainty; 0 leaves ranks alone.
+        text_weight (`float`, *optional*, defaults to 0.0): Weight of the texts' uncertainty.
+        floor (`float`, *optional*, defaults to 0.0): Score that is shifted to zero.
+        image_center, text_center (`float`, *optional*, defaults to 0.0):
+            Uncertainty at which the factor is 1: a constant that changes no rank and keeps numbers in range.
+    """
+
+    image_weight: float = 0.0
+    text_weight: float = 0.0
+    floor: float = 0.0
+    image_center: float = 0.0
+    text_center: float = 0.0
+
+    @classmethod
+    def from_config(cls, config: Any) -> UncertaintyReranking | None:
+        """What `config.uncertainty_reranking` holds; None without it, or for a model without uncertainty."""
+        if not config.num_uncertainty_prototypes or config.uncertainty_reranking is None:
+            return None
+        return cls(**config.uncertainty_reranking)
+
+    def to_dict(self) -> dict[str, float]:
+        """As [`PicoConfig`] keeps it."""
+        return asdict(self)
+
+    def rerank(
+        self, scores: Tensor, *, image_uncertainty: Tensor | None = None, text_uncertainty: Tensor | None = None
+    ) -> Tensor:
+        """
+        Re-ranks any scores of images and texts.
+
+        Args:
+            scores (`torch.Tensor` of shape `(images, texts)`): Scores, higher is better.
+            image_uncertainty (`torch.Tensor` of shape `(images,)`, *optional*):
+                Give it where images are searched; left out, their factor is 1.
+            text_uncertainty (`torch.Tensor` of shape `(texts,)`, *optional*): The same for texts.
+
+        Returns:
+            `torch.Tensor` of shape `(images, texts)`.
+
+        Raises:
+            `ValueError`: If an uncertainty does not fit the scores.
+        """
+        shifted = scores - self.floor
+        factor = torch.ones((), dtype=scores.dtype, device=scores.device)
+        sides = (
+            ("image", 0, image_uncertainty, self.image_weight, self.image_center),
+            ("text", 1, text_uncertainty, self.text_weight, self.text_center),
+        )
+        for name, dim, uncertainty, weight, center in sides:
+            if uncertainty is None:
+                continue
+            if uncertainty.shape != scores.shape[dim : dim + 1]:
+                raise ValueError(
+                    f"{name}_uncertainty must be ({scores.shape[dim]},) to fit scores (images, texts) of shape "
+                    f"{tuple(scores.shape)}, got {tuple(uncertainty.shape)}."
+                )
+            of_side = torch.exp(-weight * (uncertainty.to(scores) - center))
+            factor = factor * (of_side[:, None] if dim == 0 else of_side)
+        return torch.where(shifted > 0, shifted * factor, shifted)
+
+
+def learn_reranking(
+    scores: Tensor, image_ids: Tensor, text_ids: Tensor, image_uncertainty: Tensor, text_uncertainty: Tensor
+) -> UncertaintyReranking:
+    """
+    Learns the weights of a re-ranking on validation data: those of the highest recall at 1, 5 and 10, from a grid and
+    a local search around its best point. The sign is free.
+
+    Five parts of the queries are held out in turn: where the weights that are best for the others gain nothing on
+    them in sum, the weight stays 0.
+
+    Args:
+        scores (`torch.Tensor` of shape `(images, texts)`): Scores of the validation data, higher is better.
+        image_ids (`torch.Tensor` of shape `(images,)`): Identity of each image.
+        text_ids (`torch.Tensor` of shape `(texts,)`): Identity of each text.
+        image_uncertainty (`torch.Tensor` of shape `(images,)`): Uncertainty of each image.
+        text_uncertainty (`torch.Tensor` of shape `(texts,)`): Uncertainty of each text.
+
+    Returns:
+        [`UncertaintyReranking`]
+
+    Raises:
+        `ValueError`: If uncertainties or identities do not fit the scores, or a value is NaN or infinite.
+    """
+    for name, values in (("image_uncertainty", image_uncertainty), ("text_uncertainty", text_uncertainty)):
+        if not torch.isfinite(values).all():
+            raise ValueError(f"{name} holds {int((~torch.isfinite(values)).sum())} values that are NaN or infinite.")
+    neutral = UncertaintyReranking(
+        floor=float(scores.min()),
+        image_center=float(image_uncertainty.mean()),
+        text_center=float(text_uncertainty.mean()),
+    )
+
+    def hits(side: str, weight: float) -> Tensor:
+        """Of each query of the other side, how many of the recall levels it reaches."""
+        uncertainty = {"image": image_uncertainty, "text": text_uncertainty}[side]
+        weighted = UncertaintyReranking(**{**neutral.to_dict(), f"{side}_weight": weight})
+        reranked = weighted.rerank(scores, **{f"{side}_uncertainty": uncertainty}) if weight else scores
+        to_text, to_image = retrieval_ranks(reranked, image_ids, text_ids)
+        ranks = to_image if side == "image" else to_text
+        return sum((ranks < k).long() for k in RECALL_LEVELS).cpu()  # type: ignore[union-attr]
+
+    weights = {}
+    for side, uncertainty, ids in (
+        ("image", image_uncertainty, text_ids),
+        ("text", text_uncertainty, image_ids),
+    ):
+        spread = float(uncertainty.double().std(correction=0))
+        parts = ids.unique(return_inverse=True)[1].cpu() % _PARTS
+        weights[f"{side}_weight"] = _best_weight(partial(hits, side), spread, parts)
+    return UncertaintyReranking(**{**neutral.to_dict(), **weights})
+
+
+def _best_weight(hits: Callable[[float], Tensor], spread: float, parts: Tensor) -> float:
+    """The weight of the most hits; 0 where it gains nothing on `parts` `(queries,)` that it was not chosen on."""
+    # Below this the uncertainties differ by rounding alone.
+    if spread < 1e-7:
+        return 0.0
+    # Ordered by size: of equal weights the smallest wins.
+    grid = [0.0, *(sign * size / spread for size in _GRID for sign in (1, -1))]
+    of_grid = torch.stack([hits(weight) for weight in grid])
+    gained = 0
+    for part in range(_PARTS):
+        held_out = parts == part
+        best = int(of_grid[:, ~held_out].sum(dim=1).argmax())
+        gained += int((of_grid[best, held_out] - of_grid[0, held_out]).sum())
+    if gained <= 0:
+        return 0.0
+    totals = of_grid.sum(dim=1)
+    best = int(totals.argmax())
+    weight, most = grid[best], int(totals[best])
+    for ratio in _REFINEMENTS:
+        for candidate in (weight / ratio, weight * ratio):
+            found = int(hits(candidate).sum())
+            if found > most:
+                weight, most = candidate, found
+    return weight
+
+
+@dataclass(frozen=True)
+class RiskCoverage:
+    """
+    Recall of the queries that are kept when the most uncertain ones are left out.
+
+    Attributes:
+        coverage (`torch.Tensor` of shape `(queries,)`): Share of the queries kept, in percent, ascending.
+        recall (`torch.Tensor` of shape `(queries,)`): Their recall in percent.
+        best_recall (`torch.Tensor` of shape `(queries,)`): The same if failures were left out first.
+    """
+
+    coverage: Tensor
+    recall: Tensor
+    best_recall: Tensor
+
+    @property
+    def aurc(self) -> float:
+        """
+        Area under the risk-coverage curve in percent (risk is 100 minus recall; arXiv 1805.08206); lower is better.
+        """
+        return 100 - float(self.recall.mean())
+
+    @property
+    def best_aurc(self) -> float:
+        """The least that any order of these queries reaches."""
+        return 100 - float(self.best_recall.mean())
+
+    @property
+    def chance_aurc(self) -> float:
+        """What an order by lot reaches on average: the risk of all queries."""
+        return 100 - float(self.recall[-1])
+
+
+def risk_coverage(ranks: Tensor, uncertainty: Tensor, k: int = 1) -> RiskCoverage:
+    """
+    Keeps queries from the most certain to the least and measures the recall of those kept so far.
+
+    Args:
+        ranks (`torch.Tensor` of shape `(queries,)`): 0-based ranks, see [`retrieval_ranks`].
+        uncertainty (`torch.Tensor` of shape `(queries,)`): Uncertainty of each query. Queries of equal uncertainty
+            share what they reach, so that their order does not matter.
+        k (`int`, *optional*, defaults to 1): Length of the result list.
+
+    Returns:
+        [`RiskCoverage`]
+
+    Raises:
+        `ValueError`: If there is no query, shapes differ, or an uncertainty is NaN or infinite.
+    """
+    if ranks.ndim != 1 or len(ranks) == 0 or ranks.shape != uncertainty.shape:
+        raise ValueError(
+            "ranks and uncertainty must both be (queries,) with at least one query, got "
+            f"{tuple(ranks.shape)} and {tuple(uncertainty.shape)}."
+        )
+    if not torch.isfinite(uncertainty).all():
+        raise ValueError(f"{int((~torch.isfinite(uncertainty)).sum())} uncertainties are NaN or infinite.")
+    hits = (ranks < k).double().cpu()
+    _, groups, sizes = uncertainty.cpu().unique(return_inverse=True, return_counts=True)
+    shares = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, groups, hits) / sizes
+    kept = torch.arange(1, len(hits) + 1, dtype=torch.float64)
+    return RiskCoverage(
+        coverage=100 * kept / len(hits),
+        recall=100 * shares.repeat_interleave(sizes).cumsum(dim=0) / kept,
+        best_recall=100 * hits.sort(descending=True).values.cumsum(dim=0) / kept,
+    )
+
+
+__all__ = ["RiskCoverage", "UncertaintyReranking", "learn_reranking", "risk_coverage"]
