@@ -83,6 +83,9 @@ class ModelArguments:
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
     freeze_vision: bool = field(default=False, metadata={"help": "Do not train the vision backbone."})
     freeze_text: bool = field(default=False, metadata={"help": "Do not train the text backbone."})
+    train_uncertainty_only: bool = field(
+        default=False, metadata={"help": "Train the prototypes of the uncertainty alone; scores stay as they are."}
+    )
     # Towers made from scratch, where no checkpoint is given.
     image_size: int = field(default=48, metadata={"help": "Side of the images in pixels."})
     patch_size: int = field(default=8, metadata={"help": "Side of a patch in pixels."})
@@ -114,6 +117,15 @@ class ModelArguments:
     loss_type: str | None = field(default=None, metadata={"help": "infonce or hinge."})
     margin: float | None = field(default=None, metadata={"help": "Margin of the hinge loss."})
     logit_scale_init_value: float | None = field(default=None, metadata={"help": "Initial log inverse temperature."})
+    num_uncertainty_prototypes: int | None = field(
+        default=None, metadata={"help": "Prototypes of each modality for the uncertainty (PAU uses 8); 0 is off."}
+    )
+    uncertainty_temperature: float | None = field(default=None, metadata={"help": "Divides the logits of evidence."})
+    uncertainty_weight: float | None = field(default=None, metadata={"help": "Weight of the loss of uncertainty."})
+    uncertainty_diversity_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the similarity of its prototypes to one another."}
+    )
+    uncertainty_gradient: bool | None = field(default=None, metadata={"help": "Its loss trains the embeddings too."})
 
     unet_num_layers: int | None = field(default=None, metadata={"help": "Layers of the encoder and each decoder."})
     unet_num_heads: int | None = field(default=None, metadata={"help": "Attention heads of these layers."})
@@ -312,9 +324,7 @@ def load_split(
     dataset = load_rows(split, data_args, **options)
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
-    dataset = check_images(
-        dataset, data_args.on_bad_image, data_args.preprocessing_num_workers, data_args.max_skipped
-    )
+    dataset = check_images(dataset, data_args.on_bad_image, data_args.preprocessing_num_workers, data_args.max_skipped)
     return CaptionedImageDataset(dataset, transform=transform)
 
 
@@ -354,7 +364,8 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, training_arg
             if data_args.min_crop_scale < 1 or data_args.random_flip:
                 transform = RandomCropFlip(data_args.min_crop_scale, data_args.random_flip)
             train = load_split(data_args.train_split, data_args, data_args.max_train_samples, transform)
-        if training_args.do_eval or (needs_feedback and may_use_prototypes(model_args)):
+        needs_feedback = needs_feedback and may_use_prototypes(model_args)
+        if training_args.do_eval or needs_feedback or training_args.uncertainty_reranking:
             evaluation = load_split(data_args.eval_split, data_args, data_args.max_eval_samples)
         if training_args.do_predict:
             # Named, so that a split without styles is refused with the columns that it has.
@@ -530,6 +541,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model.vision_model.requires_grad_(False)
     if model_args.freeze_text:
         model.text_model.requires_grad_(False)
+    if model_args.train_uncertainty_only:
+        model.train_uncertainty_only()
+    if training_args.uncertainty_reranking and model.uncertainty_prototypes is None:
+        raise ValueError("--uncertainty_reranking needs a model with uncertainty: --num_uncertainty_prototypes 8.")
     collator = PicoDataCollator(processor, max_length=data_args.max_text_length)
     splits = data.by_name(data_args)
     if training_args.should_log:
@@ -594,10 +609,14 @@ def run(trainer: PicoTrainer, data: Data, checkpoint: str | None) -> dict[str, f
     results: dict[str, float] = {}
     if args.do_train:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        if args.uncertainty_reranking:
+            metrics.update(trainer.learn_uncertainty_reranking())
         # An "internal call" uploads nothing: `main` does, once, when results and card are there too.
         trainer.save_model(_internal_call=True)
         trainer.save_state()
         results.update(_record(trainer, "train", metrics))
+    elif args.uncertainty_reranking:
+        results.update(_record(trainer, "reranking", trainer.learn_uncertainty_reranking()))
     if args.do_eval:
         results.update(_record(trainer, "eval", trainer.evaluate()))
     if args.do_predict:

@@ -58,6 +58,13 @@ _DECOUPLING_OPTIONS = (
     "ranking_weight",
     "semantic_probability",
 )
+_UNCERTAINTY_OPTIONS = (
+    "num_uncertainty_prototypes",
+    "uncertainty_temperature",
+    "uncertainty_weight",
+    "uncertainty_diversity_weight",
+    "uncertainty_gradient",
+)
 _STAGE_COLUMNS = {
     "epoch": ("Epoch", "{:g}"),
     "prototype_stage": ("Stage", "{:.0f}"),
@@ -162,7 +169,7 @@ def create_model_card(
         stage=_final_stage(stage_log or []) if has_prototypes else None,
         training=[(key, value) for key, value in (training or {}).items() if value is not None],
         stage_log=_stage_table(stage_log or []),
-        metrics=_recall_table(metrics or {}, "Split"),
+        metrics=_recall_table(_with_reranked(metrics or {}), "Split"),
         style_metrics=_recall_table(style_metrics or {}, "Style"),
         command=(command or "").strip(),
         fence=_fence(command or ""),
@@ -242,6 +249,17 @@ def _eval_results(metrics: Mapping[str, Mapping[str, float]], dataset: Mapping[s
     ]
 
 
+def _with_reranked(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+    """Below each split that was re-ranked too, what that gave."""
+    rows: dict[str, Mapping[str, float]] = {}
+    for split, values in metrics.items():
+        rows[split] = values
+        reranked = {key: values[f"reranked_{key}"] for key in _METRICS if f"reranked_{key}" in values}
+        if reranked:
+            rows[f"{split}, re-ranked by uncertainty"] = reranked
+    return rows
+
+
 def _recall_table(metrics: Mapping[str, Mapping[str, float]], title: str) -> dict[str, list] | None:
     rows = [
         [name, *(f"{values[key]:.1f}" if _is_finite(values.get(key)) else _NO_VALUE for key in _METRICS)]
@@ -287,9 +305,15 @@ def _option_table(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
             names.append("comparator")
             if config.get("comparator") == "network":
                 names += ["comparator_hidden_size", "comparator_statistics"]
+    if config.get("num_uncertainty_prototypes"):
+        names += _UNCERTAINTY_OPTIONS
     sides = [side for side in ("vision_config", "text_config") if config.get(side)]
     rows = [(f"{side}.model_type", config[side].get("model_type")) for side in sides]
     rows += [(name, config.get(name)) for name in names]
+    reranking = config.get("uncertainty_reranking")
+    if reranking and config.get("num_uncertainty_prototypes"):
+        weights = ", ".join(f"{side}s {reranking[f'{side}_weight']:.3g}" for side in ("image", "text"))
+        rows.append(("uncertainty_reranking", f"{weights} (learned on validation)"))
     return [(name, value) for name, value in rows if value is not None]
 
 

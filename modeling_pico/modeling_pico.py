@@ -249,6 +249,15 @@ class PicoModel(PicoPreTrainedModel):
         # By name and not by type: adapters (PEFT) put a wrapper here that passes on to the head they train.
         return getattr(self.alignment_head, "style_prototypes", None)
 
+    def train_uncertainty_only(self) -> None:
+        """Freezes all but the prototypes of the uncertainty: scores then stay as they are."""
+        if self.uncertainty_prototypes is None:
+            raise ValueError(
+                "The model has no uncertainty to train; load it with `num_uncertainty_prototypes` above 0."
+            )
+        self.requires_grad_(False)
+        self.uncertainty_prototypes.requires_grad_(True)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
 

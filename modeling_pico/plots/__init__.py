@@ -20,10 +20,12 @@ from .gather import (
     gather_match,
     gather_pair_scores,
     gather_prototypes,
+    gather_risk_coverage,
     gather_semantic_probability,
 )
 from .history import Construction, TrainingHistory, plot_stage_timeline, plot_training_curves, read_history
 from .matches import PatchWordMatch, plot_matches
+from .risk_coverage import plot_risk_coverage
 from .save import save_plots, save_run_plots
 
 
@@ -40,11 +42,13 @@ __all__ = [
     "gather_match",
     "gather_pair_scores",
     "gather_prototypes",
+    "gather_risk_coverage",
     "gather_semantic_probability",
     "has_matplotlib",
     "plot_matches",
     "plot_pair_scores",
     "plot_prototypes",
+    "plot_risk_coverage",
     "plot_semantic_probability",
     "plot_stage_timeline",
     "plot_training_curves",

@@ -12,6 +12,8 @@ import torch
 from ..backbones_pico import num_prefix_tokens
 from ..data import CaptionedImageDataset, PicoDataCollator
 from ..evaluation.evaluator import concatenate_padded
+from ..evaluation.retrieval_metrics import retrieval_ranks
+from ..evaluation.uncertainty_reranking import RiskCoverage, risk_coverage
 from ..modeling_pico import PicoModel
 from ..prototypes_pico import STAGE_PLAIN, StylePrototypes, squared_distances
 from ..scoring_pico import pair_scores
@@ -102,6 +104,27 @@ def gather_pair_scores(model: PicoModel, pairs: EncodedPairs) -> PairScores:
         texts, _ = head.weight(pairs.text_tokens, pairs.text_mask, "text")
         weighted = _array(pair_scores(images, texts, *masks, negative_slope=slope))
     return PairScores(_array(unweighted), _array(pairs.ids[:, None] == pairs.ids[None, :]), weighted)
+
+
+@torch.no_grad()
+def gather_risk_coverage(model: PicoModel, pairs: EncodedPairs) -> dict[str, RiskCoverage]:
+    """
+    Retrieval among `pairs` in both directions, and how well the uncertainty of the queries foretells failures.
+
+    Raises:
+        NothingToDrawError: if the model has no uncertainty.
+    """
+    if model.uncertainty_prototypes is None:
+        raise NothingToDrawError("the model has no uncertainty")
+    images, _ = model.alignment_head.weight(pairs.image_tokens, pairs.image_mask, "image")
+    texts, _ = model.alignment_head.weight(pairs.text_tokens, pairs.text_mask, "text")
+    slope = model.config.negative_slope
+    scores = pair_scores(images, texts, pairs.image_mask, pairs.text_mask, negative_slope=slope)
+    to_text, to_image = retrieval_ranks(scores, pairs.ids, pairs.ids)
+    of_images = model.uncertainty(pairs.image_tokens, pairs.image_mask, "image")
+    of_texts = model.uncertainty(pairs.text_tokens, pairs.text_mask, "text")
+    assert of_images is not None and of_texts is not None
+    return {"Image to text": risk_coverage(to_text, of_images), "Text to image": risk_coverage(to_image, of_texts)}
 
 
 def _built_prototypes(model: PicoModel) -> StylePrototypes | None:
@@ -284,6 +307,7 @@ __all__ = [
     "gather_match",
     "gather_pair_scores",
     "gather_prototypes",
+    "gather_risk_coverage",
     "gather_semantic_probability",
     "spread_rows",
     "style_rows",

@@ -21,11 +21,13 @@ from .gather import (
     gather_match,
     gather_pair_scores,
     gather_prototypes,
+    gather_risk_coverage,
     gather_semantic_probability,
     spread_rows,
 )
 from .history import plot_stage_timeline, plot_training_curves, read_history
 from .matches import plot_matches
+from .risk_coverage import plot_risk_coverage
 
 
 if TYPE_CHECKING:
@@ -124,6 +126,7 @@ def _model_drawings(
         return encoded[0]
 
     yield "pair_scores", lambda: plot_pair_scores(gather_pair_scores(model, pairs()))
+    yield "risk_coverage", lambda: plot_risk_coverage(gather_risk_coverage(model, pairs()))
     yield "prototypes", lambda: plot_prototypes(gather_prototypes(model, pairs()))
     yield (
         "semantic_probability",

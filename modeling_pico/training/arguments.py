@@ -60,6 +60,10 @@ class PicoTrainingArguments(TrainingArguments):
             Weight of new prototypes under `feedback="ema"`.
         eval_num_folds (`int`, *optional*, defaults to 1):
             Consecutive image blocks over which retrieval metrics are averaged; 5 for MS-COCO 1K.
+        uncertainty_reranking (`bool`, *optional*, defaults to `False`):
+            For the training script: whether to learn, after training and on the validation set, by which weights the
+            uncertainty re-ranks scores. They are saved in the model's configuration, and evaluations report
+            `reranked_` metrics beside the plain ones.
         eval_cache_dir (`str`, *optional*):
             Folder that keeps embeddings of evaluations outside of training, in half precision: evaluating the same
             model on the same data again then only scores.
@@ -102,6 +106,9 @@ class PicoTrainingArguments(TrainingArguments):
     feedback_kappa: float = field(default=1.0, metadata={"help": "rSum points that are worth a factor of e."})
     feedback_ema_weight: float = field(default=0.1, metadata={"help": "Weight of an update under feedback=ema."})
     eval_num_folds: int = field(default=1, metadata={"help": "Image blocks over which metrics are averaged."})
+    uncertainty_reranking: bool = field(
+        default=False, metadata={"help": "After training, learn to re-rank by uncertainty on the validation set."}
+    )
     eval_cache_dir: str | None = field(
         default=None, metadata={"help": "Keep embeddings of evaluations outside of training in this folder."}
     )

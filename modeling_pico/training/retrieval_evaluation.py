@@ -15,6 +15,7 @@ from ..data import CaptionedImageDataset
 from ..evaluation.embedding_cache import cache_key, load_embeddings, save_embeddings
 from ..evaluation.evaluator import EncodedRetrieval, RetrievalEvaluator
 from ..evaluation.style_report import StyleReport
+from ..evaluation.uncertainty_reranking import UncertaintyReranking, learn_reranking
 from .base import TrainerBase
 from .staging import PrototypeConstruction
 
@@ -47,6 +48,7 @@ class EvaluationTrainer(TrainerBase):
             prediction_loss_only = self.args.prediction_loss_only
         encoded = self._encode(dataloader)
         model = self._pico_model()
+        self.evaluator.reranking = UncertaintyReranking.from_config(model.config)
         scores = None if prediction_loss_only else self.evaluator.score(model, encoded)
         metrics = self.evaluator.metrics(model, encoded, scores)
         self._card_metrics[metric_key_prefix] = metrics
@@ -67,6 +69,35 @@ class EvaluationTrainer(TrainerBase):
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
             num_samples=len(encoded.image_ids),
         )
+
+    def learn_uncertainty_reranking(self, eval_dataset: CaptionedImageDataset | None = None) -> dict[str, float]:
+        """
+        Learns by which weights the uncertainty re-ranks scores, see [`~modeling_pico.evaluation.learn_reranking`], and
+        puts them into the model's configuration: evaluations then report re-ranked metrics beside the plain ones.
+
+        Args:
+            eval_dataset ([`CaptionedImageDataset`], *optional*):
+                Validation data, never what is tested on; the first one of the trainer by default.
+
+        Returns:
+            `dict[str, float]`: What was learned, as `uncertainty_reranking_image_weight` and so on.
+
+        Raises:
+            `ValueError`: For a model without uncertainty.
+        """
+        model = self._pico_model()
+        if model.uncertainty_prototypes is None:
+            raise ValueError(
+                "The model has no uncertainty to re-rank by; train one with `num_uncertainty_prototypes` above 0."
+            )
+        dataset: Any = self._feedback_dataset() if eval_dataset is None else eval_dataset
+        encoded = self._encode(self.get_eval_dataloader(dataset))
+        uncertainty = self.evaluator.uncertainty(model, encoded)
+        assert uncertainty is not None
+        scores = self.evaluator.score(model, encoded)
+        learned = learn_reranking(scores, encoded.image_ids, encoded.text_ids, *uncertainty).to_dict()
+        model.config.uncertainty_reranking = learned
+        return {f"uncertainty_reranking_{name}": value for name, value in learned.items()}
 
     def measure_styles(self, dataset: CaptionedImageDataset, seen_styles: Sequence[str] | None = None) -> StyleReport:
         """As [`~modeling_pico.measure_styles`], in the precision and on the processes of this trainer."""

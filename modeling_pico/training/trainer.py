@@ -195,9 +195,15 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         # The model exists for certain only here: `model_init` and hyper-parameter search make a new one each time.
         self.remove_callback(PrototypeCallback)
-        prototypes = self._pico_model().style_prototypes
+        model = self._pico_model()
+        # Where nothing but the uncertainty is trained, embeddings stay as they are, and so do their prototypes.
+        trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+        prototypes = None if trained == {"uncertainty_prototypes"} else model.style_prototypes
         if prototypes is not None:
             self._check_prototype_needs()
+        self._check_adapter("prototypes of uncertainty", "uncertainty_prototypes", model.uncertainty_prototypes)
+        # Learned for the weights as they were.
+        model.config.uncertainty_reranking = None
         self.construction = None if prototypes is None else PrototypeConstruction(prototypes, self.args)
         if self.construction is not None:
             self.add_callback(PrototypeCallback(self.construction))
@@ -209,13 +215,14 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
                 f"feedback={self.args.feedback!r} weighs prototypes by validation retrieval and needs an "
                 "`eval_dataset`. Give one, or choose `feedback` from 'ema', 'uniform', 'latest'."
             )
-        model = self._pico_model()
-        if self.accelerator.unwrap_model(self.model) is not model and not hasattr(
-            model.alignment_head, "modules_to_save"
-        ):
+        self._check_adapter("style prototypes", "alignment_head", self._pico_model().alignment_head)
+
+    def _check_adapter(self, what: str, name: str, module: nn.Module | None) -> None:
+        adapted = self.accelerator.unwrap_model(self.model) is not self._pico_model()
+        if adapted and module is not None and not hasattr(module, "modules_to_save"):
             raise ValueError(
-                "The adapter would be saved without the style prototypes, which lie in `alignment_head`; configure it "
-                'with `modules_to_save=["alignment_head"]`.'
+                f"The adapter would be saved without the {what}, which lie in `{name}`; configure it with "
+                f'`modules_to_save=["{name}"]`.'
             )
 
     def compute_loss(
