@@ -21,7 +21,8 @@ import tiny
 
 import modeling_pico
 from modeling_pico.data import CaptionedImageDataset, PicoDataCollator
-from modeling_pico.plots import canvas, features, gather, history, matches, save
+from modeling_pico.evaluation import retrieval_ranks, risk_coverage
+from modeling_pico.plots import canvas, features, gather, history, matches, plot_risk_coverage, save
 
 
 pytest.importorskip("matplotlib")
@@ -422,6 +423,40 @@ def test_no_prototypes_nothing_to_draw(tiny_model, collator, dataset):
             gather.gather_semantic_probability(model, collator, {"validation": dataset})
 
 
+# Risk and coverage
+
+
+@pytest.mark.parametrize("ranks", [[0, 3, 0, 1, 0, 0], [0] * 6, [1] * 6, [0], [2]], ids=str)
+def test_risk_coverage_is_readable(ranks):
+    curve = risk_coverage(torch.tensor(ranks), torch.arange(len(ranks)) / 10)
+    figure = plot_risk_coverage({"Image to text": curve, "Text to image": curve})
+    check_readable(figure)
+    written = texts(figure)
+    areas = f"AURC {curve.aurc:.1f} (by lot {curve.chance_aurc:.1f}, best {curve.best_aurc:.1f})"
+    assert f"Image to text: {areas}" in written and f"Text to image: {areas}" in written
+    for axes in figure.axes:
+        np.testing.assert_allclose(axes.lines[0].get_xydata(), np.stack([curve.coverage, curve.recall], axis=1))
+    with pytest.raises(canvas.NothingToDrawError):
+        plot_risk_coverage({})
+
+
+def test_gathered_risk_coverage_is_that_of_the_model(tiny_model, collator, dataset):
+    model = tiny_model(num_uncertainty_prototypes=3)
+    pairs = gather.encode_pairs(model, collator, dataset, range(7))
+    scores = torch.from_numpy(gather.gather_pair_scores(model, pairs).unweighted)
+    ranks = retrieval_ranks(scores, pairs.ids, pairs.ids)
+    with torch.no_grad():
+        uncertainty = (
+            model.uncertainty(pairs.image_tokens, pairs.image_mask, "image"),
+            model.uncertainty(pairs.text_tokens, pairs.text_mask, "text"),
+        )
+    curves = gather.gather_risk_coverage(model, pairs)
+    for curve, of_queries, queries in zip(curves.values(), ranks, uncertainty, strict=True):
+        assert torch.equal(curve.recall, risk_coverage(of_queries, queries).recall)
+    with pytest.raises(canvas.NothingToDrawError, match="has no uncertainty"):
+        gather.gather_risk_coverage(tiny_model(), pairs)
+
+
 # Saving
 
 TRAINING = {"training_curves", "stage_timeline"}
@@ -459,8 +494,9 @@ def test_baselines_get_what_makes_sense(tiny_model, collator, dataset, tmp_path,
     subjects = {"collator": collator, "splits": {"a": dataset}, "log_history": LOG, "num_matches": 1}
     fine = save.save_plots(tmp_path, model=tiny_model(alignment_head="fine_grained"), **subjects)
     assert names(fine) == {"training_curves", "pair_scores", "matches_0"}
-    clip = save.save_plots(tmp_path, model=tiny_model(alignment_head="clip_style"), **subjects)
-    assert names(clip) == {"training_curves", "pair_scores"}
+    clip_model = tiny_model(alignment_head="clip_style", num_uncertainty_prototypes=3)
+    clip = save.save_plots(tmp_path, model=clip_model, **subjects)
+    assert names(clip) == {"training_curves", "pair_scores", "risk_coverage"}
     assert not messages["warning"] and any("matches_0 is left out" in message for message in messages["info"])
 
 

@@ -241,8 +241,31 @@ def test_push_uploads_model_processor_card_and_code(data, tmp_path, monkeypatch)
     [(repository, files, _)] = uploads
     assert repository == "someone/pico-shapes"
     needed = {"model.safetensors", "config.json", "README.md", "processor_config.json", "tokenizer.json"}
-    code = {f"{name}_pico.py" for name in ("configuration", "modeling", "processing", "prototypes", "scoring")}
+    code = {f"{name}_pico.py" for name in ("configuration", "modeling", "processing", "prototypes", "uncertainty")}
     assert needed | code <= files
+
+
+# Uncertainty
+
+
+def test_uncertainty_is_added_to_a_trained_model_and_re_ranks(finished, data, tmp_path):
+    options = {"model_name_or_path": finished.folder, "num_uncertainty_prototypes": 4, "num_train_epochs": 1}
+    flags = {"train_uncertainty_only": True, "uncertainty_reranking": True, "do_eval": True, "do_predict": True}
+    results = train(tmp_path / "run", data, prototype_start=0.5, prototype_update_start=0.7, **options, **flags)
+    assert results["test_rsum"] == finished.results["test_rsum"]
+    assert {"eval_reranked_rsum", "test_reranked_rsum", "test_image_to_text_aurc"} <= set(results)
+    assert "uncertainty_reranking_text_weight" in results
+    config = PicoConfig.from_pretrained(tmp_path / "run")
+    assert config.uncertainty_reranking["text_weight"] == results["uncertainty_reranking_text_weight"]
+    assert "re-ranked by uncertainty" in (tmp_path / "run" / "README.md").read_text()
+    # The weights come along with the checkpoint.
+    again = evaluate(tmp_path / "again", data, model_name_or_path=tmp_path / "run", do_eval=False, do_predict=True)
+    assert again["test_reranked_rsum"] == results["test_reranked_rsum"]
+
+
+def test_re_ranking_without_uncertainty_is_refused(finished, data, tmp_path):
+    with pytest.raises(ValueError, match="needs a model with uncertainty: --num_uncertainty_prototypes 8"):
+        evaluate(tmp_path, data, model_name_or_path=finished.folder, uncertainty_reranking=True)
 
 
 # Style report

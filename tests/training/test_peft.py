@@ -122,3 +122,18 @@ def test_an_adapter_that_loses_the_prototypes_is_refused(tmp_path):
     made = trainer(tmp_path, net=adapted(modules_to_save=None, alignment_head="fine_grained"), max_steps=1)
     made.train()
     assert made.construction is None
+
+
+def test_an_adapter_keeps_the_uncertainty(tmp_path):
+    options = {"alignment_head": "fine_grained", "num_uncertainty_prototypes": 4}
+    with pytest.raises(ValueError, match=r"without the prototypes of uncertainty.*\[\"uncertainty_prototypes\"\]"):
+        trainer(tmp_path, net=adapted(**options), max_steps=1).train()
+    net = adapted(("alignment_head", "uncertainty_prototypes"), **options)
+    made = trainer(tmp_path, net=net, max_steps=2)
+    made.train()
+    made.save_model()
+    loaded = peft.PeftModel.from_pretrained(model(**options), tmp_path)
+    assert_same_state(made.model, loaded)
+    before = model(**options).uncertainty_prototypes.image
+    after = net.get_base_model().uncertainty_prototypes.modules_to_save["default"].image
+    assert not torch.equal(before, after)
