@@ -67,6 +67,7 @@ METHODS: dict[str, tuple[type[PicoModel], dict[str, Any]]] = {
     "pico": (PicoModel, {}),
     "cdds": (CddsModel, {}),
     "pico + cdds": (CddsModel, {"semantic_probability": True}),
+    "pico + uncertainty": (PicoModel, {"num_uncertainty_prototypes": 8}),
 }
 SECTIONS = ("weights", "gradient_cache", "construction", "methods")
 
