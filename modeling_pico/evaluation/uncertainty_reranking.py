@@ -8,7 +8,7 @@ help queries that they were not chosen on.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -53,9 +53,13 @@ class UncertaintyReranking:
     @classmethod
     def from_config(cls, config: Any) -> UncertaintyReranking | None:
         """What `config.uncertainty_reranking` holds; None without it, or for a model without uncertainty."""
-        if not config.num_uncertainty_prototypes or config.uncertainty_reranking is None:
+        options = config.uncertainty_reranking
+        if not config.num_uncertainty_prototypes or options is None:
             return None
-        return cls(**config.uncertainty_reranking)
+        names = [item.name for item in fields(cls)]
+        if unknown := sorted(set(options) - set(names)):
+            raise ValueError(f"`uncertainty_reranking` may hold {', '.join(names)}, but holds {', '.join(unknown)}.")
+        return cls(**options)
 
     def to_dict(self) -> dict[str, float]:
         """As [`PicoConfig`] keeps it."""
@@ -124,34 +128,52 @@ def learn_reranking(
     for name, values in (("image_uncertainty", image_uncertainty), ("text_uncertainty", text_uncertainty)):
         if not torch.isfinite(values).all():
             raise ValueError(f"{name} holds {int((~torch.isfinite(values)).sum())} values that are NaN or infinite.")
-    neutral = UncertaintyReranking(
+    plain = UncertaintyReranking(
         floor=float(scores.min()),
         image_center=float(image_uncertainty.mean()),
         text_center=float(text_uncertainty.mean()),
     )
-
-    def hits(side: str, weight: float) -> Tensor:
-        """Of each query of the other side, how many of the recall levels it reaches."""
-        uncertainty = {"image": image_uncertainty, "text": text_uncertainty}[side]
-        weighted = UncertaintyReranking(**{**neutral.to_dict(), f"{side}_weight": weight})
-        reranked = weighted.rerank(scores, **{f"{side}_uncertainty": uncertainty}) if weight else scores
-        to_text, to_image = retrieval_ranks(reranked, image_ids, text_ids)
-        ranks = to_image if side == "image" else to_text
-        return sum((ranks < k).long() for k in RECALL_LEVELS).cpu()  # type: ignore[union-attr]
-
+    retrieval_ranks(scores, image_ids, text_ids)  # refuses what does not fit
+    shifted = scores - plain.floor
+    image_ids, text_ids = image_ids.to(scores.device), text_ids.to(scores.device)
+    right = (image_ids[:, None] == text_ids).nonzero().T
     weights = {}
-    for side, uncertainty, ids in (
-        ("image", image_uncertainty, text_ids),
-        ("text", text_uncertainty, image_ids),
+    for side, uncertainty, query_ids, query_scores, pairs in (
+        ("image", image_uncertainty, text_ids, shifted.T.contiguous(), right.flip(0)),
+        ("text", text_uncertainty, image_ids, shifted, right),
     ):
-        spread = float(uncertainty.double().std(correction=0))
-        parts = ids.unique(return_inverse=True)[1].cpu() % _PARTS
-        weights[f"{side}_weight"] = _best_weight(partial(hits, side), spread, parts)
-    return UncertaintyReranking(**{**neutral.to_dict(), **weights})
+        centered = uncertainty.to(scores) - uncertainty.mean().to(scores)
+        parts = query_ids.unique(return_inverse=True)[1].cpu() % _PARTS
+        weights[f"{side}_weight"] = _best_weight(partial(_hits, query_scores, pairs, centered), centered, parts)
+    return replace(plain, **weights)
 
 
-def _best_weight(hits: Callable[[float], Tensor], spread: float, parts: Tensor) -> float:
+def _hits(scores: Tensor, right: Tensor, uncertainty: Tensor, weight: float) -> Tensor:
+    """
+    How many of the recall levels each query reaches when scores are multiplied by `exp(-weight * uncertainty)`; ranks
+    are those of [`retrieval_ranks`], found for one direction alone and without a mask of all pairs.
+
+    Args:
+        scores (`torch.Tensor` of shape `(queries, items)`): Scores, none of them negative.
+        right (`torch.Tensor` of shape `(2, right pairs)`): Queries, each with one of its right items.
+        uncertainty (`torch.Tensor` of shape `(items,)`): Uncertainty of what is searched.
+        weight (`float`): Its weight.
+
+    Returns:
+        `torch.Tensor` of shape `(queries,)` on the CPU.
+    """
+    queries, items = right
+    weighted = scores * torch.exp(-weight * uncertainty)
+    of_right = weighted[queries, items]
+    best = weighted.new_full((len(scores),), -torch.inf).scatter_reduce(0, queries, of_right, "amax")
+    reached = (weighted >= best[:, None]).sum(dim=1)
+    ranks = reached.index_add(0, queries, (of_right >= best[queries]).long(), alpha=-1)
+    return torch.stack([ranks < k for k in RECALL_LEVELS]).sum(dim=0).cpu()
+
+
+def _best_weight(hits: Callable[[float], Tensor], uncertainty: Tensor, parts: Tensor) -> float:
     """The weight of the most hits; 0 where it gains nothing on `parts` `(queries,)` that it was not chosen on."""
+    spread = float(uncertainty.double().std(correction=0))
     # Below this the uncertainties differ by rounding alone.
     if spread < 1e-7:
         return 0.0

@@ -24,6 +24,7 @@ from modeling_pico.evaluation import (
     retrieval_ranks,
     risk_coverage,
 )
+from modeling_pico.evaluation.uncertainty_reranking import _hits
 
 
 # Re-ranking
@@ -70,7 +71,32 @@ def test_an_uncertainty_of_the_wrong_length_is_refused():
         UncertaintyReranking().rerank(torch.ones(2, 3), text_uncertainty=torch.ones(2))
 
 
+def test_a_configuration_holds_the_weights_or_nothing():
+    config = tiny.model(num_uncertainty_prototypes=2).config
+    assert UncertaintyReranking.from_config(config) is None
+    config.uncertainty_reranking = UncertaintyReranking(text_weight=2.0, floor=-1.0).to_dict()
+    assert UncertaintyReranking.from_config(config) == UncertaintyReranking(text_weight=2.0, floor=-1.0)
+    config.uncertainty_reranking = {"text_wieght": 2.0}
+    with pytest.raises(ValueError, match="may hold image_weight, text_weight, .*, but holds text_wieght"):
+        UncertaintyReranking.from_config(config)
+    config.num_uncertainty_prototypes = 0
+    assert UncertaintyReranking.from_config(config) is None
+
+
 # Learning
+
+
+@pytest.mark.parametrize("weight", [0.0, 3.0, -3.0])
+def test_hits_are_those_of_the_ranks(weight):
+    """Integers, so that ties are many."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 6, (30, 40), generator=generator).float()
+    image_ids, text_ids = torch.arange(30) % 20, torch.arange(40) % 20
+    uncertainty = torch.randint(0, 2, (40,), generator=generator).float()
+    weighted = UncertaintyReranking(text_weight=weight).rerank(scores, text_uncertainty=uncertainty)
+    ranks, _ = retrieval_ranks(weighted, image_ids, text_ids)
+    hits = _hits(scores, (image_ids[:, None] == text_ids).nonzero().T, uncertainty, weight)
+    assert hits.tolist() == [sum(rank < k for k in (1, 5, 10)) for rank in ranks.tolist()]
 
 
 def gallery(seed: int, size: int = 150, strength: float = 0.6) -> tuple[torch.Tensor, ...]:
