@@ -125,7 +125,12 @@ def learn_reranking(
     Raises:
         `ValueError`: If uncertainties or identities do not fit the scores, or a value is NaN or infinite.
     """
-    for name, values in (("image_uncertainty", image_uncertainty), ("text_uncertainty", text_uncertainty)):
+    for name, values, ids in (
+        ("image_uncertainty", image_uncertainty, image_ids),
+        ("text_uncertainty", text_uncertainty, text_ids),
+    ):
+        if values.shape != ids.shape:
+            raise ValueError(f"{name} must be {tuple(ids.shape)}, one for each id, got {tuple(values.shape)}.")
         if not torch.isfinite(values).all():
             raise ValueError(f"{name} holds {int((~torch.isfinite(values)).sum())} values that are NaN or infinite.")
     plain = UncertaintyReranking(

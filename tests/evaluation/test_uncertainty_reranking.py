@@ -159,8 +159,10 @@ def test_captions_of_one_image_are_held_out_together():
     assert learned.text_weight > 0
 
 
-def test_uncertainty_that_is_not_finite_is_refused():
+def test_uncertainty_that_is_not_finite_or_does_not_fit_is_refused():
     scores, ids, _, of_images, of_texts = gallery(0, size=5)
+    with pytest.raises(ValueError, match=r"text_uncertainty must be \(5,\), one for each id, got \(4,\)"):
+        learn_reranking(scores, ids, ids, of_images, of_texts[:4])
     of_images[2] = math.nan
     with pytest.raises(ValueError, match="image_uncertainty holds 1 values that are NaN or infinite"):
         learn_reranking(scores, ids, ids, of_images, of_texts)
