@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "training"))
 
 import tiny
 
-from modeling_pico import PicoConfig, PicoModel
+from modeling_pico import CddsModel, PicoConfig, PicoModel
 from modeling_pico.configuration_pico import ALIGNMENT_HEADS
 from modeling_pico.uncertainty_pico import (
     UncertaintyPrototypes,
@@ -285,13 +285,21 @@ def test_wrong_options_are_refused(options, message):
 # Training
 
 
-def test_trained_beside_a_head_and_resumed(tmp_path):
-    whole = tiny.trainer(tmp_path / "run", num_train_epochs=2, model_options={"num_uncertainty_prototypes": 4})
+CDDS = {"model_class": CddsModel, "unet_num_layers": 1, "unet_num_heads": 2}
+
+
+@pytest.mark.parametrize("method", [{}, CDDS], ids=["pico", "cdds"])
+def test_trained_beside_a_head_and_resumed(tmp_path, method):
+    options = {"num_train_epochs": 2, "model_options": {**method, "num_uncertainty_prototypes": 4}}
+    whole = tiny.trainer(tmp_path / "run", **options)
     start = {name: tensor.clone() for name, tensor in whole.model.uncertainty_prototypes.state_dict().items()}
     whole.train()
     for name, tensor in whole.model.uncertainty_prototypes.state_dict().items():
         assert not torch.equal(tensor, start[name])
-    resumed = tiny.trainer(tmp_path / "run", num_train_epochs=2, model_options={"num_uncertainty_prototypes": 4})
+    assert whole.evaluate()["eval_image_to_text_aurc"] >= 0
+    saved = type(whole.model).from_pretrained(tmp_path / "run" / "checkpoint-6")
+    tiny.assert_same_state(saved, whole.model)
+    resumed = tiny.trainer(tmp_path / "run", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     tiny.assert_same_state(whole.model, resumed.model)
 

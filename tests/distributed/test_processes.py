@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from modeling_pico.evaluation import folded_retrieval_metrics
+from modeling_pico.evaluation import UncertaintyReranking, folded_retrieval_metrics
 
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -94,12 +94,15 @@ def test_auxiliary_losses_are_of_either_process_and_logged_as_their_mean(results
     single, first, second = (result["decoupled"] for result in results)
     assert_close(first["gradients"], second["gradients"], 0.0)
     assert_close(first["state"], second["state"], 0.0)
-    terms = ("semantic_loss", "modality_loss", "integrity_loss", "sampled_integrity_loss", "loss")
+    terms = ("semantic_loss", "modality_loss", "integrity_loss", "sampled_integrity_loss")
+    # Of two or three meanings that are no match, the mean closeness differs much between halves of a batch.
+    halves = ("uncertainty_loss", "loss")
     assert len(single["losses_logged"]) == len(first["losses_logged"]) == single["steps"]
-    for term in terms:
+    for term in (*terms, "uncertainty_diversity_loss", *halves):
         assert [entry[term] for entry in first["losses_logged"]] == [entry[term] for entry in second["losses_logged"]]
         # Distributions are over half the batch: alike, not the same.
-        assert first["losses_logged"][0][term] == pytest.approx(single["losses_logged"][0][term], rel=0.5)
+        if term not in halves:
+            assert first["losses_logged"][0][term] == pytest.approx(single["losses_logged"][0][term], rel=0.5)
     means = [(a + b) / 2 for a, b in zip(first["losses"], second["losses"], strict=True)]
     assert means == pytest.approx([entry["loss"] for entry in first["losses_logged"]], rel=1e-3)
 
@@ -151,6 +154,25 @@ def test_folds_that_processes_share_are_those_of_the_full_matrix(results, run):
     expected = folded_retrieval_metrics(single["scores"], *single["eval_ids"], num_folds=3)
     assert {name: first["folds"][name] for name in expected} == expected
     assert first["folds"]["rsum"] != first["evaluation"]["eval_rsum"]
+
+
+def test_reranking_is_learned_and_used_alike_on_both(results):
+    _, first, second = (result["decoupled"] for result in results)
+    assert first["reranking"] == second["reranking"] and first["evaluation"] == pytest.approx(
+        second["evaluation"] | {"eval_runtime": first["evaluation"]["eval_runtime"]}
+    )
+    of_images, of_texts = first["uncertainty"]
+    assert of_images.shape == (9,) and of_texts.shape == (18,)
+    assert torch.equal(of_images, second["uncertainty"][0]) and torch.equal(of_texts, second["uncertainty"][1])
+    learned, used = first["reranking"]
+    assert learned["uncertainty_reranking_floor"] == pytest.approx(float(first["scores"].min()), abs=1e-6)
+    scores = UncertaintyReranking(**used).rerank(
+        first["scores"], image_uncertainty=of_images, text_uncertainty=of_texts
+    )
+    expected = folded_retrieval_metrics(scores, *first["eval_ids"], num_folds=1)
+    reranked = {name: first["evaluation"][f"eval_reranked_{name}"] for name in expected}
+    assert reranked == pytest.approx(expected)
+    assert first["evaluation"]["eval_reranked_rsum"] != first["evaluation"]["eval_rsum"]
 
 
 def test_feedback_of_a_part_of_the_images_is_a_different_one(results):

@@ -108,6 +108,12 @@ def train(folder: Path, model_options: dict, checkpoint: str | None = None, glob
 
 def run(*args, **kwargs) -> dict:
     made = train(*args, **kwargs)
+    config = made._pico_model().config
+    if config.num_uncertainty_prototypes:
+        learned = made.learn_uncertainty_reranking()
+        config.uncertainty_reranking.update(image_weight=-20.0, text_weight=20.0)
+    else:
+        learned = None
     evaluation = made.evaluate()
     prediction = made.predict(made.eval_dataset)
     made.eval_dataset.styles = ["ink", "oil", "oil"] * 3
@@ -127,6 +133,8 @@ def run(*args, **kwargs) -> dict:
         "evaluation": {name: evaluation[name] for name in evaluation if "per_second" not in name},
         "folds": made.evaluator.metrics(made._pico_model(), encoded),
         "eval_ids": (encoded.image_ids, encoded.text_ids),
+        "uncertainty": made.evaluator.uncertainty(made._pico_model(), encoded),
+        "reranking": (learned, config.uncertainty_reranking),
         "styles": styles,
         "scores": torch.from_numpy(prediction.predictions),
         "steps": made.state.global_step,
@@ -166,7 +174,12 @@ def many(folder: Path) -> dict:
         "chunks": run(folder / "chunks", PURITY, num_train_epochs=1, gradient_cache_chunk_size=3),
         "decoupled": run(
             folder / "decoupled",
-            {"model_class": CddsModel, "unet_num_layers": 1, "semantic_probability": True},
+            {
+                "model_class": CddsModel,
+                "unet_num_layers": 1,
+                "semantic_probability": True,
+                "num_uncertainty_prototypes": 3,
+            },
             num_train_epochs=2,
             prototype_update_start=2,
             logging_steps=1,
