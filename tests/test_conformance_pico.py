@@ -160,11 +160,11 @@ def test_configuration_round_trip(vision, text, tmp_path):
 
 
 def test_only_prototypes_and_temperature_are_kept_in_float32():
-    model = build("clip", "clip")
+    model = build("clip", "clip", num_uncertainty_prototypes=2)
     names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
     for pattern in model._keep_in_fp32_modules_strict:
         assert any(pattern in name for name in names), pattern
-        assert all("style_prototypes" in name or name == "logit_scale" for name in names if pattern in name)
+        assert all("_prototypes" in name or name == "logit_scale" for name in names if pattern in name)
 
 
 # Forward

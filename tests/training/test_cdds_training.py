@@ -37,7 +37,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(options, tmp_path):
     resumed = tiny.trainer(tmp_path, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     tiny.assert_same_state(resumed.model, made.model)
-    assert tiny.eval_log(resumed) == tiny.eval_log(made)
+    assert tiny.whole_log(resumed) == tiny.whole_log(made)
     stages = [entry["prototype_stage"] for entry in tiny.prototype_log(made)]
     assert stages == ([1.0, 2.0] if options is PICO_CDDS else [])
     saved = CddsModel.from_pretrained(tmp_path / "checkpoint-9")
