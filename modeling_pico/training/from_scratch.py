@@ -67,6 +67,8 @@ def small_vision_config(
         intermediate_size=4 * hidden_size,
         image_size=image_size,
         patch_size=patch_size,
+        # As it says once the model is saved and loaded, so that a resumed run leaves the same file.
+        dtype="float32",
     )
 
 
@@ -83,6 +85,7 @@ def small_text_config(
         intermediate_size=4 * hidden_size,
         max_position_embeddings=tokenizer.model_max_length,
         pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
     )
 
 
