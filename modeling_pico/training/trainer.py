@@ -30,6 +30,7 @@ from .finite import FiniteLossCallback
 from .gradient_cache import cached_backward, split_inputs
 from .publishing import PublishingTrainer
 from .retrieval_evaluation import EvaluationTrainer
+from .signals import heed_only_parent
 from .staging import PrototypeConstruction
 
 
@@ -149,6 +150,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             "pin_memory": args.dataloader_pin_memory and args.device.type != "cpu",
         }
         if args.dataloader_num_workers > 0:
+            kwargs["worker_init_fn"] = heed_only_parent
             kwargs["persistent_workers"] = args.dataloader_persistent_workers
             kwargs["prefetch_factor"] = args.dataloader_prefetch_factor
         return kwargs

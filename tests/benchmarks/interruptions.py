@@ -292,11 +292,8 @@ def main() -> None:
         kill_and_compare(Path(place), arguments)
 
 
-def kill_and_compare(place: Path, arguments: argparse.Namespace) -> None:
-    """Kills trainings until there were kills enough and each phase has its share."""
-    rng, begun = random.Random(arguments.seed), time.time()
-    datasets.disable_progress_bars()
-    data, reference = place / "data", place / "whole"
+def prepare(data: Path, reference: Path) -> None:
+    """Writes the data, and trains without a kill; what that imported is imported here too, for all that is forked."""
     if (process := os.fork()) == 0:
         rows = {"train": 40, "validation": 12, "test": 1}
         splits = {
@@ -311,6 +308,14 @@ def kill_and_compare(place: Path, arguments: argparse.Namespace) -> None:
     for name in reference.with_suffix(".modules").read_text().split():
         if name.split(".")[0] in ("transformers", "torch", "datasets", "accelerate", "evaluate"):
             importlib.import_module(name)
+
+
+def kill_and_compare(place: Path, arguments: argparse.Namespace) -> None:
+    """Kills trainings until there were kills enough and each phase has its share."""
+    rng, begun = random.Random(arguments.seed), time.time()
+    datasets.disable_progress_bars()
+    data, reference = place / "data", place / "whole"
+    prepare(data, reference)
     started = time.time()
     run(place / "again", data)
     seconds = time.time() - started
@@ -318,14 +323,13 @@ def kill_and_compare(place: Path, arguments: argparse.Namespace) -> None:
     print(f"an uninterrupted training takes {seconds:.1f} s; repeated, it is equal", flush=True)
 
     fell: collections.Counter = collections.Counter()
-    runs = killed = 0
     share = arguments.kills // 10
-    while sum(fell.values()) < arguments.kills or any(
-        sum(fell[phase, kind] for kind in SIGNALS[1:]) < share for phase in PHASES
-    ):
+    runs = killed = 0
+    enough = False
+    while not enough or killed:
         folder = place / f"run-{runs}"
         target = TARGETS[sum(fell.values()) % len(TARGETS)]
-        kill = None if killed == arguments.kills_per_run else draw(rng, seconds, target)
+        kill = None if enough or killed == arguments.kills_per_run else draw(rng, seconds, target)
         # All but the best and the newest checkpoint are deleted, so that this is interrupted too.
         status, phase = run(folder, data, kill, save_total_limit=1)
         if status == 0:
@@ -337,11 +341,13 @@ def kill_and_compare(place: Path, arguments: argparse.Namespace) -> None:
             check_after_kill(folder, reference)
         else:
             raise AssertionError(f"exit status {status} after {kill}:\n{folder.with_suffix('.log').read_text()}")
+        in_phases = [sum(count for (at, _), count in fell.items() if at == phase) for phase in PHASES]
+        enough = sum(in_phases) >= arguments.kills and min(in_phases) >= share
     print("| killed in | SIGKILL | SIGTERM |\n| --- | ---: | ---: |")
     for phase in PHASES:
         print(f"| {phase} | {fell[phase, signal.SIGKILL]} | {fell[phase, signal.SIGTERM]} |")
     print(
-        f"{sum(fell.values())} kills, {runs} killed trainings that ended equal to the uninterrupted one; "
+        f"{sum(fell.values())} kills; {runs} trainings ended equal to the uninterrupted one; "
         f"{time.time() - begun:.0f} s, seed {arguments.seed}"
     )
 
