@@ -24,6 +24,8 @@ import tiny
 import train_pico
 from modeling_pico import PicoConfig, PicoModel, PicoProcessor
 from modeling_pico.backbones_pico import build_backbone
+from modeling_pico.data import CaptionedImageDataset
+from modeling_pico.training.run_record import describe_run, fingerprint, git_state, without_secrets, write_run_record
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,6 +184,121 @@ def test_seed_decides_a_run_from_scratch(finished, data, tmp_path):
     again = train(tmp_path, data, do_eval=True)
     assert again["eval_loss"] == finished.results["eval_loss"]
     assert train(tmp_path / "b", data, do_eval=True, seed=1)["eval_loss"] != again["eval_loss"]
+
+
+def times_aside(results: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in results.items() if not name.endswith(("runtime", "per_second"))}
+
+
+def test_seed_and_command_decide_all_results(finished, data, tmp_path):
+    """In another process, with another order of hash tables, and with workers that load the images."""
+    options = {**TOWERS, **TRAINING, "do_train": True, "do_eval": True, "do_predict": True, "dataset_name": data}
+    command = [sys.executable, str(ROOT / "train_pico.py")]
+    command += flags(**options, output_dir=tmp_path / "run", dataloader_num_workers=2)
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT), "HF_TOKEN": "hf_of_the_environment"}
+    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=240)
+    first, second = (Path(folder, "all_results.json") for folder in (finished.folder, tmp_path / "run"))
+    mine, other = (
+        json.dumps(times_aside(json.loads(path.read_text())), indent=4, sort_keys=True) for path in (first, second)
+    )
+    assert mine == other
+    assert "train_loss" in mine and "eval_rsum" in mine and "test_rsum" in mine
+    for name, tensor in PicoModel.from_pretrained(finished.folder).state_dict().items():
+        assert torch.equal(tensor, PicoModel.from_pretrained(tmp_path / "run").state_dict()[name])
+    records = [json.loads(Path(folder, "run.json").read_text()) for folder in (finished.folder, tmp_path / "run")]
+    assert records[0]["data"] == records[1]["data"]
+    assert "hf_of_the_environment" not in (tmp_path / "run" / "run.json").read_text()
+
+
+def test_run_records_what_it_was(finished, data):
+    record = json.loads((finished.folder / "run.json").read_text())
+    assert set(record) == {"command", "versions", "machine", "git", "data", "configuration"}
+    assert record["command"].startswith("train_pico.py --image_size 16")
+    assert {"python", "torch", "transformers", "datasets"} <= set(record["versions"])
+    assert record["machine"]["threads"] == torch.get_num_threads()
+    assert set(record["data"]) == {"train", "validation", "test"}
+    assert record["data"]["train"]["images"] == 20 and len(record["data"]["train"]["fingerprint"]) == 32
+    assert record["configuration"]["model"]["embedding_dim"] == 8
+    assert record["configuration"]["data"]["dataset_name"] == data
+    assert record["configuration"]["training"]["learning_rate"] == 1e-2
+    assert not (finished.folder / "run-2.json").exists()
+
+
+def test_another_start_in_the_same_folder_leaves_the_first_record(tmp_path):
+    for number, seed in enumerate([0, 0, 1, 1, 0]):
+        path = write_run_record(tmp_path, {"seed": seed})
+        assert path.name == ["run.json", "run.json", "run-2.json", "run-2.json", "run.json"][number]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run-2.json", "run.json"]
+
+
+def test_records_hold_no_secrets():
+    argv = ["--hub_token", "hf_1", "--hub_token=hf_2", "--hub-token", "--do_train", "--api_key", "k", "--seed", "1"]
+    argv += ["--text_special_tokens", "true", "--output_dir=x=y"]
+    assert without_secrets(argv) == [
+        *("--hub_token", "...", "--hub_token=...", "--hub-token", "--do_train", "--api_key", "...", "--seed", "1"),
+        *("--text_special_tokens", "true", "--output_dir=x=y"),
+    ]
+    record = describe_run(argv, {"training": {"hub_token": "hf_3", "seed": 1, "odd": Path("a")}}, {}, ROOT)
+    assert record["configuration"] == {"training": {"hub_token": "...", "seed": 1, "odd": "a"}}
+    assert "hf_" not in json.dumps(record)
+
+
+def test_fingerprint_is_that_of_the_content(data, tmp_path):
+    def fingerprint_of(rows):
+        return fingerprint(CaptionedImageDataset(rows))
+
+    rows = datasets.load_from_disk(data)["train"]
+    name = fingerprint_of(rows)
+    assert fingerprint_of(tiny.rows(20)) == name != fingerprint_of(tiny.rows(20, seed=5))
+    assert fingerprint_of(rows.select(range(19))) != name
+    assert fingerprint_of(rows.map(lambda row: {"image_id": row["image_id"] + "x"})) != name
+    assert fingerprint_of(rows.map(lambda row: {"captions": row["captions"] + ["more"]})) != name
+    # Of files: name and size, wherever they lie.
+    names = []
+    for folder, content in (("a", b"12"), ("b", b"34"), ("c", b"345")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.png").write_bytes(content)
+        table = {"image": [str(tmp_path / folder / "1.png")], "captions": [["a"]], "image_id": ["1"]}
+        names.append(fingerprint_of(datasets.Dataset.from_dict(table).cast_column("image", datasets.Image())))
+    assert names[0] == names[1] != names[2]
+
+
+def test_git_state_names_commit_and_changes(tmp_path):
+    assert git_state(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    write(tmp_path / "a.py", "1")
+    for words in (["init", "-q"], ["add", "a.py"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    clean = git_state(tmp_path)
+    assert len(clean["commit"]) == 40 and clean["changes"] is None
+    write(tmp_path / "a.py", "2")
+    changed = git_state(tmp_path)
+    assert changed["commit"] == clean["commit"] and len(changed["changes"]) == 64
+
+
+def test_auto_starts_anew_and_continues(data, tmp_path):
+    results = train(tmp_path, data, resume_from_checkpoint="auto")
+    again = train(tmp_path, data, resume_from_checkpoint="auto")
+    assert times_aside(again) == times_aside(results)
+    (tmp_path / "b" / "checkpoint-3").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds no complete checkpoint. With auto"):
+        train(tmp_path / "b", data, resume_from_checkpoint="true")
+
+
+def test_errors_of_card_and_pictures_cost_neither_model_nor_results(data, tmp_path, monkeypatch):
+    errors: list[str] = []
+    monkeypatch.setattr("train_pico.logger.exception", errors.append)
+
+    def fail(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("train_pico.save_run_plots", fail)
+    monkeypatch.setattr("train_pico.PicoTrainer.create_model_card", fail)
+    monkeypatch.setattr("train_pico.wants_plots", lambda plots: True)
+    results = train(tmp_path, data, num_train_epochs=1, prototype_start=0.5, prototype_update_start=1)
+    assert [error.split(" could")[0] for error in errors] == ["The model card", "The pictures"]
+    assert json.loads((tmp_path / "all_results.json").read_text()) == pytest.approx(results)
+    PicoModel.from_pretrained(tmp_path)
 
 
 def test_training_without_a_validation_split(tmp_path):
