@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer
 
@@ -29,6 +30,8 @@ class TrainerBase(Trainer):
     # What the card calls the metrics that evaluations report under these prefixes.
     card_split_names: dict[str, str]
     _card_metrics: dict[str, dict[str, float]]
+    # Auxiliary losses since the last log, by name.
+    _auxiliary_log: dict[str, list[torch.Tensor]]
 
     def _pico_model(self) -> PicoModel:
         model = self.accelerator.unwrap_model(self.model)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -229,12 +230,13 @@ class CheckpointTrainer(TrainerBase):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        losses = self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist()
+        # The means that are logged next reach back before the checkpoint.
+        auxiliary = {name: [float(value) for value in values] for name, values in self._auxiliary_log.items()}
+        processes = gather_object([{"loss": self._tr_loss.item(), "auxiliary": auxiliary}])
         if not self.args.should_save:
             return
-        # The mean that is logged next reaches back before the checkpoint.
         sums = {
-            "since_last_log": losses,
+            "since_last_log": processes,
             "last_logged_step": self._globalstep_last_logged,
             "total": self._total_loss_scalar,
             "first_step": self._first_step,
@@ -256,9 +258,14 @@ class CheckpointTrainer(TrainerBase):
         sums, self._loss_sums = self._loss_sums, None
         if sums is None:
             return
-        losses = sums["since_last_log"]
-        same_processes = len(losses) == self.args.world_size
-        self._tr_loss.fill_(losses[self.args.process_index] if same_processes else sum(losses) / len(losses))
+        processes = sums["since_last_log"]
+        if len(processes) == self.args.world_size:
+            processes = [processes[self.args.process_index]]
+        self._tr_loss.fill_(sum(process["loss"] for process in processes) / len(processes))
+        self._auxiliary_log.clear()
+        for process in processes:
+            for name, values in process["auxiliary"].items():
+                self._auxiliary_log.setdefault(name, []).extend(torch.tensor(values, device=self.args.device))
         self._globalstep_last_logged = sums["last_logged_step"]
         self._total_loss_scalar = sums["total"]
         self._first_step = sums["first_step"]

@@ -84,8 +84,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         self.construction: PrototypeConstruction | None = None
         self.card_info: dict[str, Any] = {}
         self.card_split_names: dict[str, str] = {}
-        # Auxiliary losses since the last log, by name.
-        self._auxiliary_log: dict[str, list[torch.Tensor]] = {}
+        self._auxiliary_log = {}
         self._card_metrics: dict[str, dict[str, float]] = {}
         super().__init__(
             model=model,

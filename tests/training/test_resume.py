@@ -53,7 +53,8 @@ SETTINGS = {
         "feedback": "uniform",
     },
     "steps that end epochs": {
-        "model_options": {**PURITY, "dropout": 0.2},
+        "model_options": {**PURITY, "dropout": 0.2, "num_uncertainty_prototypes": 2},
+        "logging_steps": 5,
         "prototype_update_start": 2,
         "eval_strategy": "steps",
         "eval_steps": 3,
