@@ -464,7 +464,8 @@ def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     # Not `pad_across_processes`, which makes integers of the booleans that it pads, on that process alone.
     padded = tensor.new_zeros((*sizes.amax(dim=0).tolist(), *tensor.shape[2:]))
     padded[tuple(slice(size) for size in tensor.shape[:2])] = tensor
-    blocks = gather(padded).split(max(counts))
+    # No `split`, which cannot cut a tensor without rows.
+    blocks = gather(padded).unflatten(0, (len(counts), max(counts)))
     return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
 
 

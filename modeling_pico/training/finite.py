@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +27,10 @@ class FiniteLossCallback(TrainerCallback):
     Judges every optimizer step just before it is taken, so that no weight and no checkpoint ever becomes NaN.
 
     Once a step, and not once a micro-batch: all forward and backward passes are under way by then, and a device is
-    waited for once. Processes decide together. Under loss scaling (fp16) only the loss is judged: infinite gradients
-    belong to the search for the scale there, and the scaler leaves such steps out itself.
+    waited for once. The norm of the gradient says it all, and says the same to all processes, since
+    [`spread_non_finite`] makes the gradient NaN where the loss is. Only under loss scaling (fp16), where infinite
+    gradients belong to the search for the scale and the scaler leaves such steps out itself, processes ask each other
+    for their losses.
 
     Args:
         action (`str`): `"stop"` raises [`NonFiniteLossError`], `"skip"` leaves the step out, warns and counts.
@@ -39,7 +42,7 @@ class FiniteLossCallback(TrainerCallback):
         self.action = action
         self.dataset = dataset
         self.log = log
-        self.grad_norm: Any = None
+        self.grad_norm: Any = None  # of the step; None under loss scaling
         self.skipped = 0
         self._in_a_row = 0
         self._noted: list[tuple[torch.Tensor, dict[str, Any]]] = []
@@ -56,13 +59,10 @@ class FiniteLossCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         noted, self._noted = self._noted, []
-        losses = torch.stack([loss for loss, _ in noted])
-        finite = losses.isfinite().all()
-        if self.grad_norm is not None:
-            norm = self.grad_norm.full_tensor() if hasattr(self.grad_norm, "full_tensor") else self.grad_norm
-            finite = finite & torch.as_tensor(norm, device=finite.device).isfinite()
-        if args.world_size > 1:
-            finite = gather(finite[None].to(torch.uint8)).all()
+        if self.grad_norm is None:
+            finite = gather(torch.stack([loss for loss, _ in noted]).isfinite().all()[None].to(torch.uint8)).all()
+        else:
+            finite = math.isfinite(self.grad_norm)
         if finite:
             self._in_a_row = 0
             return
@@ -99,9 +99,14 @@ class FiniteLossCallback(TrainerCallback):
         return ", ".join(map(repr, names))
 
 
+def spread_non_finite(loss: torch.Tensor) -> torch.Tensor:
+    """The loss, bit for bit; if it is NaN or infinite, every gradient becomes NaN, here and on all processes."""
+    return loss * torch.where(loss.isfinite(), 1.0, torch.nan)
+
+
 def _ids_of_bad_pixels(inputs: dict[str, Any]) -> list[int]:
     finite = inputs["pixel_values"].flatten(1).isfinite().all(dim=1)
     return inputs["image_ids"][~finite].tolist()
 
 
-__all__ = ["FiniteLossCallback", "NonFiniteLossError"]
+__all__ = ["FiniteLossCallback", "NonFiniteLossError", "spread_non_finite"]

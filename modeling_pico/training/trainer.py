@@ -12,7 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel
-from transformers.trainer_utils import BestRun
+from transformers.trainer_utils import BestRun, TrainOutput
 from transformers.utils import logging
 
 from ..data import CaptionedImageDataset, PicoDataCollator, UniqueIdBatchSampler
@@ -26,7 +26,7 @@ from .arguments import PicoTrainingArguments
 from .callbacks import LogitScaleCallback, PrototypeCallback, SamplerEpochCallback
 from .checkpoints import CheckpointTrainer
 from .distributed import gather_batch
-from .finite import FiniteLossCallback
+from .finite import FiniteLossCallback, spread_non_finite
 from .gradient_cache import cached_backward, split_inputs
 from .publishing import PublishingTrainer
 from .retrieval_evaluation import EvaluationTrainer
@@ -134,7 +134,8 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             batch_size=self.args.eval_batch_size,
             # Else a loader draws from the global generator, and dropout would depend on when one evaluates.
             generator=torch.Generator(),
-            **self._loader_kwargs(),
+            # Every evaluation has a loader of its own, whose workers have nothing to wait for afterwards.
+            **{**self._loader_kwargs(), "persistent_workers": False},
         )
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
@@ -192,6 +193,16 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         return self.optimizer
 
     # Training
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As `Trainer.train`, after which persistent data workers would stay as long as the trainer."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            loader = self.callback_handler.train_dataloader
+            inner = getattr(loader, "base_dataloader", loader)
+            if isinstance(inner, DataLoader):
+                inner._iterator = None
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         # The model exists for certain only here: `model_init` and hyper-parameter search make a new one each time.
@@ -258,7 +269,8 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._finite_loss.grad_norm = norm if self.accelerator.scaler is None else None
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self._finite_loss.grad_norm = whole if self.accelerator.scaler is None else None
         return norm
 
     def _step_in_chunks(
@@ -286,7 +298,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             for name, value in (outputs.get("auxiliary_losses") or {}).items():
                 self._auxiliary_log.setdefault(name, []).append(value.detach())
         gathers = self.args.gather_negatives and self.args.world_size > 1
-        return self._gathered_loss(outputs, ids) if gathers else self._local_loss(outputs, ids)
+        return spread_non_finite(self._gathered_loss(outputs, ids) if gathers else self._local_loss(outputs, ids))
 
     def _loss_kwargs(self, outputs: PicoOutput) -> dict[str, Any]:
         config = self._pico_model().config

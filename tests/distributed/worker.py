@@ -59,11 +59,11 @@ class FirstGradients(PicoTrainer):
 
 
 class Masked(FirstGradients):
-    """The second half of each batch has no word, which leaves processes without a valid pair; the last batch none."""
+    """The second half of each batch has no word, so that processes lack a valid pair; the second batch has none."""
 
     def training_step(self, model, inputs, *args, **kwargs):
         size = len(inputs["input_ids"])
-        first = 0 if self.state.global_step == self.state.max_steps - 1 else GLOBAL_BATCH // 2
+        first = 0 if self.state.global_step == 1 else GLOBAL_BATCH // 2
         inputs["attention_mask"][max(0, first - PartialState().process_index * size) :] = 0
         return super().training_step(model, inputs, *args, **kwargs)
 
