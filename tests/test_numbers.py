@@ -93,6 +93,15 @@ def test_constant_images_equal_captions_and_tiny_validation_sets_train(tiny_trai
     assert max(value for name, value in numbers if name == "grad_norm") < 0.01
 
 
+@pytest.mark.parametrize("styles", [["ink", "oil"], ["ink", "oil", "ink"]])
+def test_a_report_by_style_of_images_that_cannot_be_told_apart_is_finite(tiny_trainer, tmp_path, styles):
+    made = tiny_trainer(tmp_path, data=constant_images(20), eval_data=constant_images(len(styles)))
+    made.eval_dataset.styles = styles
+    metrics = made.measure_styles(made.eval_dataset, ["ink"]).metrics()
+    assert metrics["style_ink_rsum"] == 600.0 - 200.0 * (styles.count("ink") > 1)  # among images of its style
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head", ["fine_grained", "instance_norm"])
 def test_tokens_of_zeros_and_constant_samples_have_finite_gradients(tiny_model, head, dtype):
@@ -100,8 +109,9 @@ def test_tokens_of_zeros_and_constant_samples_have_finite_gradients(tiny_model, 
     for states in (torch.zeros(2, 3, 24), torch.full((2, 3, 24), 0.3), torch.randn(2, 1, 24)):
         states = states.to(dtype).requires_grad_()
         tokens, _, _ = head.embed(states, torch.ones(states.shape[:2], dtype=torch.bool), None, "text")
-        # Gradients of a loss are means over tokens and pairs, with an inverse temperature of at most 100.
-        (tokens.sum() / tokens.shape[1]).backward()
+        # A gradient for each token that is no longer than one, and not the same for all.
+        weights = torch.arange(1.0, tokens.shape[1] + 1) / tokens.shape[1]
+        (tokens * weights[:, None] / tokens.shape[2] ** 0.5).sum().backward()
         assert tokens.isfinite().all() and states.grad.isfinite().all()
         # The eighth of the largest number of float16.
         assert states.grad.abs().max() < 2**13

@@ -221,7 +221,7 @@ def feedback_weight(log_sum: float, gain: float, kappa: float = 1.0) -> tuple[fl
     Returns:
         The weight in [0, 1] and the new logarithm of the sum.
     """
-    if kappa <= 0:
+    if not kappa > 0:
         raise ValueError(f"`kappa` must be greater than 0, but got {kappa}.")
     if not math.isfinite(gain):
         raise ValueError(f"the gain must be finite, but got {gain}.")

@@ -45,6 +45,10 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
     for the backbones; retrieval metrics (`eval_rsum`, `eval_image_to_text_recall_at_1`, ...) from an evaluation that
     encodes once; and, for models with style prototypes, their staged construction.
 
+    A run may be resumed with another number of processes. With as large a batch of all processes together it goes on
+    with the same batches, and ends with the same weights and prototypes up to rounding; dropout alone draws other
+    numbers, since each process has a generator of its own.
+
     Args:
         model ([`PicoModel`], *optional*): The model, or give `model_init`.
         args ([`PicoTrainingArguments`], *optional*): Training arguments.
