@@ -41,7 +41,8 @@ class CddsConfig(PicoConfig):
             Weight of the reconstruction from semantic components (a_f), between 0 and 1; the reconstruction from
             sampled ones has the rest.
         ranking_weight (`float`, *optional*, defaults to 1.0):
-            Weight of the loss of the pairs (`loss_type`), which the printed objective lacks *(ours)*.
+            Weight of the loss of the pairs (`loss_type`) *(ours)*. The printed objective has none and cannot rank by
+            itself: it stays the same when the texts of a batch change places.
         semantic_probability (`bool`, *optional*, defaults to `False`):
             Whether PICO's column weights apply to the semantic components; the options of [`PicoConfig`] that concern
             style prototypes count then *(ours)*.

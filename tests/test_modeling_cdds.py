@@ -245,6 +245,16 @@ def test_terms_are_those_of_both_modalities(cdds, batch):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_the_printed_objective_does_not_know_which_text_belongs_to_which_image(cdds, batch):
+    """Hence the loss of the pairs beside it."""
+    model = cdds()
+    exchanged = {**batch, **{name: batch[name][[2, 0, 1]] for name in ("input_ids", "attention_mask")}}
+    with torch.no_grad():
+        matched, mixed = (model(**inputs, return_loss=True) for inputs in (batch, exchanged))
+    assert mixed.auxiliary_loss.item() == pytest.approx(matched.auxiliary_loss.item(), rel=1e-5)
+    assert abs(mixed.loss.item() - matched.loss.item()) > 1e-3
+
+
 @pytest.mark.parametrize("ranking_weight", [0.0, 1.0])
 def test_every_parameter_of_the_head_gets_a_gradient(cdds, batch, ranking_weight):
     model = cdds(ranking_weight=ranking_weight).train()

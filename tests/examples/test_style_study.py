@@ -78,6 +78,18 @@ def test_trains_a_variant_the_same_twice_and_never_the_held_out_images(study, se
     assert set(data.splits["validation"].ids.tolist()) == set(range(8))
 
 
+def test_every_variant_is_a_model_of_its_method(study, setting, tmp_path):
+    from encoded_data import load_splits
+
+    data = load_splits(setting, ["validation"], tmp_path)
+    variants = yaml.safe_load((FOLDER / "variants.yaml").read_text())
+    for name, options in variants.items():
+        model = study.build_model(setting, options, data)
+        assert model.config.alignment_head == options.get("method", "pico"), name
+        assert (model.style_prototypes is not None) == ("pico" in name or options.get("method") is None), name
+    assert {"cdds", "pico_cdds"} <= set(variants)
+
+
 def test_a_batch_holds_the_captions_of_its_images(study, setting, tmp_path):
     from encoded_data import load_splits
 
