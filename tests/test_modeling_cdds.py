@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from modeling_pico import CddsConfig, CddsModel, PicoConfig, PicoModel, PicoProcessor
-from modeling_pico.modeling_cdds import DualPathUNet
+from modeling_pico.modeling_cdds import DecoupledSide, DualPathUNet
 
 
 @pytest.fixture(scope="module")
@@ -227,22 +227,27 @@ def test_the_objective_is_the_weighted_sum_of_the_terms(cdds, batch):
 
 
 def test_terms_are_those_of_both_modalities(cdds, batch):
-    """Integrity by hand: what the weighted components leave of the tokens."""
-    model = cdds(integrity_weight=1.0)
+    """Integrity by hand: what the weighted components leave of the tokens, semantic or sampled."""
+    model = cdds(integrity_weight=0.5)
     head = model.alignment_head
     captured = {}
     plain = head.auxiliary_losses
     head.auxiliary_losses = lambda image, text: captured.update(image=image, text=text) or plain(image, text)
     with torch.no_grad():
-        loss = model(**batch, return_loss=True).auxiliary_losses["integrity"]
-        expected = 0.0
-        w_m, w_s, _ = head.component_weights
-        for side, unet in ((captured["image"], head.visual_unet), (captured["text"], head.textual_unet)):
+        head.component_weights.copy_(torch.tensor([0.2, 0.3, 0.4]))
+        losses = model(**batch, return_loss=True).auxiliary_losses
+        expected = {"integrity": 0.0, "sampled_integrity": 0.0}
+        sides = captured["image"], captured["text"]
+        for side, unet, of_other in zip(
+            sides, (head.visual_unet, head.textual_unet), head._sample(*sides), strict=True
+        ):
             # Unit root mean square, whatever the backbone gives.
             torch.testing.assert_close(side.tokens.square().mean(dim=-1), torch.ones_like(side.tokens[..., 0]))
-            rest = side.tokens - w_m * unet.decode(unet.modality_decoder, side.encoded) - w_s * side.semantic
-            expected += rest[side.mask].square().mean()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+            rest = side.tokens - 0.2 * unet.decode(unet.modality_decoder, side.encoded)
+            expected["integrity"] += 0.5 * (rest - 0.3 * side.semantic)[side.mask].square().mean()
+            expected["sampled_integrity"] += 0.5 * (rest - 0.4 * of_other)[side.mask].square().mean()
+    for name, value in expected.items():
+        assert losses[name].item() == pytest.approx(value.item(), rel=1e-5), name
 
 
 def test_the_printed_objective_does_not_know_which_text_belongs_to_which_image(cdds, batch):
@@ -253,6 +258,35 @@ def test_the_printed_objective_does_not_know_which_text_belongs_to_which_image(c
         matched, mixed = (model(**inputs, return_loss=True) for inputs in (batch, exchanged))
     assert mixed.auxiliary_loss.item() == pytest.approx(matched.auxiliary_loss.item(), rel=1e-5)
     assert abs(mixed.loss.item() - matched.loss.item()) > 1e-3
+
+
+def test_either_side_is_sampled_from_the_related_columns_of_the_other(cdds):
+    """Image columns around 0, 5 and 9; text columns around 9.1, 0.1 and 5.1, for two images and texts of 3 tokens."""
+    head = cdds(embedding_dim=3, unet_num_heads=1).alignment_head
+    spread = torch.tensor([-1.0, 0.0, 1.0]).view(3, 1)
+    order = torch.tensor([[0, 1, 2], [2, 0, 1]])
+    values_v = torch.stack([spread[row] for row in order]) + torch.tensor([0.0, 5.0, 9.0])
+    values_t = torch.stack([spread[row] for row in order.flip(0)]) + torch.tensor([9.1, 0.1, 5.1])
+    values_t[1, 2] = 99.0  # padding
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    words = mask.clone()
+    words[1, 2] = False
+    image = DecoupledSide(values_v, values_v, None, mask)
+    text = DecoupledSide(values_t, values_t, None, words)
+    with torch.no_grad():
+        for threshold in (head.visual_threshold, head.textual_threshold):
+            threshold.fill_(9.0)
+        sampled_v, sampled_t = head._sample(image, text)
+    # In the words' values of the column around the same place, in the patches' order; padding stays out of it.
+    assert sampled_v.argsort(dim=1)[..., 0].equal(values_v.argsort(dim=1)[..., 0])
+    for sampled, values, permutation in (
+        (sampled_v, values_t[words], [1, 2, 0]),
+        (sampled_t, values_v[mask], [2, 0, 1]),
+    ):
+        real = sampled[mask] if sampled is sampled_v else sampled[words]
+        torch.testing.assert_close(real.amin(dim=0), values.amin(dim=0)[permutation])
+        torch.testing.assert_close(real.amax(dim=0), values.amax(dim=0)[permutation])
+    assert not sampled_t[1, 2].any()
 
 
 @pytest.mark.parametrize("ranking_weight", [0.0, 1.0])

@@ -211,6 +211,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         # The model exists for certain only here: `model_init` and hyper-parameter search make a new one each time.
         self.remove_callback(PrototypeCallback)
+        self._auxiliary_log.clear()
         model = self._pico_model()
         # Where nothing but the uncertainty is trained, embeddings stay as they are, and so do their prototypes.
         trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
