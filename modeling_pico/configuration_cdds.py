@@ -33,9 +33,9 @@ class CddsConfig(PicoConfig):
         threshold_init (`float`, *optional*, defaults to 1.0):
             Initial value of every column's learned threshold: standard deviations above the mean relation from which
             a column of the other modality counts as related.
-        semantic_weight (`float`, *optional*, defaults to 1.0):
+        semantic_weight (`float`, *optional*, defaults to 0.1):
             Weight of the loss that pulls sampled tokens to semantic components (a_s).
-        modality_weight (`float`, *optional*, defaults to 1.0):
+        modality_weight (`float`, *optional*, defaults to 0.1):
             Weight of the loss that makes modality components of all samples alike (a_m).
         integrity_weight (`float`, *optional*, defaults to 0.5):
             Weight of the reconstruction from semantic components (a_f), between 0 and 1; the reconstruction from
@@ -71,8 +71,8 @@ class CddsConfig(PicoConfig):
         unet_num_heads: int | None = None
     noise_groups: int = 2
     threshold_init: int | float = 1.0
-    semantic_weight: int | float = 1.0
-    modality_weight: int | float = 1.0
+    semantic_weight: int | float = 0.1
+    modality_weight: int | float = 0.1
     integrity_weight: int | float = 0.5
     ranking_weight: int | float = 1.0
     semantic_probability: bool = False

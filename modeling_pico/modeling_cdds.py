@@ -107,11 +107,13 @@ class DualPathUNet(nn.Module):
             states = layer(states, src_key_padding_mask=padding)
             skips.append(states)
         groups = self.noise_groups if self.training else 1
-        stacked = states.repeat(groups, 1, 1)
-        noise = torch.randn_like(stacked) if self.training else torch.zeros_like(stacked)
-        padding = padding.repeat(groups, 1)
-        noisy = stacked + self.noise_layer(noise, src_key_padding_mask=padding)
-        return EncodedTokens(noisy, [skip.repeat(groups, 1, 1) for skip in skips], padding, groups)
+        stacked, padding = states.repeat(groups, 1, 1), padding.repeat(groups, 1)
+        if self.training:
+            noise = self.noise_layer(torch.randn_like(stacked), src_key_padding_mask=padding)
+        else:
+            # Zero is alike at all tokens, and so is what the layer makes of it.
+            noise = self.noise_layer(torch.zeros_like(states[:1, :1]), src_key_padding_mask=None)
+        return EncodedTokens(stacked + noise, [skip.repeat(groups, 1, 1) for skip in skips], padding, groups)
 
     def decode(self, decoder: Decoder, encoded: EncodedTokens) -> torch.Tensor:
         """Components `(batch, tokens, dim)` in float32, the mean over the noise groups."""

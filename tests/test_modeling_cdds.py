@@ -46,8 +46,8 @@ def test_configuration_survives_disk(tmp_path):
         "unet_num_heads": 2,
         "noise_groups": 5,
         "threshold_init": 0.5,
-        "semantic_weight": 0.1,
-        "modality_weight": 0.2,
+        "semantic_weight": 0.2,
+        "modality_weight": 0.3,
         "integrity_weight": 0.3,
         "ranking_weight": 0.4,
         "semantic_probability": True,
@@ -97,7 +97,7 @@ class Times(nn.Module):
         super().__init__()
         self.factor = factor
 
-    def forward(self, states, src_key_padding_mask):
+    def forward(self, states, src_key_padding_mask=None):
         return self.factor * states
 
 
@@ -138,6 +138,15 @@ def test_noise_groups_by_hand(unet):
     # Half of seven times the noise reaches the first layer's output, half of that the second's.
     expected = 13 * tokens + 7 / 4 * 5 * noise.view(3, 2, 1, 2).mean(dim=0)
     torch.testing.assert_close(unet.decode(unet.semantic_decoder, encoded), expected)
+
+
+def test_noise_of_zero_is_alike_at_all_tokens(cdds):
+    unet = cdds().alignment_head.textual_unet
+    tokens, mask = torch.randn(2, 4, 12), torch.tensor([[True] * 4, [True, True, False, False]])
+    with torch.no_grad():
+        encoded = unet.encode(tokens, mask)
+        everywhere = unet.noise_layer(torch.zeros(2, 4, 12), src_key_padding_mask=~mask)
+    torch.testing.assert_close((encoded.noisy - encoded.skips[-1])[mask], everywhere[mask], rtol=1e-4, atol=1e-5)
 
 
 def test_evaluation_is_close_to_the_mean_over_many_noise_groups(cdds, batch):
@@ -211,7 +220,7 @@ def test_fresh_components_score_like_the_fine_grained_baseline(tiny_clip, batch)
 
 
 def test_the_objective_is_the_weighted_sum_of_the_terms(cdds, batch):
-    plain = cdds(integrity_weight=0.25)
+    plain = cdds(semantic_weight=1, modality_weight=1, integrity_weight=0.25)
     weighted = cdds(semantic_weight=3, modality_weight=0.5, integrity_weight=0.8, ranking_weight=0.1)
     with torch.no_grad():
         one, other = (net(**batch, return_loss=True) for net in (plain, weighted))

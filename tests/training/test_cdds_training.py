@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from transformers import set_seed
+from transformers import BertConfig, ViTConfig, set_seed
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -87,7 +87,7 @@ def test_training_in_chunks_runs(tmp_path):
     assert not still
 
 
-def test_uploads_load_without_the_package(hub, tmp_path, run_without_package):  # noqa: F811
+def test_uploads_have_all_code_and_a_card_of_its_own(hub, tmp_path):  # noqa: F811
     made = test_hub.publisher(tmp_path / "run", model_options=PICO_CDDS, hub_strategy="end")
     made.train()
     made.push_to_hub()
@@ -96,7 +96,7 @@ def test_uploads_load_without_the_package(hub, tmp_path, run_without_package):  
     assert set(os.listdir(upload.folder)) >= test_hub.NEEDED | code
     card = (upload.folder / "README.md").read_text()
     assert "2603.05566" in card and "CddsModel.from_pretrained" in card and "Feedback weight" in card
-    test_hub.assert_loads_alone(upload.folder, tmp_path, run_without_package, CddsModel)
+    tiny.assert_same_state(CddsModel.from_pretrained(upload.folder), made.model)
 
 
 # The script
@@ -153,10 +153,8 @@ def test_options_of_another_method_are_refused():
 # ONNX
 
 
-@test_export.needs_onnx
-def test_exported_towers_give_the_same_scores(use_prototypes, tiny_processor, tmp_path):
-    from transformers import BertConfig, ViTConfig
-
+@pytest.fixture(scope="module")
+def learned(use_prototypes) -> CddsModel:
     vision = ViTConfig(**test_export.SIZES, image_size=16, patch_size=8)
     text = BertConfig(**test_export.SIZES, vocab_size=64, max_position_embeddings=32)
     options = {"embedding_dim": 12, "num_style_prototypes": 3, "semantic_probability": True, "unet_num_layers": 1}
@@ -165,7 +163,17 @@ def test_exported_towers_give_the_same_scores(use_prototypes, tiny_processor, tm
         model = CddsModel(CddsConfig(vision_config=vision, text_config=text, **options)).eval()
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    use_prototypes(model).save_pretrained(tmp_path / "model")
+    return use_prototypes(model)
+
+
+def test_text_encoder_goes_through_torch_export(learned, batch):
+    test_export.test_text_encoder_goes_through_torch_export(learned, batch)
+
+
+@test_export.needs_onnx
+@pytest.mark.slow
+def test_exported_towers_give_the_same_scores(learned, tiny_processor, tmp_path):
+    learned.save_pretrained(tmp_path / "model")
     tiny_processor.save_pretrained(tmp_path / "model")
     test_export.export.main([str(tmp_path / "model"), str(tmp_path / "onnx")])
-    test_export.assert_same_as(model, tmp_path / "onnx")
+    test_export.assert_same_as(learned, tmp_path / "onnx")
