@@ -249,8 +249,25 @@ class PicoModel(PicoPreTrainedModel):
         # By name and not by type: adapters (PEFT) put a wrapper here that passes on to the head they train.
         return getattr(self.alignment_head, "style_prototypes", None)
 
+    @property
+    def trains_uncertainty_only(self) -> bool:
+        """Whether the prototypes of the uncertainty are all that is trained."""
+        trained = {name.split(".")[0] for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return trained == {"uncertainty_prototypes"}
+
+    def train(self, mode: bool = True) -> "PicoModel":
+        """As `nn.Module.train`; where only the uncertainty is trained, the rest stays in evaluation mode."""
+        super().train(mode)
+        if mode and self.trains_uncertainty_only:
+            for module in (self.vision_model, self.text_model, self.alignment_head):
+                module.eval()
+        return self
+
     def train_uncertainty_only(self) -> None:
-        """Freezes all but the prototypes of the uncertainty: scores then stay as they are."""
+        """
+        Freezes all but the prototypes of the uncertainty. Scores then stay as they are, in training mode as well:
+        there is no dropout, and no statistics of batches are taken.
+        """
         if self.uncertainty_prototypes is None:
             raise ValueError(
                 "The model has no uncertainty to train; load it with `num_uncertainty_prototypes` above 0."

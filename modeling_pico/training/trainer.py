@@ -214,8 +214,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         self._auxiliary_log.clear()
         model = self._pico_model()
         # Where nothing but the uncertainty is trained, embeddings stay as they are, and so do their prototypes.
-        trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
-        prototypes = None if trained == {"uncertainty_prototypes"} else model.style_prototypes
+        prototypes = None if model.trains_uncertainty_only else model.style_prototypes
         if prototypes is not None:
             self._check_prototype_needs()
         self._check_adapter("prototypes of uncertainty", "uncertainty_prototypes", model.uncertainty_prototypes)

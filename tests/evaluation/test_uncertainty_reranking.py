@@ -299,6 +299,25 @@ def test_nothing_to_learn_without_uncertainty(tmp_path):
         tiny.trainer(tmp_path).learn_uncertainty_reranking()
 
 
+def test_uncertainty_alone_is_trained_without_dropout():
+    net = tiny.model(dropout=0.5, num_uncertainty_prototypes=4)
+    inputs = tiny.processor()(
+        images=[torch.zeros(3, 16, 16), torch.ones(3, 16, 16)],
+        text=["red up here", "green left"],
+        return_tensors="pt",
+        padding=True,
+        do_rescale=False,
+    )
+    losses = [net.train()(**inputs).auxiliary_loss.item() for _ in range(2)]
+    assert losses[0] != losses[1]
+    net.train_uncertainty_only()
+    assert net.train().training and net.trains_uncertainty_only
+    losses = [net(**inputs).auxiliary_loss for _ in range(2)]
+    assert losses[0].item() == losses[1].item() and losses[0].requires_grad
+    net.requires_grad_(True)
+    assert net.train().text_model.training
+
+
 def test_uncertainty_alone_leaves_the_trained_model_as_it_is(tmp_path):
     first = tiny.trainer(tmp_path / "first", num_train_epochs=2)
     first.train()
