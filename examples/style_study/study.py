@@ -51,7 +51,8 @@ def train(
 
     Returns:
         `dict` with `rsum` per split (half-way, end; from kept weights the end alone) and, of a training, the log of
-        constructions, loss, parameters and seconds.
+        constructions, loss, parameters and seconds; with uncertainty also `reranked`, the rSum per split re-ranked by
+        weights learned on `validation`, and `aurc`.
     """
     # Imported here, since the command that starts the processes and the report need none of it.
     import torch
@@ -60,6 +61,7 @@ def train(
     from transformers import TrainerCallback, set_seed
 
     from modeling_pico import PicoTrainer, PicoTrainingArguments, RetrievalEvaluator
+    from modeling_pico.evaluation import UncertaintyReranking
 
     torch.set_num_threads(1)
     # Feedback comes from `validation`, whatever is reported.
@@ -68,16 +70,14 @@ def train(
     model = build_model(setting, options, data)
     evaluator, history = RetrievalEvaluator(), defaultdict(list)
 
-    def evaluate() -> None:
+    def evaluate() -> dict[str, dict[str, float]]:
+        metrics = {}
         for name in splits:
             encoded = evaluator.encode(model, data.splits[name].batches(256))
-            history[name].append(evaluator.retrieval_metrics(model, encoded)["rsum"])
+            metrics[name] = evaluator.metrics(model, encoded)
+            history[name].append(metrics[name]["rsum"])
         model.train()
-
-    if weights.exists():
-        model.load_state_dict(load_file(weights))
-        evaluate()
-        return {"rsum": dict(history)}
+        return metrics
 
     class EvaluateHalfWay(TrainerCallback):
         def on_epoch_end(self, args, state, control, **kwargs):
@@ -112,20 +112,32 @@ def train(
             data_collator=lambda batch: batch,
             callbacks=[EvaluateHalfWay()],
         )
-        start = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - start
-    evaluate()
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, weights)
-    log = trainer.state.log_history
-    return {
-        "rsum": dict(history),
-        "constructions": [entry for entry in log if "prototype_stage" in entry],
-        "loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), None),
-        "parameters": model.num_parameters(),
-        "seconds": seconds,
-    }
+        found: dict[str, Any] = {}
+        if weights.exists():
+            model.load_state_dict(load_file(weights))
+        else:
+            start = time.perf_counter()
+            trainer.train()
+            found["seconds"] = time.perf_counter() - start
+            weights.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: value.contiguous() for name, value in model.state_dict().items()}, weights)
+            log = trainer.state.log_history
+            found["constructions"] = [entry for entry in log if "prototype_stage" in entry]
+            found["loss"] = next((entry["loss"] for entry in reversed(log) if "loss" in entry), None)
+            found["parameters"] = model.num_parameters()
+    if model.uncertainty_prototypes is not None:
+        found["reranking"] = trainer.learn_uncertainty_reranking()
+        evaluator.reranking = UncertaintyReranking.from_config(model.config)
+    metrics = evaluate()
+    if model.uncertainty_prototypes is not None:
+        found["reranked"] = {name: [metrics[name]["reranked_rsum"]] for name in splits}
+        sides = ("image_to_text", "text_to_image")
+        # Risk of the queries kept by certainty, and of all: what an order by lot has.
+        found["aurc"] = {
+            name: {side: [of[f"{side}_aurc"], 100 - of[f"{side}_recall_at_1"]] for side in sides}
+            for name, of in metrics.items()
+        }
+    return {**found, "rsum": dict(history)}
 
 
 def build_model(setting: dict[str, Any], options: dict[str, Any], data: Any) -> Any:
@@ -261,14 +273,19 @@ def paired_difference(values: list[float]) -> tuple[float, float | None]:
 def report(records: list[dict[str, Any]], baseline: str) -> str:
     """
     Markdown tables, one per setting: mean rSum at the end, and in brackets the mean difference to the baseline over
-    the seeds that both have, with its 95% interval.
+    the seeds that both have, with its 95% interval. A variant with uncertainty has a second row for its re-ranked
+    scores; as the baseline, it shows what re-ranking does to the very same models.
     """
     groups: dict[str, dict[str, dict[int, dict]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         setting = {**record["setting"], "dataset_name": Path(record["setting"]["dataset_name"]).name}
         name = ", ".join(f"{key}={value}" for key, value in setting.items() if value is not None)
-        runs = groups[f"{record['setting_name']} ({name})"][record["variant"]]
-        runs[record["seed"]] = {**runs.get(record["seed"], {}), **record["rsum"]}
+        variants = groups[f"{record['setting_name']} ({name})"]
+        rows = {"": record["rsum"], ", re-ranked": record.get("reranked", {})}
+        for suffix, rsum in rows.items():
+            if rsum:
+                runs = variants[record["variant"] + suffix]
+                runs[record["seed"]] = {**runs.get(record["seed"], {}), **rsum}
     lines = []
     for title, variants in groups.items():
         splits = list(dict.fromkeys(split for runs in variants.values() for rsum in runs.values() for split in rsum))

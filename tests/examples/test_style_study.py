@@ -90,6 +90,20 @@ def test_every_variant_is_a_model_of_its_method(study, setting, tmp_path):
     assert {"cdds", "pico_cdds"} <= set(variants)
 
 
+def test_uncertainty_makes_a_second_row(study, setting, tmp_path):
+    splits = ["seen", "validation"]
+    options = {"method": "fine_grained", "num_uncertainty_prototypes": 3, "uncertainty_gradient": False}
+    result = study.train(setting, options, 3, splits, tmp_path, tmp_path / "kept.safetensors")
+    assert set(result["reranked"]) == set(result["aurc"]) == set(splits)
+    assert all(0 <= area <= 100 for areas in result["aurc"]["seen"].values() for area in areas)
+    kept = study.train(setting, options, 3, splits, tmp_path, tmp_path / "kept.safetensors")
+    assert all(kept[name] == result[name] for name in ("reranking", "reranked", "aurc"))
+    result["reranked"] = {name: [values[-1] + 2.0] for name, values in result["rsum"].items()}
+    text = study.report([{"setting": setting, "setting_name": "tiny", "variant": "pau", "seed": 3, **result}], "pau")
+    assert f"| pau | 1 | {result['rsum']['seen'][-1]:.1f} |" in text
+    assert f"| pau, re-ranked | 1 | {result['reranked']['seen'][0]:.1f} (+2.0) |" in text
+
+
 def test_a_batch_holds_the_captions_of_its_images(study, setting, tmp_path):
     from encoded_data import load_splits
 
