@@ -23,6 +23,8 @@ from .retrieval_metrics import RECALL_LEVELS, retrieval_ranks
 _GRID = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 _REFINEMENTS = (1.8, 1.35, 1.15)
 _PARTS = 5
+# The gain of held-out queries must be so many times its standard error.
+_SIGNIFICANT = 2.0
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,9 @@ def learn_reranking(
     Learns the weights of a re-ranking on validation data: those of the highest recall at 1, 5 and 10, from a grid and
     a local search around its best point. The sign is free.
 
-    Five parts of the queries are held out in turn: where the weights that are best for the others gain nothing on
-    them in sum, the weight stays 0.
+    Five parts of the queries are held out in turn and re-ranked by the weight that is best for the others: where they
+    do not gain by twice the standard error of their gain (queries of one identity counted together), the weight stays
+    0. Of a grid some weight gains by chance on what it is chosen on, and would lose elsewhere.
 
     Args:
         scores (`torch.Tensor` of shape `(images, texts)`): Scores of the validation data, higher is better.
@@ -148,8 +151,8 @@ def learn_reranking(
         ("text", text_uncertainty, image_ids, shifted, right),
     ):
         centered = uncertainty.to(scores) - uncertainty.mean().to(scores)
-        parts = query_ids.unique(return_inverse=True)[1].cpu() % _PARTS
-        weights[f"{side}_weight"] = _best_weight(partial(_hits, query_scores, pairs, centered), centered, parts)
+        groups = query_ids.unique(return_inverse=True)[1].cpu()
+        weights[f"{side}_weight"] = _best_weight(partial(_hits, query_scores, pairs, centered), centered, groups)
     return replace(plain, **weights)
 
 
@@ -176,8 +179,15 @@ def _hits(scores: Tensor, right: Tensor, uncertainty: Tensor, weight: float) -> 
     return torch.stack([ranks < k for k in RECALL_LEVELS]).sum(dim=0).cpu()
 
 
-def _best_weight(hits: Callable[[float], Tensor], uncertainty: Tensor, parts: Tensor) -> float:
-    """The weight of the most hits; 0 where it gains nothing on `parts` `(queries,)` that it was not chosen on."""
+def _best_weight(hits: Callable[[float], Tensor], uncertainty: Tensor, groups: Tensor) -> float:
+    """
+    The weight of the most hits; 0 where it does not gain on held-out queries, see [`learn_reranking`].
+
+    Args:
+        hits (`Callable`): From a weight, the hits of each query.
+        uncertainty (`torch.Tensor` of shape `(items,)`): Uncertainty of what is searched.
+        groups (`torch.Tensor` of shape `(queries,)`): Number of each query's identity, from 0 without a gap.
+    """
     spread = float(uncertainty.double().std(correction=0))
     # Below this the uncertainties differ by rounding alone.
     if spread < 1e-7:
@@ -185,12 +195,14 @@ def _best_weight(hits: Callable[[float], Tensor], uncertainty: Tensor, parts: Te
     # Ordered by size: of equal weights the smallest wins.
     grid = [0.0, *(sign * size / spread for size in _GRID for sign in (1, -1))]
     of_grid = torch.stack([hits(weight) for weight in grid])
-    gained = 0
+    gains = torch.zeros_like(of_grid[0])
     for part in range(_PARTS):
-        held_out = parts == part
+        held_out = groups % _PARTS == part
         best = int(of_grid[:, ~held_out].sum(dim=1).argmax())
-        gained += int((of_grid[best, held_out] - of_grid[0, held_out]).sum())
-    if gained <= 0:
+        gains[held_out] = of_grid[best, held_out] - of_grid[0, held_out]
+    by_identity = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add_(0, groups, gains.double())
+    standard_error = float(by_identity.std(correction=0)) * len(by_identity) ** 0.5
+    if float(by_identity.sum()) <= _SIGNIFICANT * standard_error:
         return 0.0
     totals = of_grid.sum(dim=1)
     best = int(totals.argmax())
