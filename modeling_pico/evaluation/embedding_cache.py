@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from pathlib import Path
@@ -23,7 +24,8 @@ logger = logging.get_logger(__name__)
 def cache_key(model: PicoModel, loader: DataLoader) -> str:
     r"""
     Names an encoded retrieval set by all that its embeddings depend on: weights of backbones and projections, options,
-    data, and how they are preprocessed. Style prototypes are not among it, since embeddings are kept unweighted.
+    data, and how they are preprocessed. Prototypes of style and of uncertainty are not among it, since embeddings are
+    kept unweighted, and neither are the weights of a re-ranking.
 
     Args:
         model (`nn.Module`): The [`PicoModel`], unwrapped.
@@ -38,8 +40,10 @@ def cache_key(model: PicoModel, loader: DataLoader) -> str:
     digest = hashlib.blake2b(digest_size=16)
     processor = collator.processor
     tokenizer = processor.tokenizer
+    config = copy.deepcopy(model.config)
+    config.uncertainty_reranking = None
     described = (
-        model.config.to_json_string(),
+        config.to_json_string(),
         dataset.dataset._fingerprint,
         str(collator.max_length),
         processor.image_processor.to_json_string(),
@@ -51,7 +55,7 @@ def cache_key(model: PicoModel, loader: DataLoader) -> str:
     for text in described:
         digest.update(text.encode())
     for name, tensor in model.state_dict().items():
-        if "style_prototypes" not in name:
+        if "_prototypes." not in name:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

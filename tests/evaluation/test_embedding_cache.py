@@ -29,7 +29,8 @@ def test_a_second_evaluation_reads_the_embeddings_and_gives_the_same_numbers(tmp
 
 
 def test_half_precision_embeddings_score_like_the_full_ones(tmp_path):
-    made = trainer(tmp_path / "run", eval_cache_dir=str(tmp_path / "cache"))
+    options = {"num_uncertainty_prototypes": 2}
+    made = trainer(tmp_path / "run", eval_cache_dir=str(tmp_path / "cache"), model_options=options)
     loader = made.get_eval_dataloader()
     full = made.evaluator.encode(made.model, loader)
     made.evaluate()
@@ -39,14 +40,21 @@ def test_half_precision_embeddings_score_like_the_full_ones(tmp_path):
     torch.testing.assert_close(
         made.evaluator.score(made.model, half), made.evaluator.score(made.model, full), atol=2e-3, rtol=0
     )
+    of_half, of_full = (made.evaluator.uncertainty(made.model, encoded) for encoded in (half, full))
+    for first, second in zip(of_half, of_full, strict=True):
+        torch.testing.assert_close(first.float(), second, atol=2e-3, rtol=0)
 
 
 def test_other_weights_have_another_key_and_other_prototypes_do_not(tmp_path):
-    made = trainer(tmp_path / "run")
+    made = trainer(tmp_path / "run", model_options={"num_uncertainty_prototypes": 2})
     loader = made.get_eval_dataloader()
     key = cache_key(made.model, loader)
     made.model.style_prototypes.visual_prototypes.add_(1)
+    made.model.config.uncertainty_reranking = {"text_weight": 1.0}
+    with torch.no_grad():
+        made.model.uncertainty_prototypes.image.add_(1)
     assert cache_key(made.model, loader) == key
+    assert made.model.config.uncertainty_reranking is not None
     with torch.no_grad():
         made.model.alignment_head.text_projection.weight[0, 0] += 1e-3
     assert cache_key(made.model, loader) != key
