@@ -244,12 +244,12 @@ def joint_projections(joint: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def joint_logit_scale(joint: PreTrainedModel) -> torch.Tensor | None:
-    """Logarithm of a joint model's learned inverse temperature, None where it has none."""
+    """Logarithm `(1,)` of a joint model's learned inverse temperature, None where it has none."""
     parameters = dict(joint.named_parameters(recurse=False))
     if "logit_scale" in parameters:
-        return parameters["logit_scale"].detach().reshape(())
+        return parameters["logit_scale"].detach().reshape(1)
     if "temperature" in parameters:  # ALIGN divides by it
-        return -parameters["temperature"].detach().log().reshape(())
+        return -parameters["temperature"].detach().log().reshape(1)
     return None
 
 

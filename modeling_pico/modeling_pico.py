@@ -211,7 +211,8 @@ class PicoModel(PicoPreTrainedModel):
         config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
         self.alignment_head = self.head_classes[config.alignment_head](config)
         self.uncertainty_prototypes = UncertaintyPrototypes(config) if config.num_uncertainty_prototypes else None
-        logit_scale = torch.tensor(float(config.logit_scale_init_value))
+        # With a dimension: neither FSDP nor DeepSpeed takes parameters without one.
+        logit_scale = torch.tensor([float(config.logit_scale_init_value)])
         if config.loss_type == "infonce":
             self.logit_scale = nn.Parameter(logit_scale)
         else:
@@ -560,7 +561,7 @@ class PicoModel(PicoPreTrainedModel):
         if input_ids is None:
             return self._one_side_output("image", vision_outputs, image)
         text_outputs, text = self._encode_texts(input_ids, attention_mask, True, **text_kwargs)
-        logit_scale = self.logit_scale.float().exp()
+        logit_scale = self.logit_scale.float().exp().squeeze()
         auxiliary = self._auxiliary_losses(image, text, image_ids) if self.training or return_loss else {}
         auxiliary_loss = torch.stack([*auxiliary.values()]).sum() if auxiliary else None
         loss = logits = None

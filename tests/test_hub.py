@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import TrainerCallback
 
 
@@ -145,3 +146,24 @@ def test_only_the_main_process_uploads(hub, tmp_path, monkeypatch):
     made.push_to_hub()
     made.save_model()
     assert not hub.repositories and not hub.uploads and not (tmp_path / "run" / "README.md").exists()
+
+
+def test_model_and_processor_are_pushed_by_hand_with_their_code(tmp_path, monkeypatch, run_without_package):
+    folder = tmp_path / "repository"
+
+    def commit(repo_id, operations, **kwargs):
+        assert repo_id == "someone/pico"
+        for operation in operations:
+            (folder / operation.path_in_repo).parent.mkdir(parents=True, exist_ok=True)
+            with operation.as_file() as file:
+                (folder / operation.path_in_repo).write_bytes(file.read())
+
+    fake = SimpleNamespace(create_repo=lambda name, **kwargs: SimpleNamespace(repo_id=name), create_commit=commit)
+    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: fake)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: ModelCard("pico"))
+    net = tiny.model()
+    net.push_to_hub("someone/pico")
+    tiny.processor().push_to_hub("someone/pico")
+    assert set(os.listdir(folder)) >= NEEDED
+    assert_loads_alone(folder, tmp_path, run_without_package)
+    tiny.assert_same_state(PicoModel.from_pretrained(folder), net)

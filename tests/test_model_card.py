@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
@@ -230,3 +231,19 @@ def test_options_follow_the_configuration():
 def test_an_empty_model_id_is_refused(model_id):
     with pytest.raises(ValueError, match="model_id must not be empty"):
         create_model_card(model_id=model_id, config={})
+
+
+def test_cards_in_the_repository_are_those_that_its_list_names():
+    folder = Path(__file__).resolve().parents[1] / "model_cards"
+    about = (folder / "README.md").read_text(encoding="utf-8")
+    cards = sorted(path.name for path in folder.glob("*.md") if path.name != "README.md")
+    assert cards and sorted(re.findall(r"^\| \[(\S+)\]\((\S+)\)", about, flags=re.MULTILINE)) == [
+        (n, n) for n in cards
+    ]
+    for name in cards:
+        card = ModelCard((folder / name).read_text(encoding="utf-8"))
+        # Rendered, by the template of today, and reproduced by a command that the list shows as well.
+        assert _headings(card) == HEADINGS
+        assert card.data.library_name == "transformers" and card.data.eval_results
+        (command,) = re.findall(r"^accelerate launch train_pico\.py .*$", card.text, flags=re.MULTILINE)
+        assert command in about

@@ -77,7 +77,7 @@ def test_clip_brings_towers_projections_and_temperature_along(tiny_clip, batch):
     for name in ("visual_projection", "text_projection"):
         own, source = getattr(model.alignment_head, name).weight, getattr(tiny_clip.model, name).weight
         assert torch.equal(own, source)
-    assert torch.equal(model.logit_scale, tiny_clip.model.logit_scale)
+    assert torch.equal(model.logit_scale, tiny_clip.model.logit_scale.reshape(1))
     # Patches pass the norm that CLIP applies to its class token only, so the class token's embedding is CLIP's.
     with torch.no_grad():
         tokens = model.get_image_features(batch["pixel_values"]).embeds

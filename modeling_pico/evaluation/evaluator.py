@@ -412,7 +412,7 @@ class RetrievalEvaluator:
                 block.T,
                 image_ids=ids,
                 loss_type=config.loss_type,
-                logit_scale=model.logit_scale.float().exp(),
+                logit_scale=model.logit_scale.float().exp().squeeze(),
                 margin=config.margin,
             )
             total += float(loss) * len(ids)

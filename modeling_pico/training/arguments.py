@@ -120,6 +120,9 @@ class PicoTrainingArguments(TrainingArguments):
         # [`PicoTrainer`] writes a checkpoint on SIGTERM in any case, at the end of a step with all that belongs to it;
         # the callback of transformers would write it in the middle, from where no run continues exactly.
         self.enable_jit_checkpoint = False
+        if self.ddp_find_unused_parameters is None:
+            # Every trainable parameter gets a gradient in every step; looking for others takes time.
+            self.ddp_find_unused_parameters = False
         if self.ddp_broadcast_buffers is None:
             # Prototypes are computed alike on all processes; a broadcast before every forward would be wasted.
             self.ddp_broadcast_buffers = False

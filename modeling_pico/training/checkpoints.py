@@ -32,6 +32,7 @@ from .checkpoint_files import (
     rotate,
     write_text,
 )
+from .sharding import own_class
 
 
 logger = logging.get_logger(__name__)
@@ -227,6 +228,10 @@ class CheckpointTrainer(TrainerBase):
             write_text(path, json.dumps({**known, **metrics}, indent=4, sort_keys=True))
 
     # State
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with own_class(self._pico_model()):
+            super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -112,11 +112,8 @@ class EvaluationTrainer(TrainerBase):
         model = self._wrap_model(self.model, training=False)
         if not self.accelerator._models and model is self.model:
             # Evaluation without training: precision and sharding still have to be set up.
-            model = (
-                self.accelerator.prepare(model)
-                if self.is_fsdp_enabled
-                else self.accelerator.prepare_model(model, evaluation_mode=True)
-            )
+            # (Whole on every process: what FSDP shards, it shards together with an optimizer.)
+            model = self.accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
         if isinstance(self.optimizer, AcceleratedOptimizer):
             # Schedule-free optimizers evaluate other weights than they train.
             self.optimizer.eval()

@@ -30,6 +30,7 @@ from .finite import FiniteLossCallback, spread_non_finite
 from .gradient_cache import cached_backward, split_inputs
 from .publishing import PublishingTrainer
 from .retrieval_evaluation import EvaluationTrainer
+from .sharding import prepare_fsdp
 from .signals import heed_only_parent
 from .staging import PrototypeConstruction
 
@@ -188,7 +189,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
                     for name, parameter in model.named_parameters()
                     if parameter.requires_grad
                     and _is_backbone(name) == is_backbone
-                    and (name in decayed and parameter.dim() > 0) == decay
+                    and (name in decayed and not name.endswith("logit_scale")) == decay
                 ]
                 if parameters:
                     group: dict[str, Any] = {"params": parameters, "weight_decay": args.weight_decay if decay else 0.0}
@@ -223,6 +224,13 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         self.construction = None if prototypes is None else PrototypeConstruction(prototypes, self.args)
         if self.construction is not None:
             self.add_callback(PrototypeCallback(self.construction))
+        if self.is_deepspeed_enabled and self.args.gradient_cache_chunk_size is not None:
+            raise ValueError(
+                "gradient_cache_chunk_size takes a batch backwards in several parts, which DeepSpeed would count as "
+                "batches of their own. Leave it out, or launch with examples/accelerate/ddp.yaml or fsdp.yaml."
+            )
+        if self.is_fsdp_enabled:
+            prepare_fsdp(self.accelerator, self.model, self._pico_model())
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _check_prototype_needs(self) -> None:
@@ -377,9 +385,8 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`; the training loss is accompanied by its auxiliary terms and the learned logit scale."""
         scale = self._pico_model().logit_scale
-        # No process holds the whole of a sharded parameter.
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if "loss" in logs and isinstance(scale, nn.Parameter) and not sharded:
+        # No process holds the whole of a parameter that DeepSpeed has sharded.
+        if "loss" in logs and isinstance(scale, nn.Parameter) and not self.is_deepspeed_enabled:
             logs["logit_scale"] = float(scale.detach().exp())
         if "loss" in logs and self._auxiliary_log:
             means = torch.stack([torch.stack(values).mean() for values in self._auxiliary_log.values()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from modeling_pico import PicoModel
 from modeling_pico.evaluation import UncertaintyReranking, folded_retrieval_metrics
+from modeling_pico.prototypes_pico import STAGE_UPDATED
 
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -64,11 +67,16 @@ def test_batches_differ_in_width_and_repeat_ids_across_processes(results):
     assert [a + b for a, b in zip(first["ids"], second["ids"], strict=True)] == single["ids"]
 
 
-@pytest.mark.parametrize("run", ["infonce", "hinge", "chunks"])
+RUNS = ["infonce", "hinge", "chunks", "pooled", "adapter", "sharded", "sharded_chunks", "sharded_adapter"]
+
+
+@pytest.mark.parametrize("run", RUNS)
 def test_gradient_and_loss_are_those_of_the_whole_batch(results, run):
     single, first, second = (result[run] for result in results)
     assert max(float(gradient.abs().max()) for gradient in single["gradients"].values()) > 0.1
     assert_close(first["gradients"], single["gradients"], 1e-5)
+    # As DDP is told: it looks for no parameters without a gradient, and none of these runs has any.
+    assert not first["find_unused"]
     assert_close(first["gradients"], second["gradients"], 0.0)
     means = [(a + b) / 2 for a, b in zip(first["losses"], second["losses"], strict=True)]
     assert means == pytest.approx(single["losses"], rel=1e-4)
@@ -79,13 +87,14 @@ def test_chunks_leave_the_gradient_as_it_is(results):
         assert_close(result["chunks"]["gradients"], result["infonce"]["gradients"], 1e-5)
 
 
-@pytest.mark.parametrize("run", ["infonce", "hinge", "subset"])
+@pytest.mark.parametrize("run", ["infonce", "hinge", "subset", "adapter"])
 def test_training_ends_alike_on_both_and_as_with_one_process(results, run):
     single, first, second = (result[run] for result in results)
     assert single["steps"] == first["steps"] == second["steps"]
     assert_close(first["state"], second["state"], 0.0)
     assert_close(first["state"], single["state"], 1e-4)
-    assert int(first["state"]["alignment_head.style_prototypes.num_constructions"]) == len(single["log"]) == 2
+    constructions = [count for name, count in first["state"].items() if name.endswith("num_constructions")]
+    assert int(constructions[-1]) == len(single["log"]) == 2
     for mine, other in zip(first["log"], single["log"], strict=True):
         assert mine == pytest.approx(other, abs=1e-4)
 
@@ -236,3 +245,47 @@ def test_a_killed_process_ends_the_run_with_its_name_and_leaves_a_checkpoint_for
     checkpoint = str(launched.folder / "mortal" / "checkpoint-2")
     resumed = train(tmp_path, PURITY, checkpoint=checkpoint, **EPOCHS)
     assert_close(resumed.model.state_dict(), launched.single["infonce"]["state"], 1e-4)
+
+
+# Fully sharded (FSDP2)
+
+
+@pytest.mark.parametrize("run", ["sharded", "sharded_adapter"])
+def test_sharded_towers_train_as_whole_ones_do(results, run):
+    single, first, second = (result[run] for result in results)
+    assert_close(first["state"], single["state"], 1e-4)
+    assert not second["state"]  # collected on the first process alone
+    for mine, other in zip(first["log"], single["log"], strict=True):
+        assert mine == pytest.approx(other, abs=1e-4)
+    assert torch.equal(first["scores"], second["scores"])
+    torch.testing.assert_close(first["scores"], single["scores"], rtol=0, atol=1e-4)
+
+
+def test_a_sharded_checkpoint_loads_as_any_other(launched, results):
+    checkpoint = launched.folder / "adamw" / "checkpoint-6"
+    loaded, info = PicoModel.from_pretrained(checkpoint, output_loading_info=True)
+    assert not any(info.values())
+    assert_close(dict(loaded.state_dict()), results[1]["adamw"]["state"], 0.0)
+    assert loaded.style_prototypes.stage == STAGE_UPDATED and loaded.style_prototypes.visual_prototypes.any()
+    # FSDP makes a class of its own of the model; what is saved names ours, and its code.
+    named = json.loads((checkpoint / "config.json").read_text())["auto_map"]
+    assert named["AutoModel"] == "modeling_pico.PicoModel"
+    assert {"modeling_pico.py", "prototypes_pico.py"} <= {file.name for file in checkpoint.glob("*.py")}
+    assert not list(checkpoint.glob("_fsdp*"))
+
+
+def test_half_precision_of_sharded_towers_is_that_of_whole_ones(results):
+    single, first, second = (result["sharded_bf16"] for result in results)
+    means = [(a + b) / 2 for a, b in zip(first["losses"], second["losses"], strict=True)]
+    exact = results[0]["sharded"]["losses"][:2]
+    assert means != pytest.approx(exact, rel=1e-4)
+    assert means == pytest.approx(exact, rel=0.02) and means == pytest.approx(single["losses"], rel=0.02)
+    assert {tensor.dtype for tensor in first["state"].values() if tensor.is_floating_point()} == {torch.float32}
+    # Embeddings leave the model as they do under autocast alone; FSDP by itself would round them.
+    assert single["dtypes"] == first["dtypes"] == second["dtypes"] == {torch.float32}
+
+
+def test_a_sharded_training_resumes_bit_for_bit(results):
+    first = results[1]
+    assert_close(first["adamw_resumed"]["state"], first["adamw"]["state"], 0.0)
+    assert first["adamw_resumed"]["log"] == first["adamw"]["log"]

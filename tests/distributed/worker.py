@@ -17,20 +17,29 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
+import peft
+import pytest
 import torch
 from accelerate import PartialState
-from tiny import CountedDataset, prototype_log, rows, trainer
-from transformers import logging
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
+from tiny import CountedDataset, model, prototype_log, rows, trainer
+from torch.distributed.tensor import DTensor
+from transformers import logging, set_seed
 
 from modeling_pico import CddsModel, RetrievalEvaluator
 from modeling_pico.training import NonFiniteLossError, PicoTrainer
 
 
+CONFIGURATION = Path(__file__).resolve().parents[2] / "examples" / "accelerate" / "fsdp.yaml"
 GLOBAL_BATCH = 8
 PURITY = {"style_probability": "purity", "sharpness": 4.0, "column_mode": "statistics"}
 EPOCHS = {"num_train_epochs": 3, "prototype_update_start": 2}
@@ -51,11 +60,15 @@ class FirstGradients(PicoTrainer):
         self.losses.append(float(loss))
         if not hasattr(self, "gradients"):
             self.gradients = {
-                name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+                name: torch.zeros_like(parameter) if parameter.grad is None else whole(parameter.grad).clone()
                 for name, parameter in self._pico_model().named_parameters()
                 if parameter.requires_grad
             }
         return loss
+
+    def _batch_loss(self, outputs, *args, **kwargs):
+        self.dtypes = {outputs["image_embeds"].dtype, outputs["text_embeds"].dtype, outputs["logit_scale"].dtype}
+        return super()._batch_loss(outputs, *args, **kwargs)
 
 
 class Masked(FirstGradients):
@@ -87,10 +100,49 @@ class Mortal(FirstGradients):
         return loss
 
 
-def train(folder: Path, model_options: dict, checkpoint: str | None = None, global_batch=GLOBAL_BATCH, **options):
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def fsdp() -> Iterator[None]:
+    """
+    What `accelerate launch` makes of examples/accelerate/fsdp.yaml. Accelerate takes FSDP for devices only, so it is
+    told that these processes have some.
+    """
+    if PartialState().num_processes == 1:
+        yield
+        return
+    args = launch_command_parser().parse_args(["--config_file", str(CONFIGURATION), "train_pico.py"])
+    environment = prepare_multi_gpu_env(_validate_launch_command(args)[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", environment["ACCELERATE_USE_FSDP"])
+        for name in environment:
+            if name.startswith("FSDP_"):
+                patch.setenv(name, environment[name])
+        patch.setattr(PartialState, "_prepare_backend", lambda *args: ("gloo", DistributedType.MULTI_GPU))
+        patch.setattr(PartialState, "set_device", lambda state: setattr(state, "device", torch.device("cpu")))
+        yield
+
+
+def train(
+    folder: Path,
+    model_options: dict,
+    checkpoint: str | None = None,
+    adapter: bool = False,
+    global_batch=GLOBAL_BATCH,
+    **options,
+):
+    net = model(**model_options)
+    if adapter:
+        config = peft.LoraConfig(
+            r=2, target_modules=["q_proj", "v_proj", "query", "value"], modules_to_save=["alignment_head"]
+        )
+        set_seed(0)
+        net = peft.get_peft_model(net, config)
     made = trainer(
         folder,
-        model_options=model_options,
+        net=net,
         # Not AdamW: it divides by the size of gradients and so makes rounding of tiny ones visible.
         **{
             "trainer_class": FirstGradients,
@@ -126,7 +178,8 @@ def run(*args, **kwargs) -> dict:
         "losses": made.losses,
         "widths": made.widths,
         "ids": made.ids,
-        "state": {name: tensor.clone() for name, tensor in made._pico_model().state_dict().items()},
+        # Under FSDP the first process alone gets it.
+        "state": {name: tensor.clone() for name, tensor in made.accelerator.get_state_dict(made.model).items()},
         "log": prototype_log(made),
         "losses_logged": [entry for entry in made.state.log_history if "loss" in entry],
         "skipped": [entry["skipped_steps"] for entry in made.state.log_history if "skipped_steps" in entry],
@@ -138,6 +191,8 @@ def run(*args, **kwargs) -> dict:
         "styles": styles,
         "scores": torch.from_numpy(prediction.predictions),
         "steps": made.state.global_step,
+        "dtypes": made.dtypes,
+        "find_unused": made.args.ddp_find_unused_parameters,
     }
 
 
@@ -196,7 +251,28 @@ def many(folder: Path) -> dict:
             non_finite_loss="skip",
         ),
         "stop": stopped(folder),
+        "pooled": run(
+            folder / "pooled", {"alignment_head": "clip_style", "pooling": "class_token"}, num_train_epochs=1
+        ),
+        "adapter": run(folder / "adapter", {}, adapter=True, **EPOCHS),
     }
+
+
+def sharded(folder: Path) -> dict:
+    results = {}
+    with fsdp():
+        results["sharded"] = run(folder / "sharded", PURITY, **EPOCHS)
+        results["sharded_chunks"] = run(
+            folder / "sharded_chunks", PURITY, num_train_epochs=1, gradient_cache_chunk_size=3
+        )
+        results["sharded_adapter"] = run(folder / "sharded_adapter", {}, adapter=True, **EPOCHS)
+        results["sharded_bf16"] = run(folder / "sharded_bf16", PURITY, bf16=True, num_train_epochs=1)
+        # With SGD there would be no state of the optimizer to save.
+        adamw = {"optim": "adamw_torch", "learning_rate": 1e-2, "backbone_learning_rate": 1e-2, **EPOCHS}
+        checkpoint = str(folder / "adamw" / "checkpoint-2")
+        results["adamw"] = run(folder / "adamw", {}, save_strategy="epoch", **adamw)
+        results["adamw_resumed"] = run(folder / "adamw_resumed", {}, checkpoint=checkpoint, **adamw)
+    return results
 
 
 def stopped(folder: Path) -> str:
@@ -216,7 +292,7 @@ def resume_what_one_process_left(folder: Path) -> dict:
     }
 
 
-def main(folder: Path, part=lambda folder: {**many(folder), **few(folder)}) -> dict:
+def main(folder: Path, part=lambda folder: {**many(folder), **sharded(folder), **few(folder)}) -> dict:
     logging.set_verbosity_error()
     state = PartialState(cpu=True)
     results = part(folder)
@@ -248,5 +324,8 @@ if __name__ == "__main__":
     if len(sys.argv) > 2:
         fork(Path(sys.argv[1]), int(sys.argv[2]))
     else:
-        main(Path(sys.argv[1]), lambda folder: {**many(folder), **few(folder), **resume_what_one_process_left(folder)})
+        main(
+            Path(sys.argv[1]),
+            lambda folder: {**many(folder), **sharded(folder), **few(folder), **resume_what_one_process_left(folder)},
+        )
         train(Path(sys.argv[1]) / "mortal", PURITY, trainer_class=Mortal, save_strategy="epoch", **EPOCHS)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from contextvars import ContextVar
+from types import ModuleType, SimpleNamespace
+
 import pytest
 import torch
 from tiny import CountedDataset, arguments, assert_same_state, model, processor, prototype_log, rows, trainer
 from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.integrations import integration_utils
 
 from modeling_pico.training import PicoTrainer
 
@@ -192,3 +198,34 @@ def test_tensorboard_shows_losses_recalls_and_constructions(tmp_path, monkeypatc
     assert {"train/loss", "train/logit_scale", "train/prototype_stage", "eval/rsum"} <= names
     logged = [entry["eval_rsum"] for entry in made.state.log_history if "eval_rsum" in entry]
     assert [event.value for event in events.Scalars("eval/rsum")] == pytest.approx(logged)
+
+
+def test_trackio_is_told_losses_recalls_and_constructions(tmp_path, monkeypatch):
+    """Through the callback of transformers, with a stand-in: trackio pins an older Pillow than is tested here."""
+    told, stages = [], []
+
+    class Config(dict):
+        def update(self, given, allow_val_change):
+            stages.append("config")
+            super().update(json.loads(json.dumps(given, default=str)))
+
+    fake = ModuleType("trackio")
+    fake.__version__, fake.config = "0.43.0", Config()
+    fake.context_vars = SimpleNamespace(current_space_id=ContextVar("space", default=None))
+    fake.init = lambda **options: stages.append(options["project"])
+    fake.log = told.append
+    fake.finish = lambda: stages.append("finish")
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    monkeypatch.setattr(integration_utils, "is_trackio_available", lambda: True)
+    made = trainer(
+        tmp_path, report_to="trackio", project="shapes", num_train_epochs=2, save_strategy="no", logging_steps=1
+    )
+    made.train()
+    assert stages == ["shapes", "config", "finish"]
+    assert fake.config["num_style_prototypes"] == 3 and fake.config["feedback"] == "counterfactual"
+    assert fake.config["model/num_parameters"] == made.model.num_parameters()
+    names = {name for entry in told for name in entry}
+    assert {"train/loss", "train/logit_scale", "train/prototype_stage", "eval/rsum", "train/global_step"} <= names
+    assert all(isinstance(value, (int, float)) for entry in told for value in entry.values())
+    logged = [entry["eval_rsum"] for entry in made.state.log_history if "eval_rsum" in entry]
+    assert [entry["eval/rsum"] for entry in told if "eval/rsum" in entry] == logged

@@ -97,3 +97,10 @@ def test_the_largest_graph_holds_one_chunk(batch):
     model.forward = recorded
     cached_backward(model, split_inputs(batch, 3), loss_of, lambda value: value.backward(), nullcontext)
     assert seen == [(3, False), (3, False), (1, False), (3, True), (3, True), (1, True)]
+
+
+def test_deepspeed_is_refused(tmp_path):
+    made = tiny.trainer(tmp_path, gradient_cache_chunk_size=3)
+    made.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="gradient_cache_chunk_size.*DeepSpeed.*ddp.yaml"):
+        made.train()

@@ -52,6 +52,9 @@ def test_adapter_and_staged_prototypes_train_together(run):
     assert run.trainer.construction.prototypes is prototypes
     assert int(prototypes.stage) == STAGE_UPDATED and len(prototype_log(run.trainer)) == 3
     assert int(base.alignment_head.original_module.style_prototypes.stage) == STAGE_PLAIN
+    # Outside of every module, so an adapter neither trains nor holds it.
+    assert not base.logit_scale.requires_grad and "logit_scale" in start
+    assert not any("logit_scale" in name for name in load_file(run.last / "adapter_model.safetensors"))
     # The base is as it was; what is new has moved.
     state = base.state_dict()
     frozen = [name for name in start if name in state]
