@@ -56,7 +56,7 @@ def own_class(model: nn.Module) -> Iterator[None]:
     """Gives a model its own class while it is saved: FSDP's, made for it, would have torch's code saved beside it."""
     found = type(model)
     if issubclass(found, FSDPModule):
-        model.__class__ = next(base for base in found.__bases__ if not issubclass(base, FSDPModule))
+        model.__class__ = next(base for base in found.__mro__[1:] if not issubclass(base, FSDPModule))  # type: ignore[assignment]
     try:
         yield
     finally:
