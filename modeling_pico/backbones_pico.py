@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+from .checkpoint_pico import check_folder, read_config
 
 
 # Special tokens before the patches (CLS, distillation token); registers are counted from the configuration.
@@ -64,6 +67,14 @@ def num_prefix_tokens(config: PreTrainedConfig) -> int:
         )
     registers = config.to_dict().get("num_register_tokens", 0)
     return _PREFIX_TOKENS[config.model_type] + registers
+
+
+def max_text_length(config: PreTrainedConfig) -> int | None:
+    """Tokens that a text backbone has positions for, or `None` if it states no number."""
+    positions = getattr(config, "max_position_embeddings", None)
+    # RoBERTa counts positions from behind that of padding.
+    counts_from_padding = config.model_type in ("camembert", "roberta", "xlm-roberta")
+    return positions - config.pad_token_id - 1 if positions and counts_from_padding else positions
 
 
 def hidden_size(config: Any) -> int:
@@ -145,9 +156,16 @@ def load_model(name_or_path: str, **kwargs) -> tuple[PreTrainedModel, dict]:
     Returns:
         The model, and the loading information of `from_pretrained(..., output_loading_info=True)`.
 
+    Only safetensors are read, unless `use_safetensors=False` is passed.
+
     Raises:
-        ValueError: if the checkpoint lacks weights of the model, which `from_pretrained` would make up.
+        ValueError: if the checkpoint lacks weights of the model, which `from_pretrained` would make up, or names code
+            that is to be run.
+        OSError: if its files are missing, damaged, or no safetensors.
     """
+    if kwargs.setdefault("use_safetensors", True):
+        check_folder(name_or_path)
+    read_config(name_or_path, kwargs)
     config = load_config(name_or_path, kwargs)
     check_vision_family(config.vision_config if is_joint(config) else config)
     model_class: Any = AutoModel
@@ -158,9 +176,12 @@ def load_model(name_or_path: str, **kwargs) -> tuple[PreTrainedModel, dict]:
         if "BlipForImageTextRetrieval" in (config.architectures or ()):
             model_class = transformers.BlipForImageTextRetrieval
     pooling = {} if is_joint(config) else _pooling_kwargs(config)
-    model, info = model_class.from_pretrained(
-        name_or_path, config=config, output_loading_info=True, **pooling, **kwargs
-    )
+    try:
+        model, info = model_class.from_pretrained(
+            name_or_path, config=config, output_loading_info=True, **pooling, **kwargs
+        )
+    except SafetensorError as error:
+        raise OSError(f"The weights of {str(name_or_path)!r} are damaged: {error}.") from error
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
         raise ValueError(
@@ -370,6 +391,7 @@ __all__ = [
     "load_backbone",
     "load_config",
     "load_model",
+    "max_text_length",
     "num_prefix_tokens",
     "plain_tower",
     "run_text_tower",

@@ -1,5 +1,6 @@
 """Configuration of PICO: two backbone configurations and every switch of the alignment head."""
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -41,6 +42,26 @@ _LOWER_BOUNDS = {
     "uncertainty_temperature": (0.0, False),
     "uncertainty_weight": (0.0, True),
     "uncertainty_diversity_weight": (0.0, True),
+}
+# Far beyond any use; larger sizes are mistakes, or meant to exhaust memory.
+_LARGEST = {
+    "embedding_dim": 2**16,
+    "num_style_prototypes": 2**16,
+    "comparator_hidden_size": 2**16,
+    "column_length": 2**16,
+    "num_uncertainty_prototypes": 2**16,
+}
+# Names by which backbones state their sizes, and the largest that is allowed where a loop runs over it.
+_BACKBONE_SIZES = {
+    "hidden_size": None,
+    "intermediate_size": None,
+    "image_size": None,
+    "patch_size": None,
+    "num_attention_heads": None,
+    "vocab_size": None,
+    "max_position_embeddings": None,
+    "num_hidden_layers": 1000,
+    "depths": 1000,
 }
 
 
@@ -222,6 +243,12 @@ class PicoConfig(PreTrainedConfig):
             if not (value >= bound if inclusive else value > bound):
                 relation = "at least" if inclusive else "greater than"
                 raise ValueError(f"`{name}` must be {relation} {bound}, but got {value!r}.")
+            if not value <= _LARGEST.get(name, 1e30):
+                raise ValueError(f"`{name}` must be at most {_LARGEST.get(name, 1e30)}, but got {value!r}.")
+        if callable(self.dtype):  # a file may name anything that torch has
+            raise ValueError(f"`dtype` must name a data type of torch, but got {self.dtype!r}.")
+        if not math.isfinite(self.logit_scale_init_value):
+            raise ValueError(f"`logit_scale_init_value` must be a number, but got {self.logit_scale_init_value!r}.")
 
     @property
     def uses_prototypes(self) -> bool:
@@ -244,9 +271,21 @@ def _backbone_config(config: PreTrainedConfig | dict | None, name: str, default_
         return AutoConfig.for_model(default_type)
     if isinstance(config, PreTrainedConfig):
         return config
+    _check_backbone_sizes(config, name)
     if "model_type" not in config:
         raise ValueError(f"`{name}` must contain `model_type` (such as {default_type!r}), but has {sorted(config)}.")
     return AutoConfig.for_model(**config)
+
+
+def _check_backbone_sizes(config: dict, name: str) -> None:
+    for option, largest in _BACKBONE_SIZES.items():
+        value = config.get(option)
+        for size in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(size, int):
+                continue  # not given, or of a type that the backbone's own configuration refuses
+            if size < 1 or (largest is not None and size > largest):
+                allowed = "at least 1" if largest is None else f"from 1 to {largest}"
+                raise ValueError(f"`{name}.{option}` must be {allowed}, but got {value!r}.")
 
 
 __all__ = ["PicoConfig"]

@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -27,6 +28,15 @@ from .backbones_pico import (
     run_text_tower,
     text_token_mask,
     tower_of,
+)
+from .checkpoint_pico import (
+    CheckpointError,
+    TensorSizeError,
+    check_folder,
+    check_missing,
+    check_prototypes,
+    check_tensors,
+    read_config,
 )
 from .configuration_pico import PicoConfig
 from .loss_pico import image_text_loss
@@ -80,26 +90,51 @@ class PicoPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
         """
-        As `PreTrainedModel.from_pretrained`. Prototypes are never re-initialised because their sizes differ from the
-        configuration's: that is refused with a ValueError, with `ignore_mismatched_sizes` too.
+        As `PreTrainedModel.from_pretrained`, for checkpoints of strangers: only safetensors are read, unless
+        `use_safetensors=False` is passed; no weight is made up because the file lacks it or has it in another size
+        (with `ignore_mismatched_sizes` too, but for the backbones); the state of the prototypes is checked.
+
+        Raises:
+            ValueError: names the option or the tensor that is wrong.
+            OSError: names the file that is missing or damaged.
         """
+        source = pretrained_model_name_or_path
+        saved = None
+        if source is not None:
+            if kwargs.setdefault("use_safetensors", True):
+                check_folder(source)
+            saved = read_config(source, kwargs)
         try:
-            loaded: Any = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
+            loaded: Any = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+            model, info = loaded
+            if saved is not None:
+                check_missing(saved, model.config, info["missing_keys"])
+            if model.style_prototypes is not None:
+                check_prototypes(dict(model.style_prototypes.named_buffers(recurse=False)))
+        except TensorSizeError as error:
+            raise ValueError(_size_message(source, kwargs, str(error))) from error
+        except CheckpointError as error:
+            raise ValueError(f"{str(source)!r} cannot be loaded. {error}") from error
         except RuntimeError as error:
             if "ignore_mismatched_sizes" in str(error):
-                raise ValueError(
-                    _size_message(pretrained_model_name_or_path, kwargs, "see the report above")
-                ) from error
+                raise ValueError(_size_message(source, kwargs, "see the report above")) from error
             raise
-        model, info = loaded
-        mismatched = [str(key) for key in info["mismatched_keys"] if "_prototypes." in str(key)]
-        if mismatched:
-            raise ValueError(_size_message(pretrained_model_name_or_path, kwargs, "; ".join(mismatched)))
+        except (StrictDataclassError, ArithmeticError, LookupError) as error:
+            raise ValueError(
+                f"The configuration of {str(source)!r} cannot be used: {type(error).__name__}: {error}."
+            ) from error
         # Loading makes every parameter trainable.
         model._freeze_unused()
         return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        # Here the files are known and the model is still without memory.
+        if checkpoint_files is not None and load_config.hf_quantizer is None:
+            check_tensors(model, checkpoint_files, load_config.ignore_mismatched_sizes)
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """

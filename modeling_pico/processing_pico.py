@@ -10,6 +10,9 @@ from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
 from .scoring_pico import pair_scores
 
 
+MAX_IMAGE_SIDE = 2**13
+
+
 class PicoProcessor(ProcessorMixin):
     r"""
     Wraps an image processor and a tokenizer.
@@ -27,6 +30,7 @@ class PicoProcessor(ProcessorMixin):
 
     def __init__(self, image_processor=None, tokenizer=None, **kwargs):
         super().__init__(image_processor, tokenizer, **kwargs)
+        _check_image_sizes(self.image_processor)
         # SigLIP's tokenizers leave the mask out, but without it padding would count as words.
         if "attention_mask" not in self.tokenizer.model_input_names:
             self.tokenizer.model_input_names = [*self.tokenizer.model_input_names, "attention_mask"]
@@ -130,6 +134,19 @@ class PicoProcessor(ProcessorMixin):
             rows = slice(start, start + len(query))
             scores[rows], indices[rows] = _best_of_gallery(query, mask, gallery, k, negative_slope)
         return scores, indices
+
+
+def _check_image_sizes(image_processor) -> None:
+    """Images are brought to these sizes whatever they are: a file of a stranger must not make them exhaust memory."""
+    for name in ("size", "crop_size"):
+        size = getattr(image_processor, name, None) or {}
+        for side in ("height", "width", "shortest_edge"):
+            pixels = size.get(side) if isinstance(size, dict) else getattr(size, side, None)
+            if pixels is not None and not 1 <= pixels <= MAX_IMAGE_SIDE:
+                raise ValueError(
+                    f"The image processor's `{name}[{side!r}]` must be from 1 to {MAX_IMAGE_SIDE} pixels, but is "
+                    f"{pixels!r}."
+                )
 
 
 def _check_query_and_gallery(

@@ -179,7 +179,7 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(
-            f"{str(path)!r} is not text in UTF-8: line {line} holds {error.object[error.start]:#x}."
+            f"{str(path)!r} is not text in UTF-8: line {line} holds the byte {error.object[error.start]:#x}."
         ) from error
 
 

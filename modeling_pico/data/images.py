@@ -201,7 +201,8 @@ def _open(value: Any) -> Image.Image:
         allowed = ", ".join(_readable_formats())
         raise BadImageError(f"{source} is not an image of a format that is read ({allowed}).") from error
     except Exception as error:  # each of PIL's format plugins fails in its own way
-        raise BadImageError(f"{source} is not an image that PIL can read: {error}") from error
+        reason = getattr(error, "strerror", None) or error  # without the name, which may be very long
+        raise BadImageError(f"{source} is not an image that PIL can read: {reason}") from error
     try:
         _check_size(image, source)
     except BadImageError:

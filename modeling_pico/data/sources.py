@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
 import json
 import math
@@ -195,9 +196,9 @@ def _from_file(
     if path.suffix not in _FILE_BUILDERS:
         known = sorted([*_FILE_BUILDERS, *_SEPARATORS])
         raise ValueError(f"Cannot read {str(path)!r}: a data file ends in one of {known}.")
-    rows = _load(
-        _FILE_BUILDERS[path.suffix], str(path), split="data", data_files={"data": str(path)}, cache_dir=cache_dir
-    )
+    # Brackets and asterisks of a name are no pattern.
+    files = {"data": glob.escape(str(path))}
+    rows = _load(_FILE_BUILDERS[path.suffix], str(path), split="data", data_files=files, cache_dir=cache_dir)
     return _Source(rows, False, start, fence)
 
 
@@ -213,8 +214,10 @@ def _from_csv(path: Path, separator: str) -> datasets.Dataset:
             rows = [(reader.line_num, row) for row in reader if row]
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"Cannot read {str(path)!r}: {error}.") from error
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"The first line of {str(path)!r} must name the columns, each once; it holds {names}.")
+    if not names or len(set(names)) < len(names) or any(_NOT_PRINTABLE.search(name) for name in names):
+        raise ValueError(
+            f"The first line of {str(path)!r} must name the columns, each once; it holds {str(names)[:80]}."
+        )
     wrong = [(line, len(row)) for line, row in rows if len(row) != len(names)]
     if wrong:
         raise ValueError(
@@ -249,14 +252,13 @@ def _from_disk(path: Path, split: str) -> datasets.Dataset:
 def _load(builder: str, source: str, *, split: str, **options: Any) -> datasets.Dataset:
     try:
         return datasets.load_dataset(builder, split=split, **options)
-    except FileNotFoundError:
+    except OSError:  # what does not exist or cannot be reached
         raise
-    # The last three: what its readers of files meet when these are not as they should be.
-    except (ValueError, datasets.exceptions.DatasetsError, TypeError, LookupError, AttributeError) as error:
+    except Exception as error:  # its readers of files fail in many ways when these are not as they should be
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
         cause = error.__cause__ if generating and error.__cause__ is not None else error
-        described = f"{type(cause).__name__}: " * (not isinstance(cause, ValueError))
-        raise ValueError(f"Cannot load the split {split!r} of {source!r}: {described}{cause}") from error
+        reason = f"{type(cause).__name__}: {cause}" if str(cause) else "it holds no rows"
+        raise ValueError(f"Cannot load the split {split!r} of {source!r}: {reason}") from error
 
 
 def _choose_columns(
@@ -354,9 +356,23 @@ def _clean(text: str | None) -> str:
 
 def _values(dataset: datasets.Dataset, column: str) -> list[Any]:
     feature = dataset.features[column]
-    if datasets.features.features.require_decoding(feature, ignore_decode_attribute=True):
+    if isinstance(feature, (datasets.Image, datasets.Audio, datasets.Video)):
         raise ValueError(f"The column {column!r} must hold text or numbers, but holds {feature}.")
-    return dataset[column][:]
+    try:
+        return dataset[column][:]
+    except UnicodeDecodeError as error:
+        wrong = [row for row in range(len(dataset)) if not _is_unicode(dataset, row, column)]
+        raise ValueError(
+            f"The column {column!r} holds text that is not UTF-8 in {len(wrong)} rows, the first are {wrong[:5]}."
+        ) from error
+
+
+def _is_unicode(dataset: datasets.Dataset, row: int, column: str) -> bool:
+    try:
+        dataset.select([row])[column][:]
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _strings(dataset: datasets.Dataset, column: str) -> list[str]:

@@ -1,0 +1,251 @@
+"""What a checkpoint must be like before memory is taken for it: checkpoints come from strangers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedConfig
+
+from .configuration_pico import PicoConfig
+
+
+# Elements that a configuration may ask for beyond what a file holds: a fresh alignment head on towers that were
+# trained without one is far smaller, and a size that exhausts memory far larger.
+MAX_FRESH_ELEMENTS = 2**27
+
+# Options with which a checkpoint may be loaded otherwise than it was saved, and what is then freshly initialised.
+_FRESH = {
+    "alignment_head": ("style_prototypes.",),
+    "style_probability": ("_comparator.",),
+    "comparator": ("_comparator.",),
+    "comparator_statistics": ("_comparator.",),
+    "num_uncertainty_prototypes": ("uncertainty_prototypes.",),
+    "semantic_probability": ("style_prototypes.",),
+}
+
+
+_BACKBONES = ("vision_model.", "text_model.")
+
+# What finds a file of a checkpoint.
+_FINDING = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
+
+# Files that pickle writes, and reads by running what they say.
+_PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint holds what it must not hold, or lacks what it must hold."""
+
+
+class TensorSizeError(CheckpointError):
+    """Tensors of a checkpoint have other sizes than the configuration asks for."""
+
+
+def check_folder(source: Any) -> None:
+    """
+    Refuses a folder whose weights are in pickles only.
+
+    Args:
+        source (`str` or `os.PathLike`): A folder; names on the Hub are passed over.
+
+    Raises:
+        OSError: names the files.
+    """
+    folder = Path(source)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
+    if pickles:
+        raise OSError(
+            f"There is no file named model.safetensors in {str(folder)!r}, only {', '.join(map(repr, pickles[:5]))}. "
+            "Such files can run code when they are read, so only safetensors are. If they are to be trusted, pass "
+            "use_safetensors=False once and save the model anew."
+        )
+
+
+def read_config(source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Reads the `config.json` of a checkpoint and refuses what it must not decide: code that is run, and files that are
+    not safetensors.
+
+    Args:
+        source (`str` or `os.PathLike`): Hub id or folder.
+        kwargs (`Mapping`): Keyword arguments of `from_pretrained`, of which those that find the file are used.
+
+    Returns:
+        `dict`: the contents.
+
+    Raises:
+        CheckpointError: if it names a kernel of the Hub as its attention, or weights in another kind of file.
+        OSError: if there is none, or it is not JSON.
+    """
+    options = {name: kwargs[name] for name in _FINDING if name in kwargs}
+    config, _ = PreTrainedConfig.get_config_dict(source, **options)
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"The config.json of {str(source)!r} must be an object, but is a {type(config).__name__}."
+        )
+    for part in (config, config.get("vision_config"), config.get("text_config")):
+        for name, value in part.items() if isinstance(part, Mapping) else ():
+            if name.lstrip("_") in ("attn_implementation", "experts_implementation") and "/" in str(value):
+                raise CheckpointError(
+                    f"The configuration of {str(source)!r} names code of the Hub as its `{name}`: {value!r}. Take "
+                    f"that out of the file; whoever trusts the code passes `{name.lstrip('_')}` on loading."
+                )
+    weights = config.get("transformers_weights")
+    if weights is not None and not str(weights).endswith((".safetensors", ".safetensors.index.json")):
+        raise CheckpointError(
+            f"The configuration of {str(source)!r} names {weights!r} as its weights; only safetensors are read."
+        )
+    return config
+
+
+def check_tensors(model: nn.Module, files: Sequence[str], ignore_mismatched_sizes: bool = False) -> None:
+    """
+    Compares the tensors that safetensors files say they hold with those that a model asks for; reads none of them.
+
+    Args:
+        model (`nn.Module`): The model, best on the meta device.
+        files (`Sequence[str]`): The files; others than safetensors are left out.
+        ignore_mismatched_sizes (`bool`, *optional*, defaults to `False`):
+            Whether tensors of the backbones may have other sizes. All others never may.
+
+    Raises:
+        OSError: if a file is damaged; names it.
+        TensorSizeError: if sizes differ; names the tensors.
+        CheckpointError: for another kind of numbers, or if far more is asked for than the files hold.
+    """
+    held = _read_headers(files)
+    if not held:
+        return
+    expected = dict(model.state_dict())
+    sizes, types = [], []
+    for name in expected.keys() & held.keys():
+        tensor, (shape, dtype) = expected[name], held[name]
+        if tuple(tensor.shape) != shape and not (ignore_mismatched_sizes and name.startswith(_BACKBONES)):
+            sizes.append(f"{name} is {shape} in the file, the configuration asks for {tuple(tensor.shape)}")
+        if tensor.is_floating_point() != dtype.startswith(("F", "BF")):
+            types.append(f"{name} holds {dtype}, {tensor.dtype} is needed")
+    if types:
+        raise CheckpointError(f"{len(types)} tensors hold another kind of numbers: {_first(types)}.")
+    absent = {name: tensor for name, tensor in expected.items() if name not in held}
+    # Backbones may be stored under older names, so what is absent is counted against what is left over.
+    spare = sum(math.prod(shape) for name, (shape, _) in held.items() if name not in expected)
+    needed = sum(math.prod(tensor.shape) for tensor in absent.values())
+    if needed > spare + MAX_FRESH_ELEMENTS:
+        name, tensor = max(absent.items(), key=lambda item: math.prod(item[1].shape))
+        raise CheckpointError(
+            f"The configuration asks for {needed - spare:,} numbers that the file does not hold, above all for {name} "
+            f"of shape {tuple(tensor.shape)}."
+        )
+    if sizes:
+        raise TensorSizeError(_first(sizes))
+
+
+def check_missing(saved: Mapping[str, Any], config: PicoConfig, missing: Sequence[str]) -> None:
+    """
+    Refuses weights that were made up because the checkpoint lacks them.
+
+    Args:
+        saved (`Mapping`): The options in the checkpoint's `config.json`.
+        config ([`PicoConfig`]): The options of the model, which may be others.
+        missing (`Sequence[str]`): Names of the tensors that the checkpoint lacks.
+
+    Raises:
+        CheckpointError: names the tensors.
+    """
+    # Some of the options are those of other types of models alone.
+    options = [name for name in _FRESH if hasattr(config, name)]
+    changed = [name for name in options if getattr(config, name) != saved.get(name, getattr(type(config), name))]
+    allowed = [part for name in changed for part in _FRESH[name]]
+    if saved.get("model_type") != type(config).model_type:
+        # Another type of model starts from the backbones and projections that they share.
+        allowed.append("alignment_head.")
+    lost = sorted(name for name in missing if not any(part in name for part in allowed))
+    if lost:
+        raise CheckpointError(
+            f"The checkpoint lacks {len(lost)} tensors that its configuration asks for: {_first(lost)}."
+        )
+
+
+def check_prototypes(buffers: Mapping[str, torch.Tensor]) -> None:
+    """
+    Refuses the state of style prototypes that no training leaves behind.
+
+    Args:
+        buffers (`Mapping[str, torch.Tensor]`): Buffers of [`StylePrototypes`] by name.
+
+    Raises:
+        CheckpointError: names the buffer and the values that are allowed.
+    """
+    for name, buffer in buffers.items():
+        low, high = _allowed_range(name)
+        if buffer.is_meta or not buffer.numel():
+            continue
+        if not bool(((buffer >= low) & (buffer <= high)).all()):  # NaN is neither
+            found = f"values from {buffer.min().item():g} to {buffer.max().item():g}"
+            raise CheckpointError(
+                f"The buffer {name!r} of the checkpoint holds {found}; allowed are values from {low:g} to {high:g}."
+            )
+    stage, constructions = buffers.get("stage"), buffers.get("num_constructions")
+    if stage is None or constructions is None or stage.is_meta:
+        return
+    # The other way round is the ablation of a trained model: its prototypes are there and not used.
+    if int(stage) > 0 and int(constructions) == 0:
+        raise CheckpointError(
+            f"The checkpoint is at stage {int(stage)} of its prototypes after 0 constructions; stage 0 is that before "
+            "the first."
+        )
+
+
+def _allowed_range(name: str) -> tuple[float, float]:
+    largest = torch.finfo(torch.float32).max
+    if name == "stage":
+        return 0, 2
+    if name == "num_constructions":
+        return 0, 2**53
+    if name == "feedback_log_sum":
+        return -math.inf, largest
+    if name.endswith(("style_rate", "pseudo_semantic_probability")):
+        return -1e-3, 1 + 1e-3  # rounding may lead out of [0, 1]
+    if name.endswith(("temperature", "column_scale")):
+        return torch.finfo(torch.float32).tiny, largest
+    if name.startswith(("matched_", "mismatched_")):
+        return 0, largest
+    return -largest, largest
+
+
+def _read_headers(files: Sequence[str]) -> dict[str, tuple[tuple[int, ...], str]]:
+    held: dict[str, tuple[tuple[int, ...], str]] = {}
+    for file in files:
+        if Path(file).suffix != ".safetensors":
+            continue
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    part = tensors.get_slice(name)
+                    held[name] = (tuple(part.get_shape()), part.get_dtype())
+        except SafetensorError as error:
+            raise OSError(f"{str(file)!r} is not a whole safetensors file: {error}.") from error
+    return held
+
+
+def _first(items: Sequence[str]) -> str:
+    return "; ".join(sorted(items)[:3]) + (f"; and {len(items) - 3} more" if len(items) > 3 else "")
+
+
+__all__ = [
+    "CheckpointError",
+    "TensorSizeError",
+    "check_folder",
+    "check_missing",
+    "check_prototypes",
+    "check_tensors",
+    "read_config",
+]

@@ -1,0 +1,331 @@
+"""Checkpoints of strangers: no code of theirs runs, and what is wrong with them is refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoProcessor, CLIPVisionConfig
+
+from modeling_pico import PicoConfig, PicoModel, PicoProcessor
+from modeling_pico.backbones_pico import load_backbone, max_text_length
+from modeling_pico.checkpoint_pico import check_prototypes, check_tensors
+from modeling_pico.data import load_captioned_images
+from modeling_pico.training import PicoTrainer, PicoTrainingArguments
+
+
+STATE = "alignment_head.style_prototypes."
+
+
+@pytest.fixture(scope="module")
+def source(tiny_model, use_prototypes, tiny_processor, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pico")
+    use_prototypes(tiny_model()).save_pretrained(path)
+    tiny_processor.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def folder(source, tmp_path) -> Path:
+    """A checkpoint to damage."""
+    return Path(shutil.copytree(source, tmp_path / "checkpoint"))
+
+
+def edit_json(path: Path, change: Callable[[dict], None]) -> None:
+    contents = json.loads(path.read_text())
+    change(contents)
+    path.write_text(json.dumps(contents))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+class Marks:
+    """Pickles to something that writes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+# Code
+
+
+def test_no_code_of_a_checkpoint_runs(folder, tmp_path):
+    marker = tmp_path / "marker"
+    evil = f"open({str(marker)!r}, 'w').close()\n"
+    for file in folder.glob("*.py"):
+        file.write_text(evil)
+    (folder / "evil.py").write_text(evil + "class Evil:\n    pass\n")
+    names = ("AutoConfig", "AutoModel", "AutoProcessor", "AutoImageProcessor", "AutoTokenizer")
+    code = dict.fromkeys(names, "evil.Evil")
+    for file in folder.glob("*config.json"):
+        edit_json(file, lambda contents: contents.update(auto_map=code))
+    edit_json(folder / "config.json", lambda config: config["vision_config"].update(auto_map=code))
+    for load in (
+        PicoConfig.from_pretrained,
+        PicoModel.from_pretrained,
+        PicoProcessor.from_pretrained,
+        AutoModel.from_pretrained,
+        AutoProcessor.from_pretrained,
+    ):
+        load(folder)
+    assert not marker.exists()
+
+
+def test_a_backbone_of_unknown_code_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("a question to nobody"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE", 0)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w').close()\n")
+    edit_json(
+        folder / "config.json",
+        lambda config: config.update(model_type="evil", auto_map={"AutoConfig": "evil.E", "AutoModel": "evil.E"}),
+    )
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_backbone(str(folder), "image")
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("load", [PicoModel.from_pretrained, AutoModel.from_pretrained, PicoModel.from_backbones])
+def test_pickles_are_not_read(load, folder, tmp_path):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    if load != PicoModel.from_backbones:
+        load(folder)  # safetensors come first
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Marks(tmp_path / "marker")))
+    if load == PicoModel.from_backbones:
+        clip = {"model_type": "clip", "architectures": ["CLIPModel"]}
+        (folder / "config.json").write_text(json.dumps(clip))
+    with pytest.raises(OSError, match=r"only 'pytorch_model.bin'.*can run code.*use_safetensors=False"):
+        load(str(folder))
+    assert not (tmp_path / "marker").exists()
+
+
+def test_pickles_are_read_where_that_is_asked_for(folder):
+    tensors = load_file(folder / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    model = PicoModel.from_pretrained(folder, use_safetensors=False)
+    assert torch.equal(model.style_prototypes.visual_prototypes, tensors[STATE + "visual_prototypes"])
+
+
+def test_kernels_of_the_hub_are_not_fetched(folder):
+    for part in (None, "vision_config", "text_config"):
+
+        def change(config, part=part):
+            (config[part] if part else config)["_attn_implementation"] = "someone/kernel"
+
+        edit_json(folder / "config.json", change)
+        with pytest.raises(ValueError, match="names code of the Hub as its `_attn_implementation`: 'someone/kernel'"):
+            PicoModel.from_pretrained(folder)
+        with pytest.raises(ValueError, match="names code of the Hub"):
+            load_backbone(str(folder), "image")
+        edit_json(folder / "config.json", lambda c, p=part: (c[p] if p else c).pop("_attn_implementation"))
+    PicoModel.from_pretrained(folder)
+    edit_json(folder / "config.json", lambda config: config.update(transformers_weights="adapter_model.bin"))
+    with pytest.raises(ValueError, match="names 'adapter_model.bin' as its weights; only safetensors are read"):
+        PicoModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_training_resumes_without_running_code(name, folder, tmp_path, tiny_model):
+    """These files are pickles; torch reads numbers out of them and nothing else."""
+    arguments = PicoTrainingArguments(str(tmp_path / "out"), report_to="none", use_cpu=True)
+    trainer = PicoTrainer(model=tiny_model(), args=arguments, data_collator=list)
+    trainer.create_optimizer_and_scheduler(num_training_steps=2)
+    torch.save(trainer.optimizer.state_dict(), folder / "optimizer.pt")
+    torch.save(trainer.lr_scheduler.state_dict(), folder / "scheduler.pt")
+    trainer._load_optimizer_and_scheduler(str(folder))
+    torch.save(Marks(tmp_path / "marker"), folder / name)
+    torch.load(folder / name, weights_only=False)
+    assert (tmp_path / "marker").exists()  # it does run where it is not prevented
+    (tmp_path / "marker").unlink()
+    with pytest.raises(pickle.UnpicklingError, match="system"):
+        trainer._load_optimizer_and_scheduler(str(folder))
+        trainer._load_rng_state(str(folder))
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_data_set_with_a_script_runs_nothing(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "data.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w').close()\n")
+    with pytest.raises((ValueError, OSError), match="data"):
+        load_captioned_images(str(data), split="train")
+    assert not (tmp_path / "marker").exists()
+
+
+# Configurations
+
+
+@pytest.mark.parametrize(
+    ("part", "option", "value", "message"),
+    [
+        (None, "num_style_prototypes", 10**12, "`num_style_prototypes` must be at most 65536, but got 1000000000000"),
+        (None, "embedding_dim", 10**9, "`embedding_dim` must be at most 65536"),
+        (None, "column_length", 10**9, "`column_length` must be at most 65536"),
+        (None, "comparator_hidden_size", 10**9, "`comparator_hidden_size` must be at most 65536"),
+        (None, "embedding_dim", 60000, r"matched_sum is \(\d+,\) in the file, the configuration asks for \(60000,\)"),
+        (None, "num_style_prototypes", -1, "`num_style_prototypes` must be at least 1, but got -1"),
+        (None, "num_style_prototypes", "many", "'num_style_prototypes' expected int, got str"),
+        (None, "sharpness", float("nan"), "`sharpness` must be greater than 0.0, but got nan"),
+        (None, "negative_slope", float("inf"), "`negative_slope` must be at most"),
+        (None, "logit_scale_init_value", float("nan"), "`logit_scale_init_value` must be a number, but got nan"),
+        (None, "dtype", "save", "`dtype` must name a data type of torch"),
+        ("vision_config", "hidden_size", 10**9, "numbers that the file does not hold, above all for vision_model"),
+        (
+            "vision_config",
+            "intermediate_size",
+            10**9,
+            "numbers that the file does not hold, above all for vision_model",
+        ),
+        ("vision_config", "image_size", 10**9, r"position_embeddings is \(1, 5, 16\) in the file"),
+        ("vision_config", "num_hidden_layers", 10**9, "`vision_config.num_hidden_layers` must be from 1 to 1000"),
+        ("vision_config", "num_hidden_layers", 3, "lacks 16 tensors that its configuration asks for: vision_model"),
+        ("vision_config", "patch_size", 0, "`vision_config.patch_size` must be at least 1, but got 0"),
+        ("text_config", "hidden_size", -4, "`text_config.hidden_size` must be at least 1, but got -4"),
+        ("text_config", "vocab_size", 10**12, r"word_embeddings.weight is \(64, 24\) in the file"),
+        ("text_config", "model_type", "unheard-of", "Unrecognized model identifier: unheard-of"),
+    ],
+)
+def test_configurations_are_refused_by_name(part, option, value, message, folder):
+    edit_json(folder / "config.json", lambda config: (config[part] if part else config).update({option: value}))
+    with pytest.raises(ValueError, match=message):
+        PicoModel.from_pretrained(folder)
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        AutoModel.from_pretrained(folder)
+
+
+def test_a_configuration_that_is_no_object(folder):
+    for text, error, message in (
+        ("{", OSError, "not a valid JSON file"),
+        ("[]", ValueError, "must be an object.* list"),
+    ):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(error, match=message):
+            PicoModel.from_pretrained(folder)
+
+
+def test_texts_have_no_more_tokens_than_the_tower_has_positions(tiny_text_config):
+    assert max_text_length(tiny_text_config("bert")) == 32
+    config = tiny_text_config("roberta")
+    assert max_text_length(config) == 34 - config.pad_token_id - 1
+    assert max_text_length(CLIPVisionConfig()) is None
+
+
+def test_image_sizes_that_would_exhaust_memory(folder):
+    def change(contents):
+        contents["image_processor"]["size"] = {"height": 10**9, "width": 10**9}
+
+    edit_json(folder / "processor_config.json", change)
+    with pytest.raises(ValueError, match=r"`size\['height'\]` must be from 1 to 8192 pixels, but is 1000000000"):
+        PicoProcessor.from_pretrained(folder)
+
+
+# Tensors
+
+
+def fill(name: str, value: float) -> Callable[[dict], None]:
+    return lambda tensors: tensors[STATE + name].fill_(value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (fill("visual_prototypes", float("nan")), "'visual_prototypes' .* holds values from nan to nan"),
+        (fill("textual_prototypes", float("inf")), "'textual_prototypes' .* holds values from inf to inf"),
+        (fill("visual_temperature", -1), "'visual_temperature' .* holds values from -1 to -1; allowed .* from 1.17"),
+        (fill("textual_column_scale", 0), "'textual_column_scale' .* holds values from 0 to 0"),
+        (fill("visual_style_rate", 1.5), "'visual_style_rate' .* 1.5; allowed are values from -0.001 to 1.001"),
+        (fill("matched_count", -3), "'matched_count' .* -3; allowed are values from 0"),
+        (fill("feedback_log_sum", float("nan")), "'feedback_log_sum' .* nan"),
+        (fill("stage", 3), "'stage' .* holds values from 3 to 3; allowed are values from 0 to 2"),
+        (fill("num_constructions", 0), r"at stage \d of its prototypes after 0 constructions"),
+        (lambda t: t.update({STATE + "stage": torch.tensor(1.5)}), "stage holds F32, torch.int64 is needed"),
+        (lambda t: t.update({"logit_scale": torch.tensor(1)}), "logit_scale holds I64, torch.float32 is needed"),
+        (lambda t: t.pop(STATE + "visual_prototypes"), "lacks 1 tensors .*: .*visual_prototypes"),
+        (lambda t: t.pop("logit_scale"), "lacks 1 tensors .*: logit_scale"),
+        (lambda t: t.pop("text_model.embeddings.LayerNorm.bias"), "lacks 1 tensors .*: text_model.embeddings"),
+        (
+            lambda t: t.update({STATE + "visual_style_rate": torch.zeros(9)}),
+            r"visual_style_rate is \(9,\) in the file",
+        ),
+    ],
+)
+def test_tensors_are_refused_by_name(change, message, folder):
+    edit_tensors(folder, change)
+    with pytest.raises(ValueError, match=message) as error:
+        PicoModel.from_pretrained(folder)
+    assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["num_style_prototypes", "embedding_dim"])
+def test_sizes_are_refused_before_memory_is_taken(name, folder, monkeypatch):
+    edit_json(folder / "config.json", lambda config: config.update({name: 2**16}))
+    edit_tensors(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if "alignment_head" in key])
+    edit_json(folder / "config.json", lambda config: config.update(num_style_prototypes=2**16, embedding_dim=2**16))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: pytest.fail("memory was asked for"))
+    with pytest.raises(ValueError, match="numbers that the file does not hold, above all for alignment_head"):
+        PicoModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:50],
+        lambda content: content[:-500],
+        lambda content: (2**60).to_bytes(8, "little") + content[8:],
+        lambda content: content.replace(b'"data_offsets":[0,', b'"data_offsets":[4,', 1),
+        lambda content: content.replace(b'"F32"', b'"F99"', 1),
+        lambda content: content[:8] + content[8:].replace(b"visual_style_rate", b"visual_prototypes", 1),
+    ],
+    ids=["empty", "no header", "cut", "endless header", "wrong offsets", "wrong type", "a name twice"],
+)
+def test_damaged_files_are_named(damage, folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(
+        (OSError, ValueError), match=r"model.safetensors' is not a whole safetensors file: |cannot be loaded"
+    ):
+        PicoModel.from_pretrained(folder)
+
+
+def test_what_may_be_fresh(folder, tiny_model, tmp_path):
+    """A checkpoint without prototypes is given some when they are asked for, and never else."""
+    tiny_model(alignment_head="fine_grained").save_pretrained(tmp_path / "plain")
+    model = PicoModel.from_pretrained(tmp_path / "plain", alignment_head="pico")
+    assert model.style_prototypes.stage == 0
+    edit_json(tmp_path / "plain" / "config.json", lambda config: config.update(alignment_head="pico"))
+    with pytest.raises(ValueError, match="lacks .* tensors that its configuration asks for: .*style_prototypes"):
+        PicoModel.from_pretrained(tmp_path / "plain")
+    other = PicoModel.from_pretrained(folder, comparator="network")
+    assert other.style_prototypes.num_constructions == 4097
+
+
+def test_the_checks_themselves(tmp_path):
+    check_prototypes({"visual_prototypes": torch.empty(0), "stage": torch.tensor(1, device="meta")})
+    check_tensors(torch.nn.Linear(2, 2), [str(tmp_path / "a.bin")])
+    save_file({"weight": torch.zeros(3, 2)}, tmp_path / "a.safetensors")
+    layer = torch.nn.Linear(2, 3, bias=False)
+    check_tensors(layer, [str(tmp_path / "a.safetensors")])
+    with pytest.raises(ValueError, match=r"weight is \(3, 2\) in the file, the configuration asks for \(2, 3\)"):
+        check_tensors(torch.nn.Linear(3, 2), [str(tmp_path / "a.safetensors")])
+    with pytest.raises(ValueError, match="weight is"):
+        check_tensors(torch.nn.Linear(3, 2), [str(tmp_path / "a.safetensors")], ignore_mismatched_sizes=True)
+    save_file({"text_model.weight": torch.zeros(3, 2)}, tmp_path / "b.safetensors")
+    tower = torch.nn.ModuleDict({"text_model": torch.nn.Linear(3, 2, bias=False)})
+    check_tensors(tower, [str(tmp_path / "b.safetensors")], ignore_mismatched_sizes=True)
