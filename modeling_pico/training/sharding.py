@@ -6,6 +6,7 @@ import functools
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import distributed, nn
@@ -54,9 +55,9 @@ def prepare_fsdp(accelerator, model: nn.Module, pico: PicoModel) -> None:
 @contextmanager
 def own_class(model: nn.Module) -> Iterator[None]:
     """Gives a model its own class while it is saved: FSDP's, made for it, would have torch's code saved beside it."""
-    found = type(model)
-    if issubclass(found, FSDPModule):
-        model.__class__ = next(base for base in found.__mro__[1:] if not issubclass(base, FSDPModule))  # type: ignore[assignment]
+    found: Any = type(model)
+    own: Any = next(base for base in found.__mro__ if not issubclass(base, FSDPModule))
+    model.__class__ = own
     try:
         yield
     finally:
