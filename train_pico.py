@@ -617,11 +617,12 @@ def run(trainer: PicoTrainer, data: Data, checkpoint: str | None) -> dict[str, f
     results: dict[str, float] = {}
     if args.do_train:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        if args.uncertainty_reranking:
-            metrics.update(trainer.learn_uncertainty_reranking())
         # An "internal call" uploads nothing: `main` does, once, when results and card are there too.
         trainer.save_model(_internal_call=True)
         trainer.save_state()
+        if args.uncertainty_reranking:
+            metrics.update(trainer.learn_uncertainty_reranking())
+            trainer.save_model(_internal_call=True)  # its configuration holds what was learned
         results.update(_record(trainer, "train", metrics))
     elif args.uncertainty_reranking:
         results.update(_record(trainer, "reranking", trainer.learn_uncertainty_reranking()))
