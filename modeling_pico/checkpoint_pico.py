@@ -161,7 +161,7 @@ def check_missing(saved: Mapping[str, Any], config: PicoConfig, missing: Sequenc
         CheckpointError: names the tensors.
     """
     # Some of the options are those of other types of models alone.
-    options = [name for name in _FRESH if hasattr(config, name)]
+    options = [name for name in _FRESH if hasattr(type(config), name)]
     changed = [name for name in options if getattr(config, name) != saved.get(name, getattr(type(config), name))]
     allowed = [part for name in changed for part in _FRESH[name]]
     if saved.get("model_type") != type(config).model_type:

@@ -196,6 +196,7 @@ def test_seed_and_command_decide_all_results(finished, data, tmp_path):
     command = [sys.executable, str(ROOT / "train_pico.py")]
     command += flags(**options, output_dir=tmp_path / "run", dataloader_num_workers=2)
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT), "HF_TOKEN": "hf_of_the_environment"}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     subprocess.run(command, check=True, env=environment, capture_output=True, timeout=240)
     first, second = (Path(folder, "all_results.json") for folder in (finished.folder, tmp_path / "run"))
     mine, other = (

@@ -17,6 +17,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "examples" / "style_study"
 @pytest.fixture(scope="module")
 def study():
     sys.path.insert(0, str(FOLDER))
+    threads = torch.get_num_threads()
     try:
         spec = importlib.util.spec_from_file_location("study", FOLDER / "study.py")
         module = importlib.util.module_from_spec(spec)
@@ -24,6 +25,7 @@ def study():
         yield module
     finally:
         sys.path.remove(str(FOLDER))
+        torch.set_num_threads(threads)  # a training of the study takes one
 
 
 @pytest.fixture(scope="module")
