@@ -31,6 +31,7 @@ import yaml
 
 
 HERE = Path(__file__).resolve().parent
+CACHE = Path(tempfile.gettempdir()) / "style_study"
 # Two-sided 95% quantiles of Student's t distribution, by degrees of freedom from 1.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -270,6 +271,12 @@ def paired_difference(values: list[float]) -> tuple[float, float | None]:
     return mean, quantile * statistics.stdev(values) / len(values) ** 0.5
 
 
+def difference(values: list[float]) -> str:
+    """Mean of differences with its 95% interval, as text."""
+    mean, half = paired_difference(values)
+    return f"{mean:+.1f}" + ("" if half is None else f" ± {half:.1f}")
+
+
 def report(records: list[dict[str, Any]], baseline: str) -> str:
     """
     Markdown tables, one per setting: mean rSum at the end, and in brackets the mean difference to the baseline over
@@ -305,8 +312,7 @@ def _cell(compares: bool, runs: dict[int, dict], base: dict[int, dict], split: s
     text = f"{statistics.fmean(ends.values()):.1f}"
     pairs = [end - base[seed][split][-1] for seed, end in ends.items() if split in base.get(seed, {})]
     if compares and pairs:
-        mean, half = paired_difference(pairs)
-        text += f" ({mean:+.1f}" + (")" if half is None else f" ± {half:.1f})")
+        text += f" ({difference(pairs)})"
     return text
 
 
@@ -325,7 +331,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--set", nargs="*", default=[], metavar="NAME=VALUE", help="overrides other values of the setting"
     )
     run.add_argument("--output", type=Path, required=True, help="table of results, one JSON object a line")
-    run.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "style_study")
+    run.add_argument("--cache", type=Path, default=CACHE)
     run.add_argument("--jobs", type=int, default=1, help="trainings at a time, one thread each")
     run.set_defaults(function=run_study)
     one = commands.add_parser("train", help="one training, as `run` starts it")

@@ -152,6 +152,49 @@ def test_trains_what_the_table_lacks_and_reports_it(study, setting, tmp_path, ca
     assert f"| plain | 1 | {' | '.join(f'{end:.1f}' for end in ends)} |" in capsys.readouterr().out
 
 
+def test_bound_measures_gates_on_the_meanings_they_were_not_fitted_to(study, setting, tmp_path, capsys):
+    import bound
+
+    variants, table = tmp_path / "variants.yaml", tmp_path / "table.jsonl"
+    variants.write_text("fine_grained: {method: fine_grained}\n")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**setting, "num_train_epochs": 1}))
+    command = ["run", str(tmp_path / "tiny.yaml"), "--variants_file", str(variants), "--output", str(table)]
+    study.main([*command, "--seeds", "0", "1", "--cache", str(tmp_path)])
+    capsys.readouterr()
+    bound.main([str(table), "--steps", "2", "--cache", str(tmp_path), "--seeds", "0", "1"])
+    text = capsys.readouterr().out
+    assert "rSum gained on validation, 2 seeds of fine_grained" in text
+    assert all(f"| {gate} | " in text for gate in ("constant", "linear", "network"))
+    with pytest.raises(SystemExit, match="holds no training of pico"):
+        bound.main([str(table), "--variant", "pico"])
+
+
+def test_a_gate_that_is_fitted_learns_and_is_then_used(study):
+    import bound
+
+    from modeling_pico.evaluation.evaluator import EncodedRetrieval
+
+    generator = torch.Generator().manual_seed(0)
+    # Half of the features tell the meanings apart, the others are larger and say nothing.
+    meaning = torch.eye(8).repeat_interleave(2, dim=0)[:, None]
+    noise = 3 * torch.randn(32, 3, 8, generator=generator)
+    tokens = torch.nn.functional.normalize(torch.cat([meaning.repeat(2, 3, 1), noise], dim=-1), dim=-1)
+    images, texts = tokens.chunk(2)
+    mask, ids = torch.ones(16, 3, dtype=torch.bool), torch.arange(8).repeat_interleave(2)
+    encoded = EncodedRetrieval(images, mask, texts, mask, ids, ids)
+    first, second = bound.halves(encoded)
+    assert not set(first.image_ids.tolist()) & set(second.image_ids.tolist())
+    assert len(first.image_ids) == len(second.text_ids) == 8
+    for kind in bound.GATES:
+        torch.manual_seed(0)
+        gate = bound.Gate(kind, 16)
+        start, weights = gate(images, mask, "image")
+        assert torch.equal(start, images) and torch.equal(weights, torch.ones(16, 16))
+        bound.fit(gate, encoded, 10.0, 60, 16)
+        _, weights = gate(images, mask, "image")
+        assert weights[:, :8].mean() > weights[:, 8:].mean() + 0.1, kind
+
+
 def test_differences_are_paired_by_seed(study):
     def result(variant, seed, rsum):
         setting = {"dataset_name": "/somewhere/data", "epochs": 1}
