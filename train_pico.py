@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -220,7 +221,7 @@ def build(
         raise ValueError("Give either --model_name_or_path or --vision/text_model_name_or_path, not both.")
     source = checkpoint or joint
     revision = {} if model_args.model_revision is None or checkpoint else {"revision": model_args.model_revision}
-    loading = {**revision}
+    loading: dict[str, Any] = {**revision, "use_safetensors": model_args.use_safetensors}
     if model_args.attn_implementation is not None:
         loading["attn_implementation"] = model_args.attn_implementation
     model_class = model_args.model_class(checkpoint)

@@ -19,7 +19,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from .checkpoint_pico import check_folder, read_config
+from .checkpoint_pico import FINDING, no_safetensors, prefer_safetensors, read_config
+from .configuration_pico import check_backbone_sizes
 
 
 # Special tokens before the patches (CLS, distillation token); registers are counted from the configuration.
@@ -136,7 +137,7 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
 
 def load_config(name_or_path: str, kwargs: dict) -> PreTrainedConfig:
     """Configuration of a checkpoint that will be loaded with the keyword arguments `kwargs`."""
-    names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+    names = (*FINDING, "trust_remote_code")
     return AutoConfig.from_pretrained(name_or_path, **{name: kwargs[name] for name in names if name in kwargs})
 
 
@@ -149,6 +150,8 @@ def load_model(name_or_path: str, **kwargs) -> tuple[PreTrainedModel, dict]:
     """
     Loads the checkpoint of a tower or of a joint vision-language model.
 
+    Only safetensors are read, unless `use_safetensors=False` is passed.
+
     Args:
         name_or_path (`str`): Hub id or folder.
         kwargs: Passed to `from_pretrained` (`revision`, `token`, `dtype`, ...).
@@ -156,16 +159,16 @@ def load_model(name_or_path: str, **kwargs) -> tuple[PreTrainedModel, dict]:
     Returns:
         The model, and the loading information of `from_pretrained(..., output_loading_info=True)`.
 
-    Only safetensors are read, unless `use_safetensors=False` is passed.
-
     Raises:
         ValueError: if the checkpoint lacks weights of the model, which `from_pretrained` would make up, or names code
             that is to be run.
         OSError: if its files are missing, damaged, or no safetensors.
     """
-    if kwargs.setdefault("use_safetensors", True):
-        check_folder(name_or_path)
-    read_config(name_or_path, kwargs)
+    prefer_safetensors(name_or_path, kwargs)
+    stated = read_config(name_or_path, kwargs)
+    for part in ("vision_config", "text_config"):
+        check_backbone_sizes(stated.get(part) or {}, part)
+    check_backbone_sizes(stated, "config")
     config = load_config(name_or_path, kwargs)
     check_vision_family(config.vision_config if is_joint(config) else config)
     model_class: Any = AutoModel
@@ -182,6 +185,10 @@ def load_model(name_or_path: str, **kwargs) -> tuple[PreTrainedModel, dict]:
         )
     except SafetensorError as error:
         raise OSError(f"The weights of {str(name_or_path)!r} are damaged: {error}.") from error
+    except OSError as error:
+        if "use_safetensors" in str(error):
+            raise no_safetensors(name_or_path, "as far as can be seen from here") from error
+        raise
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
         raise ValueError(

@@ -33,7 +33,7 @@ _FRESH = {
 _BACKBONES = ("vision_model.", "text_model.")
 
 # What finds a file of a checkpoint.
-_FINDING = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
+FINDING = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
 
 # Files that pickle writes, and reads by running what they say.
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
@@ -47,26 +47,36 @@ class TensorSizeError(CheckpointError):
     """Tensors of a checkpoint have other sizes than the configuration asks for."""
 
 
-def check_folder(source: Any) -> None:
+def prefer_safetensors(source: Any, kwargs: dict[str, Any]) -> None:
     """
-    Refuses a folder whose weights are in pickles only.
+    Makes safetensors the only files that are read, unless `use_safetensors=False` was passed, and refuses a folder
+    whose weights are in pickles only.
 
     Args:
         source (`str` or `os.PathLike`): A folder; names on the Hub are passed over.
+        kwargs (`dict`): Keyword arguments of `from_pretrained`, completed in place.
 
     Raises:
         OSError: names the files.
     """
-    folder = Path(source)
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+    # None is the default of transformers, which reads pickles where there is nothing else.
+    if kwargs.get("use_safetensors") is None:
+        kwargs["use_safetensors"] = True
+    folder = Path(source, kwargs.get("subfolder") or "")
+    if not kwargs["use_safetensors"] or not folder.is_dir() or any(folder.glob("*.safetensors")):
         return
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
     if pickles:
-        raise OSError(
-            f"There is no file named model.safetensors in {str(folder)!r}, only {', '.join(map(repr, pickles[:5]))}. "
-            "Such files can run code when they are read, so only safetensors are. If they are to be trusted, pass "
-            "use_safetensors=False once and save the model anew."
-        )
+        raise no_safetensors(str(folder), f"only {', '.join(map(repr, pickles[:5]))}")
+
+
+def no_safetensors(source: Any, instead: str) -> OSError:
+    """The error for a checkpoint without safetensors; `instead` says what it has."""
+    return OSError(
+        f"There is no file named model.safetensors in {str(source)!r}, {instead}. Other files can run code when they "
+        "are read, so only safetensors are. If the checkpoint is to be trusted, pass use_safetensors=False "
+        "(train_pico.py: --use_safetensors false) once and save the model anew."
+    )
 
 
 def read_config(source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,7 +95,7 @@ def read_config(source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         CheckpointError: if it names a kernel of the Hub as its attention, or weights in another kind of file.
         OSError: if there is none, or it is not JSON.
     """
-    options = {name: kwargs[name] for name in _FINDING if name in kwargs}
+    options = {name: kwargs[name] for name in FINDING if name in kwargs}
     config, _ = PreTrainedConfig.get_config_dict(source, **options)
     if not isinstance(config, dict):
         raise CheckpointError(
@@ -241,11 +251,13 @@ def _first(items: Sequence[str]) -> str:
 
 
 __all__ = [
+    "FINDING",
     "CheckpointError",
     "TensorSizeError",
-    "check_folder",
     "check_missing",
     "check_prototypes",
     "check_tensors",
+    "no_safetensors",
+    "prefer_safetensors",
     "read_config",
 ]

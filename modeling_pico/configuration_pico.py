@@ -271,13 +271,14 @@ def _backbone_config(config: PreTrainedConfig | dict | None, name: str, default_
         return AutoConfig.for_model(default_type)
     if isinstance(config, PreTrainedConfig):
         return config
-    _check_backbone_sizes(config, name)
+    check_backbone_sizes(config, name)
     if "model_type" not in config:
         raise ValueError(f"`{name}` must contain `model_type` (such as {default_type!r}), but has {sorted(config)}.")
     return AutoConfig.for_model(**config)
 
 
-def _check_backbone_sizes(config: dict, name: str) -> None:
+def check_backbone_sizes(config: dict, name: str) -> None:
+    """ValueError for sizes of a backbone that no model has: they are mistakes, or meant to exhaust memory."""
     for option, largest in _BACKBONE_SIZES.items():
         value = config.get(option)
         for size in value if isinstance(value, (list, tuple)) else [value]:
@@ -288,4 +289,4 @@ def _check_backbone_sizes(config: dict, name: str) -> None:
                 raise ValueError(f"`{name}.{option}` must be {allowed}, but got {value!r}.")
 
 
-__all__ = ["PicoConfig"]
+__all__ = ["PicoConfig", "check_backbone_sizes"]

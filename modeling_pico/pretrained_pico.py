@@ -12,10 +12,11 @@ from .alignment_heads_pico import TokenProjection
 from .checkpoint_pico import (
     CheckpointError,
     TensorSizeError,
-    check_folder,
     check_missing,
     check_prototypes,
     check_tensors,
+    no_safetensors,
+    prefer_safetensors,
     read_config,
 )
 from .configuration_pico import PicoConfig
@@ -76,8 +77,7 @@ class PicoPreTrainedModel(PreTrainedModel):
         source = pretrained_model_name_or_path
         saved = None
         if source is not None:
-            if kwargs.setdefault("use_safetensors", True):
-                check_folder(source)
+            prefer_safetensors(source, kwargs)
             saved = read_config(source, kwargs)
         try:
             loaded: Any = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
@@ -90,6 +90,10 @@ class PicoPreTrainedModel(PreTrainedModel):
             raise ValueError(_size_message(source, kwargs, str(error))) from error
         except CheckpointError as error:
             raise ValueError(f"{str(source)!r} cannot be loaded. {error}") from error
+        except OSError as error:
+            if "use_safetensors" in str(error):
+                raise no_safetensors(source, "as far as can be seen from here") from error
+            raise
         except RuntimeError as error:
             if "ignore_mismatched_sizes" in str(error):
                 raise ValueError(_size_message(source, kwargs, "see the report above")) from error

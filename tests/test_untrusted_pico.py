@@ -109,9 +109,36 @@ def test_pickles_are_not_read(load, folder, tmp_path):
     if load == PicoModel.from_backbones:
         clip = {"model_type": "clip", "architectures": ["CLIPModel"]}
         (folder / "config.json").write_text(json.dumps(clip))
-    with pytest.raises(OSError, match=r"only 'pytorch_model.bin'.*can run code.*use_safetensors=False"):
+    refused = r"only 'pytorch_model.bin'.*can run code.*use_safetensors=False"
+    with pytest.raises(OSError, match=refused):
         load(str(folder))
+    if load != PicoModel.from_backbones:
+        with pytest.raises(OSError, match=refused):
+            load(str(folder), use_safetensors=None)  # the default of transformers
     assert not (tmp_path / "marker").exists()
+
+
+def test_pickles_of_the_hub_are_refused_with_the_way_out(folder, tmp_path):
+    """As they lie in the cache, without a network that could bring safetensors."""
+    snapshot = tmp_path / "models--user--clip" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    torch.save({}, snapshot / "pytorch_model.bin")
+    (snapshot / "config.json").write_text(json.dumps({"model_type": "clip", "architectures": ["CLIPModel"]}))
+    with pytest.raises(OSError, match=r"in 'user/clip'.*use_safetensors=False \(train_pico.py: --use_safetensors"):
+        PicoModel.from_backbones("user/clip", backbone_kwargs={"cache_dir": str(tmp_path)})
+    (snapshot / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(OSError, match=r"in 'user/clip'.*use_safetensors=False"):
+        PicoModel.from_pretrained("user/clip", cache_dir=str(tmp_path))
+
+
+def test_a_checkpoint_in_a_subfolder(folder, tmp_path, tiny_model):
+    torch.save({}, tmp_path / "optimizer.pt")
+    shutil.copytree(folder, tmp_path / "model")
+    assert PicoModel.from_pretrained(tmp_path, subfolder="model").style_prototypes is not None
+    tiny_model().vision_model.save_pretrained(tmp_path / "tower")
+    load_backbone(str(tmp_path), "image", subfolder="tower")
 
 
 def test_pickles_are_read_where_that_is_asked_for(folder):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -40,6 +41,8 @@ logger = logging.get_logger(__name__)
 LOSS_FILE = "training_loss.json"
 # What a shell reports of a process that SIGTERM ended.
 TERMINATED = 128 + signal.SIGTERM
+# After so many steps several processes ask one another whether any was asked to end.
+STEPS_BETWEEN_QUESTIONS = 8
 
 
 class CheckpointTrainer(TrainerBase):
@@ -80,9 +83,22 @@ class CheckpointTrainer(TrainerBase):
                 f"{str(resume_from_checkpoint)!r} is not a complete checkpoint: it lacks a readable "
                 f"{TRAINER_STATE_NAME}."
             )
+        if resume_from_checkpoint:
+            self._check_sharding(Path(resume_from_checkpoint))
         self._loss_sums = None
         with self._noticing_sigterm():
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _check_sharding(self, checkpoint: Path) -> None:
+        is_sharded = (checkpoint / "optimizer.bin").exists()
+        if self.is_deepspeed_enabled or is_sharded == self.is_fsdp_enabled:
+            return
+        if is_sharded or (checkpoint / "optimizer.pt").exists():
+            raise ValueError(
+                f"{str(checkpoint)!r} was written {'with' if is_sharded else 'without'} FSDP and can only be resumed "
+                "so. Its weights load anywhere: PicoModel.from_pretrained, or --model_name_or_path with a new "
+                "--output_dir."
+            )
 
     @contextmanager
     def _noticing_sigterm(self) -> Iterator[None]:
@@ -96,11 +112,19 @@ class CheckpointTrainer(TrainerBase):
             yield
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # Asked after the last step: no other one noticed. Several processes save together or not at all.
+        if self._terminated and (self._saved or self.args.world_size == 1):
+            if not self._saved:
+                self._save_checkpoint(self.model, None)
+            raise SystemExit(TERMINATED)
 
     def _should_terminate(self) -> bool:
         """Whether any process was asked to end: all have to stop after the same step."""
         if self.args.world_size == 1:
             return self._terminated
+        # Asking waits for the device, so several processes do not ask after every step.
+        if self.state.global_step % STEPS_BETWEEN_QUESTIONS and self.state.global_step < self.state.max_steps:
+            return False
         asked = torch.tensor(float(self._terminated), device=self.args.device)
         return bool(self.accelerator.reduce(asked, "sum") > 0)
 
@@ -198,7 +222,10 @@ class CheckpointTrainer(TrainerBase):
         staging = run / UNFINISHED
         try:
             yield staging
-        except Exception as error:
+        # torch reports a full disk as a RuntimeError; running out of memory is one that has another cause.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             last = last_checkpoint(run) if run.is_dir() else None
             kept = "there is none yet" if last is None else f"the newest is {last}"
             raise OSError(
@@ -289,6 +316,8 @@ class CheckpointTrainer(TrainerBase):
         # translates; the plain `load_state_dict` of `Trainer` would leave those weights out with a mere warning.
         if not isinstance(self.model, PicoModel) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return False
+        if not os.path.isdir(folder):
+            return False  # `Trainer` warns
         logger.info(f"Loading model from {folder}.")
         self.model.load_state_dict(type(self.model).from_pretrained(folder).state_dict())
         return True

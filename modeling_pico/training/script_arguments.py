@@ -44,6 +44,9 @@ class ModelArguments:
         default=None, metadata={"help": "Text checkpoint (BERT, MiniLM, ...)."}
     )
     model_revision: str | None = field(default=None, metadata={"help": "Revision of the checkpoints."})
+    use_safetensors: bool = field(
+        default=True, metadata={"help": "false reads pickles, which can run code, where there are no safetensors."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
     freeze_vision: bool = field(default=False, metadata={"help": "Do not train the vision backbone."})
     freeze_text: bool = field(default=False, metadata={"help": "Do not train the text backbone."})

@@ -45,7 +45,8 @@ def prepare_fsdp(accelerator, model: nn.Module, pico: PicoModel) -> None:
     for module in whole:
         module.to(accelerator.device)
         for parameter in filter(operator.attrgetter("requires_grad"), module.parameters()):
-            parameter.register_post_accumulate_grad_hook(_average_gradient)
+            if not parameter._post_accumulate_grad_hooks:  # left by an earlier training
+                parameter.register_post_accumulate_grad_hook(_average_gradient)
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = _layer_classes(model, pico)
     if plugin.mixed_precision_policy is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -20,7 +21,8 @@ def heed_only_parent(worker: int) -> None:
     """
     if sys.platform != "linux":
         return
-    parent = os.getppid()
+    process = multiprocessing.parent_process()  # not `getppid`: that may be a fork server
+    parent = os.getppid() if process is None else process.pid
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:

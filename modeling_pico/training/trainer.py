@@ -229,6 +229,11 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
                 "gradient_cache_chunk_size takes a batch backwards in several parts, which DeepSpeed would count as "
                 "batches of their own. Leave it out, or launch with examples/accelerate/ddp.yaml or fsdp.yaml."
             )
+        if self.is_deepspeed_enabled and self.args.non_finite_loss == "skip":
+            raise ValueError(
+                "non_finite_loss='skip' leaves steps out, but DeepSpeed takes them before they can be judged. Leave "
+                "it out, or launch with examples/accelerate/ddp.yaml or fsdp.yaml."
+            )
         if self.is_fsdp_enabled:
             prepare_fsdp(self.accelerator, self.model, self._pico_model())
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -295,13 +300,22 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         with self.compute_loss_context_manager():
             loss = cached_backward(
                 model,
-                split_inputs(inputs, chunk_size),
+                self._chunks(inputs, chunk_size),
                 loss_function=lambda outputs: self._batch_loss(outputs, inputs["image_ids"], collect=True),
                 backward=lambda loss: self.accelerator.backward(loss / self.current_gradient_accumulation_steps),
                 no_sync=functools.partial(self.accelerator.no_sync, model=model),
             )
         # `Trainer` adds up what the micro-batches of a step return.
         return loss / self.current_gradient_accumulation_steps
+
+    def _chunks(self, inputs: dict[str, torch.Tensor], chunk_size: int) -> list[dict[str, torch.Tensor]]:
+        if not self.is_fsdp_enabled:
+            return split_inputs(inputs, chunk_size)
+        # Each forward gathers weights from all processes, and short last batches differ by a pair between these.
+        size = torch.tensor([len(inputs["image_ids"])], device=self.args.device)
+        number = -(-int(self.accelerator.gather(size).min()) // chunk_size)
+        parts = [value.tensor_split(number) for value in inputs.values()]
+        return [dict(zip(inputs, values, strict=True)) for values in zip(*parts, strict=True)]
 
     def _batch_loss(self, outputs: PicoOutput, ids: torch.Tensor, collect: bool) -> torch.Tensor:
         if collect and self.construction is not None:

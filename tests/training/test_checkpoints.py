@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ from modeling_pico.training.checkpoint_files import (
     rotate,
     write_text,
 )
+from modeling_pico.training.signals import heed_only_parent
 
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "interruptions.py"
@@ -293,6 +296,28 @@ def test_best_and_newest_stay_with_a_limit_of_one(tmp_path, monkeypatch):
     assert_same_state(made.model, PicoModel.from_pretrained(tmp_path / "checkpoint-6"))
 
 
+def test_a_best_checkpoint_that_is_gone_does_not_end_the_training(tmp_path):
+    made = trainer(tmp_path, **QUICK)
+    made.state.best_model_checkpoint = str(tmp_path / "checkpoint-3")
+    made._load_best_model()  # `Trainer` warns
+
+
+@pytest.mark.parametrize(("name", "sharded"), [("optimizer.bin", False), ("optimizer.pt", True)])
+def test_fsdp_and_other_checkpoints_are_not_mixed(tmp_path, name, sharded):
+    checkpoint = make(tmp_path / "checkpoint-3")
+    (checkpoint / name).touch()
+    made = trainer(tmp_path, **QUICK)
+    made.is_fsdp_enabled = sharded
+    with pytest.raises(ValueError, match="checkpoint-3' was written with.* FSDP and can only be resumed so"):
+        made.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_running_out_of_memory_is_not_called_a_full_disk(tmp_path, monkeypatch):
+    callback = FailAtSecondSave(monkeypatch, "torch.save", torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer(tmp_path, callbacks=[callback], eval_data=None, feedback="ema", **FAST).train()
+
+
 # Being asked to end
 
 
@@ -333,6 +358,33 @@ def test_sigterm_writes_a_checkpoint_first(whole, tmp_path, monkeypatch, event, 
     resumed.train(resume_from_checkpoint=True)
     assert_same_state(resumed.model, whole.model)
     assert whole_log(resumed) == whole_log(whole)
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "no"])
+def test_sigterm_after_the_last_step_ends_the_process_too(tmp_path, strategy):
+    made = trainer(tmp_path, callbacks=[Terminate("on_train_end", 6)], **{**QUICK, "save_strategy": strategy})
+    with pytest.raises(SystemExit) as stop:
+        made.train()
+    assert stop.value.code == 143
+    assert_same_state(made.model, PicoModel.from_pretrained(tmp_path / "checkpoint-6"))
+
+
+def stay(heed) -> None:
+    heed(0)
+    time.sleep(60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are not told apart from the training")
+def test_workers_of_a_fork_server_end_with_the_training():
+    worker = multiprocessing.get_context("forkserver").Process(target=stay, args=(heed_only_parent,))
+    worker.start()
+    while worker.is_alive() and "S (sleeping)" not in Path(f"/proc/{worker.pid}/status").read_text():
+        time.sleep(0.1)
+    time.sleep(0.5)
+    os.kill(worker.pid, 0)
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode is not None
 
 
 def test_a_handler_of_the_program_stays(tmp_path):

@@ -104,3 +104,7 @@ def test_deepspeed_is_refused(tmp_path):
     made.is_deepspeed_enabled = True
     with pytest.raises(ValueError, match="gradient_cache_chunk_size.*DeepSpeed.*ddp.yaml"):
         made.train()
+    made = tiny.trainer(tmp_path, non_finite_loss="skip")
+    made.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="non_finite_loss='skip'.*DeepSpeed.*ddp.yaml"):
+        made.train()
