@@ -1,6 +1,7 @@
 """Configuration of PICO: two backbone configurations and every switch of the alignment head."""
 
 import math
+from dataclasses import fields
 from typing import TYPE_CHECKING, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -223,13 +224,17 @@ class PicoConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.vision_config = _backbone_config(self.vision_config, "vision_config", "vit")
         self.text_config = _backbone_config(self.text_config, "text_config", "bert")
+        # Any other name becomes an attribute; these would shadow what the type of model says.
+        if fixed := sorted({"alignment_heads", "ranking_weight"} & kwargs.keys()):
+            raise ValueError(f"`{fixed[0]}` is no option of {type(self).__name__}.")
         super().__post_init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As `PreTrainedConfig.from_dict`. A checkpoint of another type of model is a start; its head is left out."""
+        """As `PreTrainedConfig.from_dict`. Of another type of model, its head and what it alone knows is left out."""
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
-            config_dict = {name: value for name, value in config_dict.items() if name != "alignment_head"}
+            known = {option.name for option in fields(cls)} - {"alignment_head"}
+            config_dict = {name: value for name, value in config_dict.items() if name in known}
         return super().from_dict(config_dict, **kwargs)
 
     def validate_architecture(self):

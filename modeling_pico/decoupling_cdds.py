@@ -45,19 +45,19 @@ def gaussian_divergence(
     return ((other_variance / variance).log() + scatter / other_variance - 1) / 2
 
 
-def column_similarity(image_tokens: torch.Tensor, text_tokens: torch.Tensor) -> torch.Tensor:
+def column_divergence(image_tokens: torch.Tensor, text_tokens: torch.Tensor) -> torch.Tensor:
     """
-    `s_ij = exp(-KL(C_i^v, C_j^t))` (Eq. 5) of every column of the image tokens `(patches, dim)` with every column of
+    `KL(C_i^v, C_j^t)`, of which Eq. 5 makes the similarity `s_ij = exp(-KL)`, of every column of the image tokens `(patches, dim)` with every column of
     the text tokens `(words, dim)`, all real tokens of the batch. Returns `(dim, dim)`, image columns in rows.
     """
     mean, variance = column_moments(image_tokens)
     other_mean, other_variance = column_moments(text_tokens)
-    return (-gaussian_divergence(mean[:, None], variance[:, None], other_mean, other_variance)).exp()
+    return gaussian_divergence(mean[:, None], variance[:, None], other_mean, other_variance)
 
 
-def related_semantics(similarity: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+def related_semantics(divergence: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
     r"""
-    Weights of the related columns of the other modality (Eqs. 6-9): `p = sigmoid(s)`, the threshold of a row is
+    Weights of the related columns of the other modality (Eqs. 6-9): `p = sigmoid(s)` of `s = exp(-KL)`, the threshold of a row is
     `k_i = mean(p_i) + alpha_i * std(p_i)`, what exceeds it keeps its `s`, and every row is rescaled to sum 1.
 
     Three repairs. Printed, `s_ij` itself is compared with `k_i`, which lies in (0.5, 0.74]: a row of small
@@ -67,20 +67,22 @@ def related_semantics(similarity: torch.Tensor, threshold: torch.Tensor) -> torc
     could not be rescaled otherwise.
 
     Args:
-        similarity (`torch.Tensor` of shape `(columns, others)`): `s`, or its transpose for the texts' columns.
+        divergence (`torch.Tensor` of shape `(columns, others)`): `KL`, or its transpose for the texts' columns.
         threshold (`torch.Tensor` of shape `(columns,)`): `alpha`.
 
     Returns:
         `torch.Tensor` of shape `(columns, others)`.
     """
-    probability = similarity.sigmoid()
+    probability = (-divergence).exp().sigmoid()
     # The constant keeps rows of equal entries, whose deviation is zero, finite in value and gradient.
     variance, mean = torch.var_mean(probability, dim=1, correction=0, keepdim=True)
     excess = (probability - mean) * (variance + 1e-12).rsqrt() - threshold.unsqueeze(1)
     soft = excess.sigmoid()
     hard = (excess > 0) | (excess == excess.amax(dim=1, keepdim=True))
-    kept = similarity * (hard.to(soft) - soft.detach() + soft)
-    return kept / kept.sum(dim=1, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny)
+    # Similarities over the row's largest: of columns that have nothing in common they would all be zero.
+    relative = (divergence.amin(dim=1, keepdim=True) - divergence).exp()
+    kept = relative * (hard.to(soft) - soft.detach() + soft)
+    return kept / kept.sum(dim=1, keepdim=True)
 
 
 def sample_distribution(own: torch.Tensor, other: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -156,8 +158,8 @@ def integrity_loss(tokens: torch.Tensor, rebuilt: torch.Tensor, mask: torch.Tens
 
 
 __all__ = [
+    "column_divergence",
     "column_moments",
-    "column_similarity",
     "gaussian_divergence",
     "integrity_loss",
     "modality_loss",

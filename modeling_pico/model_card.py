@@ -179,7 +179,8 @@ def create_model_card(
 
 
 def _has_prototypes(options: Mapping[str, Any]) -> bool:
-    return options.get("alignment_head", "pico") == "pico" or bool(options.get("semantic_probability"))
+    head = options.get("alignment_head", "pico")
+    return head == "pico" or (head == "cdds" and bool(options.get("semantic_probability")))
 
 
 def _environment() -> Environment:

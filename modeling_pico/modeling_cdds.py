@@ -10,7 +10,7 @@ from transformers import initialization as init
 from .alignment_heads_pico import MIN_NORM, FineGrainedHead, TokenProjection
 from .configuration_cdds import CddsConfig
 from .decoupling_cdds import (
-    column_similarity,
+    column_divergence,
     integrity_loss,
     modality_loss,
     related_semantics,
@@ -211,9 +211,9 @@ class CddsHead(FineGrainedHead):
         values_v, values_t = image.semantic[image.mask], text.semantic[text.mask]
         if not len(values_v) or not len(values_t):
             raise ValueError("The losses of CDDS need a batch with at least one real token on either side.")
-        similarity = column_similarity(values_v, values_t)
-        weights_v = related_semantics(similarity, self.visual_threshold.float())
-        weights_t = related_semantics(similarity.T, self.textual_threshold.float())
+        divergence = column_divergence(values_v, values_t)
+        weights_v = related_semantics(divergence, self.visual_threshold.float())
+        weights_t = related_semantics(divergence.T, self.textual_threshold.float())
         sampled_v = sample_distribution(values_v, values_t, weights_v)
         sampled_t = sample_distribution(values_t, values_v, weights_t)
         return (

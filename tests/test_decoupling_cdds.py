@@ -9,8 +9,8 @@ import torch
 
 from modeling_pico import decoupling_cdds
 from modeling_pico.decoupling_cdds import (
+    column_divergence,
     column_moments,
-    column_similarity,
     gaussian_divergence,
     integrity_loss,
     modality_loss,
@@ -54,15 +54,15 @@ def test_similarity_of_columns_of_all_tokens(exact):
     text_tokens = torch.tensor([[0.0, -2.0], [2.0, 2.0]])  # N(1, 1) and N(0, 4)
     narrow = (math.log(4) + 1 / 4 - 1) / 2
     far = (math.log(4) + (1 + 9) / 4 - 1) / 2
-    found = column_similarity(image_tokens, text_tokens)
-    close(found, [[math.exp(-0.5), math.exp(-narrow)], [math.exp(-2.0), math.exp(-far)]])
+    found = column_divergence(image_tokens, text_tokens)
+    close((-found).exp(), [[math.exp(-0.5), math.exp(-narrow)], [math.exp(-2.0), math.exp(-far)]])
 
 
-def test_constant_columns_have_a_finite_similarity():
+def test_constant_columns_have_a_finite_divergence():
     tokens = torch.zeros(3, 2, requires_grad=True)
-    similarity = column_similarity(tokens, torch.randn(4, 2))
-    similarity.sum().backward()
-    assert similarity.isfinite().all() and tokens.grad.isfinite().all()
+    divergence = column_divergence(tokens, torch.randn(4, 2))
+    divergence.sum().backward()
+    assert divergence.isfinite().all() and tokens.grad.isfinite().all()
 
 
 # Eqs. 6 to 9
@@ -80,7 +80,7 @@ def test_related_semantics_by_hand():
     assert mean + 0.5 * deviation == pytest.approx(0.6535, abs=1e-4)  # between the second and the third
     assert mean - 0.5 * deviation == pytest.approx(0.5861, abs=1e-4)  # between the first and the second
     similarity = torch.tensor([row, row, row[::-1]])
-    found = related_semantics(similarity, torch.tensor([0.5, -0.5, -0.5]))
+    found = related_semantics(-similarity.log(), torch.tensor([0.5, -0.5, -0.5]))
     close(found, [[0, 0, 1], [0, 0.4 / 1.3, 0.9 / 1.3], [0.9 / 1.3, 0.4 / 1.3, 0]])
 
 
@@ -90,11 +90,12 @@ def test_similarities_are_compared_with_the_threshold_as_probabilities():
     threshold = probability.mean() + probability.std(correction=0)
     # As printed nothing of this row is left to rescale: a sigmoid of what is positive exceeds 1/2.
     assert not (row > threshold).any() and threshold > 0.5
-    close(related_semantics(row[None], torch.ones(1)), [[0, 0, 1]])
+    close(related_semantics(-row[None].log(), torch.ones(1)), [[0, 0, 1]])
 
 
 def test_a_row_in_which_nothing_stands_out_keeps_its_largest_entry():
-    found = related_semantics(torch.tensor([[0.2, 0.5, 0.4], [0.3, 0.3, 0.3]]), torch.tensor([50.0, 50.0]))
+    similarity = torch.tensor([[0.2, 0.5, 0.4], [0.3, 0.3, 0.3]])
+    found = related_semantics(-similarity.log(), torch.tensor([50.0, 50.0]))
     close(found, [[0, 1, 0], [1 / 3, 1 / 3, 1 / 3]])
 
 
@@ -105,11 +106,24 @@ def test_the_threshold_is_learned_although_the_mask_is_hard():
     probability = similarity.sigmoid()
     hard = (probability > probability.mean() + threshold * probability.std(correction=0)).float()
     assert not hard.requires_grad  # as printed: no gradient at all
-    found = related_semantics(similarity, threshold)
+    found = related_semantics(-similarity.log(), threshold)
     close(found.detach(), similarity * hard / (similarity * hard).sum())
     (found - target).square().sum().backward()
     # A higher threshold would leave the largest entry alone, which is what this loss asks for.
     assert threshold.grad.item() < 0
+
+
+def test_columns_that_have_nothing_in_common_keep_the_closest_and_its_gradient():
+    # exp(-300) is no number of float32, let alone the square of it by which a rescaled row is differentiated.
+    divergence = torch.tensor([[300.0, 301.0, 1e4], [40.0, 60.0, 95.0]], requires_grad=True)
+    threshold = torch.zeros(2, requires_grad=True)
+    found = related_semantics(divergence, threshold)
+    ratio = math.exp(-1)
+    close(found[0], [1 / (1 + ratio), ratio / (1 + ratio), 0])  # equal as probabilities: all exceed or none
+    close(found[1], [1, 0, 0])
+    (65536 * found[:, 0]).sum().backward()
+    assert divergence.grad.isfinite().all() and threshold.grad.isfinite().all()
+    assert divergence.grad[0, 0] < 0
 
 
 # Eq. 10

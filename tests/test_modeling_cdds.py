@@ -381,6 +381,18 @@ def test_a_pico_checkpoint_is_a_start(tiny_model, tmp_path):
     assert own.textual_unet.encoder[0].self_attn.in_proj_weight.std() > 0.01
 
 
+def test_a_checkpoint_is_a_start_of_pico_with_nothing_of_its_own(cdds, tmp_path):
+    cdds(ranking_weight=0.0, semantic_probability=True, sharpness=2.0).save_pretrained(tmp_path)
+    model = PicoModel.from_pretrained(tmp_path, alignment_head="fine_grained")
+    found = model.config.to_dict()
+    assert (model.config.ranking_weight, found["sharpness"], found["embedding_dim"]) == (1.0, 2.0, 12)
+    own = {"ranking_weight", "semantic_probability", "auto_map", "threshold_init", "unet_num_layers"}
+    assert not own & found.keys()
+    for name, value in (("ranking_weight", -3), ("alignment_heads", ["cdds"])):
+        with pytest.raises(ValueError, match=f"`{name}` is no option of PicoConfig"):
+            PicoConfig(**{name: value})
+
+
 def test_it_runs_without_the_package(folder, batch, tmp_path, run_without_package):
     model = CddsModel.from_pretrained(folder)
     with torch.no_grad():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_pico import RetrievalEvaluator, image_text_loss, pair_scores
+from modeling_pico import CddsConfig, CddsModel, RetrievalEvaluator, image_text_loss, pair_scores
 from modeling_pico.alignment_heads_pico import HEADS, MIN_NORM
 from modeling_pico.data import CaptionedImageDataset
 from modeling_pico.training import feedback_weight
@@ -143,6 +143,37 @@ def test_samples_without_a_token_train(tiny_model, use_prototypes, batch, head, 
     assert outputs.loss.isfinite() and gradients_are_finite(model)
     assert outputs.logits_per_image.isfinite().all() and outputs.text_embeds.isfinite().all()
     assert not outputs.logits_per_image[:, 0].any()
+
+
+@pytest.mark.parametrize("case", ["one word", "columns apart", "zeros", "alike"])
+def test_the_losses_of_decoupling_have_finite_gradients(tiny_config, batch, case):
+    parts = tiny_config()
+    config = CddsConfig(
+        vision_config=parts.vision_config,
+        text_config=parts.text_config,
+        embedding_dim=12,
+        unet_num_layers=1,
+        text_special_tokens=case != "one word",
+    )
+    model = CddsModel(config).train()
+    head = model.alignment_head
+    inputs = {name: value.clone() for name, value in batch.items()}
+    if case == "one word":
+        inputs["attention_mask"][:, 3:] = 0
+        inputs["input_ids"][:, 2] = 3
+    elif case == "columns apart":
+        # The last layer of the texts moves one column by 30.
+        with torch.no_grad():
+            head.textual_unet.semantic_decoder.projections[-1].bias[0] = 30.0
+    elif case == "zeros":
+        with torch.no_grad():
+            for unet in (head.visual_unet, head.textual_unet):
+                unet.semantic_decoder.projections[-1].weight.zero_()
+    else:
+        inputs["pixel_values"][:] = 0.3
+    outputs = model(**inputs, return_loss=True)
+    (65536 * outputs.loss).backward()  # as a gradient scaler starts
+    assert outputs.loss.isfinite() and gradients_are_finite(model)
 
 
 @pytest.mark.parametrize("form", ["purity", "learned"])

@@ -1,4 +1,4 @@
-"""What FSDP needs to know of PICO: which layers are sharded, and that the alignment head is not."""
+"""What FSDP needs to know of PICO: which layers are sharded, and that what is beside the towers is not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..modeling_pico import PicoModel
 def prepare_fsdp(accelerator, model: nn.Module, pico: PicoModel) -> None:
     r"""
     Configures Accelerate's FSDP for a model before it is sharded: towers are sharded layer by layer, the alignment
-    head and the temperature stay whole on every process.
+    head, the prototypes of the uncertainty and the temperature stay whole on every process.
 
     They are small, and evaluation uses them outside of the model's forward pass, where sharded parameters are not
     there. Their gradients are averaged here, as FSDP averages its own.
@@ -39,6 +39,8 @@ def prepare_fsdp(accelerator, model: nn.Module, pico: PicoModel) -> None:
             "`fsdp_version: 2`; see examples/accelerate/fsdp.yaml."
         )
     whole: list[nn.Module] = [pico.alignment_head]
+    if pico.uncertainty_prototypes is not None:
+        whole.append(pico.uncertainty_prototypes)
     if isinstance(pico.logit_scale, nn.Parameter):
         whole.append(nn.ParameterList([pico.logit_scale]))
     plugin.ignored_modules = whole

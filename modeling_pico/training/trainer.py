@@ -218,6 +218,10 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         prototypes = None if model.trains_uncertainty_only else model.style_prototypes
         if prototypes is not None:
             self._check_prototype_needs()
+        elif not model.trains_uncertainty_only and not {"visual_projection", "text_projection"}.issuperset(
+            name.split(".")[0] for name in model.alignment_head.state_dict()
+        ):
+            self._check_adapter("other learned parts of the head", "alignment_head", model.alignment_head)
         self._check_adapter("prototypes of uncertainty", "uncertainty_prototypes", model.uncertainty_prototypes)
         # Learned for the weights as they were.
         model.config.uncertainty_reranking = None

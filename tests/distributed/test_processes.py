@@ -261,6 +261,17 @@ def test_sharded_towers_train_as_whole_ones_do(results, run):
     torch.testing.assert_close(first["scores"], single["scores"], rtol=0, atol=1e-4)
 
 
+def test_sharded_towers_train_beside_a_network_and_uncertainty(results):
+    _, first, second = (result["sharded_decoupled"] for result in results)
+    state = first["state"]
+    assert {"uncertainty_prototypes.image", "alignment_head.component_weights"} <= state.keys()
+    assert all(tensor.isfinite().all() for name, tensor in state.items() if not name.endswith("feedback_log_sum"))
+    assert_close(first["gradients"], second["gradients"], 0.0)
+    assert first["gradients"]["uncertainty_prototypes.image"].any()
+    assert all(torch.equal(*sides) for sides in zip(first["uncertainty"], second["uncertainty"], strict=True))
+    assert first["reranking"] == second["reranking"]
+
+
 def test_a_sharded_checkpoint_loads_as_any_other(launched, results):
     checkpoint = launched.folder / "adamw" / "checkpoint-6"
     loaded, info = PicoModel.from_pretrained(checkpoint, output_loading_info=True)

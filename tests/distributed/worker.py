@@ -42,6 +42,12 @@ from modeling_pico.training import NonFiniteLossError, PicoTrainer
 CONFIGURATION = Path(__file__).resolve().parents[2] / "examples" / "accelerate" / "fsdp.yaml"
 GLOBAL_BATCH = 8
 PURITY = {"style_probability": "purity", "sharpness": 4.0, "column_mode": "statistics"}
+DECOUPLED = {
+    "model_class": CddsModel,
+    "unet_num_layers": 1,
+    "semantic_probability": True,
+    "num_uncertainty_prototypes": 3,
+}
 EPOCHS = {"num_train_epochs": 3, "prototype_update_start": 2}
 # What four processes do, too.
 FEW = ("uneven", "masked")
@@ -229,12 +235,7 @@ def many(folder: Path) -> dict:
         "chunks": run(folder / "chunks", PURITY, num_train_epochs=1, gradient_cache_chunk_size=3),
         "decoupled": run(
             folder / "decoupled",
-            {
-                "model_class": CddsModel,
-                "unet_num_layers": 1,
-                "semantic_probability": True,
-                "num_uncertainty_prototypes": 3,
-            },
+            DECOUPLED,
             num_train_epochs=2,
             prototype_update_start=2,
             logging_steps=1,
@@ -273,6 +274,7 @@ def sharded(folder: Path) -> dict:
         )
         results["sharded_adapter"] = run(folder / "sharded_adapter", {}, adapter=True, **EPOCHS)
         results["sharded_bf16"] = run(folder / "sharded_bf16", PURITY, bf16=True, num_train_epochs=1)
+        results["sharded_decoupled"] = run(folder / "sharded_decoupled", DECOUPLED, num_train_epochs=1)
         # With SGD there would be no state of the optimizer to save.
         adamw = {"optim": "adamw_torch", "learning_rate": 1e-2, "backbone_learning_rate": 1e-2, **EPOCHS}
         checkpoint = str(folder / "adamw" / "checkpoint-2")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import assert_same_state, model, processor, prototype_log, rows, trainer
 
-from modeling_pico import PicoModel
+from modeling_pico import CddsModel, PicoModel
 from modeling_pico.prototypes_pico import STAGE_PLAIN, STAGE_UPDATED
 
 
@@ -125,6 +125,13 @@ def test_an_adapter_that_loses_the_prototypes_is_refused(tmp_path):
     made = trainer(tmp_path, net=adapted(modules_to_save=None, alignment_head="fine_grained"), max_steps=1)
     made.train()
     assert made.construction is None
+
+
+def test_an_adapter_that_loses_a_network_of_the_head_is_refused(tmp_path):
+    options = {"model_class": CddsModel, "unet_num_layers": 1}
+    with pytest.raises(ValueError, match=r"other learned parts of the head.*modules_to_save=\[\"alignment_head\"\]"):
+        trainer(tmp_path, net=adapted(modules_to_save=None, **options), max_steps=1).train()
+    trainer(tmp_path, net=adapted(**options), max_steps=1).train()
 
 
 def test_an_adapter_keeps_the_uncertainty(tmp_path):
