@@ -8,8 +8,18 @@ from huggingface_hub.dataclasses import strict
 from .configuration_pico import PicoConfig
 
 
-_AT_LEAST = {"unet_num_layers": 1, "unet_num_heads": 1, "noise_groups": 1}
-_WEIGHTS = ("semantic_weight", "modality_weight", "integrity_weight", "ranking_weight")
+# Smallest and largest values. The upper ones are far beyond any use: what exceeds them is a mistake, or meant to
+# exhaust memory.
+_BOUNDS = {
+    "unet_num_layers": (1, 1000),
+    "unet_num_heads": (1, 2**16),
+    "noise_groups": (1, 1000),
+    "threshold_init": (-1e30, 1e30),
+    "semantic_weight": (0, 1e30),
+    "modality_weight": (0, 1e30),
+    "integrity_weight": (0, 1),
+    "ranking_weight": (0, 1e30),
+}
 
 
 @strict
@@ -85,11 +95,11 @@ class CddsConfig(PicoConfig):
     def validate_architecture(self):
         """Checks every option; a wrong one is refused with the values that are allowed."""
         super().validate_architecture()
-        for name, bound in {**_AT_LEAST, **dict.fromkeys(_WEIGHTS, 0)}.items():
-            if not getattr(self, name) >= bound:
-                raise ValueError(f"`{name}` must be at least {bound}, but got {getattr(self, name)!r}.")
-        if self.integrity_weight > 1:
-            raise ValueError(f"`integrity_weight` must be between 0 and 1, but got {self.integrity_weight!r}.")
+        for name, (smallest, largest) in _BOUNDS.items():
+            if not smallest <= getattr(self, name) <= largest:  # nor is NaN
+                raise ValueError(
+                    f"`{name}` must be between {smallest} and {largest}, but got {getattr(self, name)!r}."
+                )
         if self.embedding_dim % self.unet_num_heads:
             raise ValueError(
                 f"`unet_num_heads` must divide `embedding_dim`, but got {self.unet_num_heads} and "

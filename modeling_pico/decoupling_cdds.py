@@ -9,6 +9,8 @@ what the paper says of them; each repair is documented where it is made. Everyth
 import torch
 from torch import nn
 
+from .alignment_heads_pico import MIN_NORM
+
 
 # Added to variances: the divergence of two columns stays finite where one of them is constant. Tokens have unit
 # root mean square, so that it is a thousandth of a usual one.
@@ -91,7 +93,7 @@ def sample_distribution(own: torch.Tensor, other: torch.Tensor, weights: torch.T
     the value of the other modality's column `j` at which as large a share of that column lies above.
 
     This is quantile mapping. The value of rank `r` among `n` has the share `(n - r - 1/2) / n` above it; between the
-    sorted values of the other column it is interpolated linearly. Since `M` reads no more of `C_i` than ranks, the sum
+    sorted values of the other column it is interpolated linearly. Equal values are ranked by their position. Since `M` reads no more of `C_i` than ranks, the sum
     over `j` is one matrix product. The gradient reaches the values of the other side and the weights; ranks have none.
 
     Args:
@@ -102,10 +104,15 @@ def sample_distribution(own: torch.Tensor, other: torch.Tensor, weights: torch.T
     Returns:
         `torch.Tensor` of shape `(tokens, dim)`: this side's tokens in the other side's form.
     """
-    ordered = other.sort(dim=0).values
-    quantiles = nn.functional.interpolate(ordered.T.unsqueeze(0), size=len(own), mode="linear", align_corners=False)
-    mixed = quantiles[0].T @ weights.T
-    return torch.zeros_like(mixed).scatter(0, own.argsort(dim=0), mixed)
+    ordered, last = other.sort(dim=0).values, len(other) - 1
+    # `nn.functional.interpolate` has a gradient on GPUs that differs from run to run.
+    places = (torch.arange(len(own), dtype=torch.float64, device=own.device) + 0.5) * len(other) / len(own) - 0.5
+    places = places.clamp(0, last)
+    below = places.floor().long()
+    above = (below + 1).clamp(max=last)
+    quantiles = ordered[below].lerp(ordered[above], (places - below).to(ordered).unsqueeze(1))
+    mixed = quantiles @ weights.T
+    return torch.zeros_like(mixed).scatter(0, own.argsort(dim=0, stable=True), mixed)
 
 
 def semantic_loss(sampled: torch.Tensor, semantic: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -118,11 +125,12 @@ def semantic_loss(sampled: torch.Tensor, semantic: torch.Tensor, mask: torch.Ten
         semantic (`torch.Tensor` of shape `(batch, tokens, dim)`): Semantic components.
         mask (`torch.Tensor` of shape `(batch, tokens)`): True at real tokens.
     """
-    normalize = nn.functional.normalize
-    cosine = normalize(sampled, dim=-1) @ normalize(semantic, dim=-1).transpose(1, 2)
+    sampled, semantic = (nn.functional.normalize(side, dim=-1, eps=MIN_NORM) for side in (sampled, semantic))
+    cosine = sampled @ semantic.transpose(1, 2)
     cosine = cosine.masked_fill(~mask.unsqueeze(1), -torch.inf)
     own = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    return nn.functional.cross_entropy(cosine[mask], own[mask])
+    # The sum over a mean of at least one: without a real token the loss is 0 and no number divided by it.
+    return nn.functional.cross_entropy(cosine[mask], own[mask], reduction="sum") / mask.sum().clamp(min=1)
 
 
 def modality_loss(modality: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -137,8 +145,16 @@ def modality_loss(modality: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         mask (`torch.Tensor` of shape `(batch, tokens)`): True at real tokens; a sample without any takes no part.
     """
     real = mask.any(dim=1)
+    if not real.any():
+        return 0.0 * modality.sum()
     mean, variance = column_moments(modality[real], mask[real])
-    divergence = gaussian_divergence(mean[:, None], variance[:, None], mean, variance).mean(dim=-1)
+    # `gaussian_divergence`, its mean over columns as matrix products: no tensor is `(batch, batch, dim)`. Only
+    # differences of means count, and those of centred ones lose less to rounding.
+    mean = mean - mean.mean(dim=0)
+    inverse, log = 1 / variance, variance.log().sum(dim=1)
+    scatter = (variance + mean.square()) @ inverse.T - 2 * mean @ (mean * inverse).T
+    scatter = scatter + (mean.square() * inverse).sum(dim=1)
+    divergence = (log[None] - log[:, None] + scatter - mean.shape[1]) / (2 * mean.shape[1])
     return (1 - (-divergence).exp()).mean()
 
 
@@ -154,7 +170,8 @@ def integrity_loss(tokens: torch.Tensor, rebuilt: torch.Tensor, mask: torch.Tens
         rebuilt (`torch.Tensor` of shape `(batch, tokens, dim)`): Weighted sum of their components.
         mask (`torch.Tensor` of shape `(batch, tokens)`): True at real tokens.
     """
-    return (tokens - rebuilt)[mask].square().mean()
+    lost = (tokens - rebuilt)[mask].square()
+    return lost.sum() / max(lost.numel(), 1)
 
 
 __all__ = [

@@ -184,13 +184,15 @@ class CddsHead(FineGrainedHead):
         with torch.autocast(image.tokens.device.type, enabled=False):
             sampled_v, sampled_t = self._sample(image, text)
             sides = ((image, modality_v, sampled_v), (text, modality_t, sampled_t))
+            # Without a token on the other side nothing was sampled.
+            both = image.mask.any() & text.mask.any()
             w_m, w_s, w_x = self.component_weights.float()
             terms = [
                 (
-                    semantic_loss(sampled, side.semantic, side.mask),
+                    semantic_loss(sampled, side.semantic, side.mask & both),
                     modality_loss(modality, side.mask),
                     integrity_loss(side.tokens, w_m * modality + w_s * side.semantic, side.mask),
-                    integrity_loss(side.tokens, w_m * modality + w_x * sampled, side.mask),
+                    integrity_loss(side.tokens, w_m * modality + w_x * sampled, side.mask & both),
                 )
                 for side, modality, sampled in sides
             ]
@@ -207,10 +209,15 @@ class CddsHead(FineGrainedHead):
         }
 
     def _sample(self, image: DecoupledSide, text: DecoupledSide) -> tuple[torch.Tensor, torch.Tensor]:
-        """V_x and T_x: the semantic components of either side in the form of the other; zero at padding."""
+        """
+        V_x and T_x: the semantic components of either side in the form of the other; zero at padding, and where the
+        other side has no real token.
+        """
         values_v, values_t = image.semantic[image.mask], text.semantic[text.mask]
         if not len(values_v) or not len(values_t):
-            raise ValueError("The losses of CDDS need a batch with at least one real token on either side.")
+            # Of nothing there is no distribution. The thresholds stay in the graph: DDP waits for their gradient.
+            nothing = 0.0 * (self.visual_threshold.sum() + self.textual_threshold.sum())
+            return 0.0 * image.semantic + nothing, 0.0 * text.semantic + nothing
         divergence = column_divergence(values_v, values_t)
         weights_v = related_semantics(divergence, self.visual_threshold.float())
         weights_t = related_semantics(divergence.T, self.textual_threshold.float())

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from modeling_pico import decoupling_cdds
 from modeling_pico.decoupling_cdds import (
@@ -142,6 +144,15 @@ def test_quantile_mapping_between_different_numbers_of_tokens():
     close(sample_distribution(four, two, torch.ones(1, 1)), [[7.0], [5.0], [6.5], [5.5]])
 
 
+def test_places_among_many_tokens_are_exact_and_equal_values_ranked_by_position():
+    own, other = torch.arange(30000.0)[:, None], torch.zeros(70000, 1)
+    other[69978:] = 1
+    # Of rank 29990 at (29990 + 1/2) * 7 / 3 - 1/2 = 69977 + 1/3.
+    close(sample_distribution(own, other, torch.ones(1, 1))[29989:29992], [[0.0], [1 / 3], [1.0]])
+    found = sample_distribution(torch.zeros(70, 1), torch.arange(70.0)[:, None], torch.ones(1, 1))
+    close(found, torch.arange(70.0)[:, None])
+
+
 def test_sampled_columns_are_weighted_sums():
     own, other = torch.tensor([[0.0, 9.0], [1.0, 8.0]]), torch.tensor([[1.0, 40.0], [2.0, 20.0]])
     found = sample_distribution(own, other, torch.tensor([[0.25, 0.75], [0.0, 1.0]]))
@@ -203,6 +214,45 @@ def test_modality_loss_by_hand(monkeypatch):
     modality = torch.tensor([[[0.0, 3.0], [7.0, 7.0]], [[1.0, 3.0], [9.0, 9.0]], [[5.0, 5.0], [5.0, 5.0]]])
     mask = torch.tensor([[True, False], [True, False], [False, False]])
     close(modality_loss(modality, mask), (1 - math.exp(-0.25)) / 2)
+
+
+class Largest(TorchDispatchMode):
+    """Numbers of the largest tensor that an operation returns."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.size = max(self.size, *(tensor.numel() for tensor in tree_leaves(found) if hasattr(tensor, "numel")), 0)
+        return found
+
+
+def test_modality_loss_is_the_mean_over_columns_without_a_tensor_of_all_pairs_and_columns():
+    generator = torch.Generator().manual_seed(0)
+    modality = (5 + torch.randn(24, 2, 64, generator=generator)).requires_grad_()
+    mask = torch.ones(24, 2, dtype=torch.bool)
+    mean, variance = column_moments(modality, mask)
+    divergence = gaussian_divergence(mean[:, None], variance[:, None], mean, variance).mean(dim=-1)
+    expected = (1 - (-divergence).exp()).mean()
+    with Largest() as largest:
+        found = modality_loss(modality, mask)
+    close(found, expected.detach(), 1e-6)
+    gradients = (torch.autograd.grad(loss, modality)[0] for loss in (found, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+    assert 24 * 64 <= largest.size <= 24 * 2 * 64
+
+
+def test_losses_of_no_token_are_zero_and_of_tokens_of_zeros_have_no_steep_gradient():
+    tokens = torch.zeros(2, 3, 4, requires_grad=True)
+    for mask in (torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)):
+        for loss in (
+            semantic_loss(tokens, torch.ones(2, 3, 4), mask),
+            modality_loss(tokens, mask),
+            integrity_loss(tokens, tokens + 1, mask),
+        ):
+            (gradient,) = torch.autograd.grad(loss, tokens)
+            assert gradient.abs().max() < 1e4
+            assert loss == 0 or mask.any()
 
 
 def test_the_printed_modality_loss_drives_samples_apart():

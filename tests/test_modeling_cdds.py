@@ -70,8 +70,8 @@ def test_narrow_embeddings_have_fewer_attention_heads(dim, heads):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"noise_groups": 0}, "`noise_groups` must be at least 1, but got 0"),
-        ({"modality_weight": -1}, "`modality_weight` must be at least 0, but got -1"),
+        ({"noise_groups": 0}, "`noise_groups` must be between 1 and 1000, but got 0"),
+        ({"modality_weight": -1}, "`modality_weight` must be between 0 and 1e.30, but got -1"),
         ({"integrity_weight": 1.5}, "`integrity_weight` must be between 0 and 1, but got 1.5"),
         ({"embedding_dim": 12, "unet_num_heads": 8}, "`unet_num_heads` must divide `embedding_dim`, but got 8 and 12"),
         ({"alignment_head": "pico"}, "`alignment_head` must be one of 'cdds', but got 'pico'"),
@@ -199,9 +199,19 @@ def test_a_text_without_a_word_scores_zero_and_trains(cdds, batch):
         assert not model(**texts).logits_per_image[:, 0].any()
     model.train()(**texts, return_loss=True).loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.alignment_head.parameters())
-    texts["attention_mask"][:, 2:] = 0
-    with pytest.raises(ValueError, match="at least one real token on either side"):
-        model(**texts, return_loss=True)
+
+
+def test_a_batch_without_a_word_leaves_what_needs_words(cdds, batch):
+    model = cdds(text_special_tokens=False).train()
+    outputs = model(**{**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}, return_loss=True)
+    terms = {name: term.item() for name, term in outputs.auxiliary_losses.items()}
+    assert terms["semantic"] == terms["sampled_integrity"] == 0
+    assert terms["modality"] > 0 and terms["integrity"] > 0  # of the images
+    outputs.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.alignment_head.named_parameters()}
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
+    own = gradients["textual_unet.modality_decoder.projections.0.weight"]
+    assert not own.any() and gradients["visual_unet.modality_decoder.projections.0.weight"].any()
 
 
 def test_fresh_components_score_like_the_fine_grained_baseline(tiny_clip, batch):

@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, CLIPVisionConfig
 
-from modeling_pico import PicoConfig, PicoModel, PicoProcessor
+from modeling_pico import CddsConfig, PicoConfig, PicoModel, PicoProcessor
 from modeling_pico.backbones_pico import load_backbone, max_text_length
 from modeling_pico.checkpoint_pico import check_prototypes, check_tensors
 from modeling_pico.data import load_captioned_images
@@ -234,6 +234,24 @@ def test_configurations_are_refused_by_name(part, option, value, message, folder
         PicoModel.from_pretrained(folder)
     with pytest.raises((ValueError, StrictDataclassError), match=message):
         AutoModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("unet_num_layers", 10**9, "`unet_num_layers` must be between 1 and 1000, but got 1000000000"),
+        ("noise_groups", 10**9, "`noise_groups` must be between 1 and 1000, but got 1000000000"),
+        ("semantic_weight", float("inf"), "`semantic_weight` must be between 0 and 1e.30, but got inf"),
+        ("ranking_weight", float("nan"), "`ranking_weight` must be between 0 and 1e.30, but got nan"),
+        ("integrity_weight", float("nan"), "`integrity_weight` must be between 0 and 1, but got nan"),
+        ("threshold_init", float("-inf"), "`threshold_init` must be between -1e.30 and 1e.30, but got -inf"),
+    ],
+)
+def test_configurations_of_cdds_are_refused_by_name(option, value, message, tmp_path):
+    CddsConfig().save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", lambda config: config.update({option: value}))
+    with pytest.raises(StrictDataclassError, match=message):
+        CddsConfig.from_pretrained(tmp_path)
 
 
 def test_a_configuration_that_is_no_object(folder):

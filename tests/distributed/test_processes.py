@@ -116,6 +116,14 @@ def test_auxiliary_losses_are_of_either_process_and_logged_as_their_mean(results
     assert means == pytest.approx([entry["loss"] for entry in first["losses_logged"]], rel=1e-3)
 
 
+def test_auxiliary_losses_of_a_process_without_a_word_are_finite(results):
+    _, first, second = (result["masked_decoupled"] for result in results)
+    assert_close(first["gradients"], second["gradients"], 0.0)
+    assert_close(first["state"], second["state"], 0.0)
+    assert len(first["losses"]) == 2 and torch.tensor([first["losses"], second["losses"]]).isfinite().all()
+    assert all(tensor.isfinite().all() for tensor in first["gradients"].values())
+
+
 @pytest.mark.parametrize("run", ["infonce", "hinge"])
 def test_evaluation_of_an_odd_set_is_that_of_one_process(results, run):
     single, first, second = (result[run] for result in results)

@@ -242,6 +242,7 @@ def many(folder: Path) -> dict:
             learning_rate=1e-2,
             dataloader_drop_last=False,
         ),
+        "masked_decoupled": run(folder / "masked_decoupled", DECOUPLED, trainer_class=Masked, num_train_epochs=1),
         "local": run(folder / "local", PURITY, num_train_epochs=1, gather_negatives=False),
         "skip": run(
             folder / "skip",
