@@ -52,6 +52,7 @@ _LARGEST = {
     "column_length": 2**16,
     "num_uncertainty_prototypes": 2**16,
 }
+_RERANKING = ("image_weight", "text_weight", "floor", "image_center", "text_center")
 # Names by which backbones state their sizes, and the largest that is allowed where a loop runs over it.
 _BACKBONE_SIZES = {
     "hidden_size": None,
@@ -250,6 +251,11 @@ class PicoConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be {relation} {bound}, but got {value!r}.")
             if not value <= _LARGEST.get(name, 1e30):
                 raise ValueError(f"`{name}` must be at most {_LARGEST.get(name, 1e30)}, but got {value!r}.")
+        for name, value in (self.uncertainty_reranking or {}).items():
+            if name not in _RERANKING:
+                raise ValueError(f"`uncertainty_reranking` may hold {', '.join(_RERANKING)}, but holds {name!r}.")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= 1e30:
+                raise ValueError(f"`uncertainty_reranking[{name!r}]` must be a finite number, but got {value!r}.")
         if callable(self.dtype):  # a file may name anything that torch has
             raise ValueError(f"`dtype` must name a data type of torch, but got {self.dtype!r}.")
         if not math.isfinite(self.logit_scale_init_value):

@@ -49,8 +49,9 @@ def gaussian_divergence(
 
 def column_divergence(image_tokens: torch.Tensor, text_tokens: torch.Tensor) -> torch.Tensor:
     """
-    `KL(C_i^v, C_j^t)`, of which Eq. 5 makes the similarity `s_ij = exp(-KL)`, of every column of the image tokens `(patches, dim)` with every column of
-    the text tokens `(words, dim)`, all real tokens of the batch. Returns `(dim, dim)`, image columns in rows.
+    `KL(C_i^v, C_j^t)` of every column of the image tokens `(patches, dim)` with every column of the text tokens
+    `(words, dim)`, all real tokens of the batch; the similarity of Eq. 5 is `s_ij = exp(-KL)`. Returns `(dim, dim)`,
+    image columns in rows.
     """
     mean, variance = column_moments(image_tokens)
     other_mean, other_variance = column_moments(text_tokens)
@@ -59,8 +60,9 @@ def column_divergence(image_tokens: torch.Tensor, text_tokens: torch.Tensor) -> 
 
 def related_semantics(divergence: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
     r"""
-    Weights of the related columns of the other modality (Eqs. 6-9): `p = sigmoid(s)` of `s = exp(-KL)`, the threshold of a row is
-    `k_i = mean(p_i) + alpha_i * std(p_i)`, what exceeds it keeps its `s`, and every row is rescaled to sum 1.
+    Weights of the related columns of the other modality (Eqs. 6-9): `p = sigmoid(s)` of `s = exp(-KL)`, the threshold
+    of a row is `k_i = mean(p_i) + alpha_i * std(p_i)`, what exceeds it keeps its `s`, and every row is rescaled to
+    sum 1.
 
     Three repairs. Printed, `s_ij` itself is compared with `k_i`, which lies in (0.5, 0.74]: a row of small
     similarities would keep nothing however much one of them stands out, so `p_ij` is compared. A comparison gives
@@ -93,8 +95,9 @@ def sample_distribution(own: torch.Tensor, other: torch.Tensor, weights: torch.T
     the value of the other modality's column `j` at which as large a share of that column lies above.
 
     This is quantile mapping. The value of rank `r` among `n` has the share `(n - r - 1/2) / n` above it; between the
-    sorted values of the other column it is interpolated linearly. Equal values are ranked by their position. Since `M` reads no more of `C_i` than ranks, the sum
-    over `j` is one matrix product. The gradient reaches the values of the other side and the weights; ranks have none.
+    sorted values of the other column it is interpolated linearly. Equal values are ordered by position. Since `M`
+    reads no more of `C_i` than ranks, the sum over `j` is one matrix product. The gradient reaches the values of the
+    other side and the weights; ranks have none.
 
     Args:
         own (`torch.Tensor` of shape `(tokens, dim)`): Values of this side, which only give the order.

@@ -161,6 +161,7 @@ def create_model_card(
         literal=json.dumps(name, ensure_ascii=False),
         head=head,
         has_prototypes=has_prototypes,
+        has_uncertainty=bool(options.get("num_uncertainty_prototypes")),
         model_class="CddsModel" if head == "cdds" else "PicoModel",
         backbones=[backbone if _is_hub_id(backbone) else None for backbone in backbones],
         dataset=dataset,
@@ -313,7 +314,7 @@ def _option_table(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     rows += [(name, config.get(name)) for name in names]
     reranking = config.get("uncertainty_reranking")
     if reranking and config.get("num_uncertainty_prototypes"):
-        weights = ", ".join(f"{side}s {reranking[f'{side}_weight']:.3g}" for side in ("image", "text"))
+        weights = ", ".join(f"{side}s {reranking.get(f'{side}_weight', 0.0):.3g}" for side in ("image", "text"))
         rows.append(("uncertainty_reranking", f"{weights} (learned on validation)"))
     return [(name, value) for name, value in rows if value is not None]
 

@@ -304,7 +304,10 @@ class PicoModel(PicoPreTrainedModel):
     def _auxiliary_losses(
         self, image: dict[str, Any], text: dict[str, Any], image_ids: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        losses = self.alignment_head.auxiliary_losses(image["state"], text["state"])
+        head = self.alignment_head
+        # Where only the uncertainty trains, `train` leaves the head in evaluation mode.
+        frozen = self.training and not head.training
+        losses = {} if frozen else head.auxiliary_losses(image["state"], text["state"])
         # Texts that are not the images' partners, one by one, are no pairs to learn from.
         if self.uncertainty_prototypes is None or len(image["tokens"]) != len(text["tokens"]):
             return losses

@@ -131,15 +131,8 @@ class UncertaintyPrototypes(nn.Module):
 
         Returns:
             `dict[str, torch.Tensor]`: Two scalars.
-
-        Raises:
-            `ValueError`: If there are not as many texts as images.
         """
         config = self.config
-        if len(images) != len(texts):
-            raise ValueError(
-                f"The uncertainty is trained on pairs, but there are {len(images)} images and {len(texts)} texts."
-            )
         if not config.uncertainty_gradient:
             images, texts = images.detach(), texts.detach()
         if isinstance(scale, Tensor):

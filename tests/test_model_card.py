@@ -220,6 +220,19 @@ def test_says_that_it_is_cdds(semantic_probability):
     assert ("Prototype stage" in card.text) == ("Prototype feedback" in card.text) == semantic_probability
 
 
+def test_says_that_it_is_uncertain():
+    config = CddsConfig(num_uncertainty_prototypes=8, uncertainty_reranking={"text_weight": 2.0})
+    card, plain = (_full_card(config=of).text for of in (config, CddsConfig()))
+    assert card.count("2309.17093") == 2 and "`image_uncertainty`" in card and "li2023prototype" in card
+    assert "images 0, texts 2 (learned on validation)" in card and "\n\n\n" not in card
+    assert "2309.17093" not in plain and "li2023prototype" not in plain
+
+
+def test_an_option_of_cdds_says_nothing_of_another_head():
+    card = _full_card(config={**CONFIG.to_dict(), "alignment_head": "fine_grained", "semantic_probability": True})
+    assert "num_style_prototypes" not in card.text and "Prototype feedback" not in card.text
+
+
 def test_options_follow_the_configuration():
     config = {**CONFIG.to_dict(), "loss_type": "hinge", "column_mode": "quantile", "style_probability": "purity"}
     options = next(table for table in _tables(_full_card(config=config)) if table[0][0] == "Option")

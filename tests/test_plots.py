@@ -433,6 +433,7 @@ def test_risk_coverage_is_readable(ranks):
     check_readable(figure)
     written = texts(figure)
     areas = f"AURC {curve.aurc:.1f} (by lot {curve.chance_aurc:.1f}, best {curve.best_aurc:.1f})"
+    assert any(text.startswith(f"Among {len(ranks)} pairs, are the queries") for text in written)
     assert f"Image to text: {areas}" in written and f"Text to image: {areas}" in written
     for axes in figure.axes:
         np.testing.assert_allclose(axes.lines[0].get_xydata(), np.stack([curve.coverage, curve.recall], axis=1))

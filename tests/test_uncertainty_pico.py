@@ -129,11 +129,6 @@ def test_loss_of_pairs_by_hand():
     assert made.losses(images, texts, scale, torch.tensor([7, 7]))["uncertainty"].item() == 0
 
 
-def test_unpaired_batches_are_refused():
-    with pytest.raises(ValueError, match="trained on pairs, but there are 2 images and 3 texts"):
-        prototypes_by_hand().losses(torch.eye(2), torch.ones(3, 2), 1.0)
-
-
 # Beside a model
 
 

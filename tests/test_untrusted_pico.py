@@ -211,6 +211,9 @@ def test_a_data_set_with_a_script_runs_nothing(tmp_path):
         (None, "sharpness", float("nan"), "`sharpness` must be greater than 0.0, but got nan"),
         (None, "negative_slope", float("inf"), "`negative_slope` must be at most"),
         (None, "logit_scale_init_value", float("nan"), "`logit_scale_init_value` must be a number, but got nan"),
+        (None, "uncertainty_reranking", {"floor": float("nan")}, r"reranking\['floor'\]` must be a finite .* got nan"),
+        (None, "uncertainty_reranking", {"text_center": "x"}, r"`uncertainty_reranking\['text_center'\]` .* got 'x'"),
+        (None, "uncertainty_reranking", {"weight": 1}, "may hold image_weight, text_weight, .*, but holds 'weight'"),
         (None, "dtype", "save", "`dtype` must name a data type of torch"),
         ("vision_config", "hidden_size", 10**9, "numbers that the file does not hold, above all for vision_model"),
         (

@@ -281,7 +281,8 @@ def report(records: list[dict[str, Any]], baseline: str) -> str:
     """
     Markdown tables, one per setting: mean rSum at the end, and in brackets the mean difference to the baseline over
     the seeds that both have, with its 95% interval. A variant with uncertainty has a second row for its re-ranked
-    scores; as the baseline, it shows what re-ranking does to the very same models.
+    scores; as the baseline, it shows what re-ranking does to the very same models. The areas under its risk-coverage
+    curves follow in a table of their own.
     """
     groups: dict[str, dict[str, dict[int, dict]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
@@ -302,7 +303,29 @@ def report(records: list[dict[str, Any]], baseline: str) -> str:
         for variant, runs in variants.items():
             cells = [_cell(variant != baseline, runs, base, split) for split in splits]
             lines.append(f"| {variant} | {len(runs)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join(lines + _areas([record for record in records if "aurc" in record]))
+
+
+def _areas(records: list[dict[str, Any]]) -> list[str]:
+    """A table of the areas under the risk-coverage curves, image to text / text to image, by lot in brackets."""
+    groups: dict[tuple[str, str, str], list[dict]] = defaultdict(list)
+    for record in records:
+        for split, areas in record["aurc"].items():
+            groups[record["setting_name"], record["variant"], split].append(areas)
+    lines = []
+    if groups:
+        lines += ["\nAURC at 1 (by lot), lower is better\n"]
+        lines += ["| setting | variant | split | seeds | image → text | text → image |"]
+        lines += ["| --- | --- | --- | ---: | ---: | ---: |"]
+    for names, runs in groups.items():
+        cells = [
+            "{:.1f} ({:.1f})".format(
+                *(statistics.fmean(values) for values in zip(*(run[side] for run in runs), strict=True))
+            )
+            for side in ("image_to_text", "text_to_image")
+        ]
+        lines.append(f"| {' | '.join(names)} | {len(runs)} | {' | '.join(cells)} |")
+    return lines
 
 
 def _cell(compares: bool, runs: dict[int, dict], base: dict[int, dict], split: str) -> str:

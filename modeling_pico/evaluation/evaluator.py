@@ -236,8 +236,9 @@ class RetrievalEvaluator:
     ) -> dict[str, float]:
         """
         Recalls at 1, 5 and 10 in both directions in percent, median ranks, rSum, the rSum of a random ranking
-        (`chance_rsum`), and the in-batch loss over consecutive images with their first caption (`loss`). Give the
-        `scores` of [`score`] where they are there for another reason.
+        (`chance_rsum`), and the in-batch loss over consecutive images with their first caption (`loss`: that of the
+        pairs alone, without auxiliary losses and the weights beside them). Give the `scores` of [`score`] where they
+        are there for another reason.
 
         For a model with uncertainty also the areas under the risk-coverage curves of recall at 1
         (`image_to_text_aurc`, `text_to_image_aurc`, see [`RiskCoverage`]), and the `reranked_` metrics.

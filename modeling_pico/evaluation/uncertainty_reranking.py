@@ -80,11 +80,13 @@ class UncertaintyReranking:
             text_uncertainty (`torch.Tensor` of shape `(texts,)`, *optional*): The same for texts.
 
         Returns:
-            `torch.Tensor` of shape `(images, texts)`.
+            `torch.Tensor` of shape `(images, texts)`, in float32: in half precision, uncertainties that order a
+            gallery round to the same number.
 
         Raises:
             `ValueError`: If an uncertainty does not fit the scores.
         """
+        scores = scores.float()
         shifted = scores - self.floor
         factor = torch.ones((), dtype=scores.dtype, device=scores.device)
         sides = (
@@ -99,7 +101,7 @@ class UncertaintyReranking:
                     f"{name}_uncertainty must be ({scores.shape[dim]},) to fit scores (images, texts) of shape "
                     f"{tuple(scores.shape)}, got {tuple(uncertainty.shape)}."
                 )
-            of_side = torch.exp(-weight * (uncertainty.to(scores) - center))
+            of_side = torch.exp(-weight * (uncertainty.to(scores.device, torch.float32) - center))
             factor = factor * (of_side[:, None] if dim == 0 else of_side)
         return torch.where(shifted > 0, shifted * factor, shifted)
 
@@ -128,6 +130,7 @@ def learn_reranking(
     Raises:
         `ValueError`: If uncertainties or identities do not fit the scores, or a value is NaN or infinite.
     """
+    scores, image_uncertainty, text_uncertainty = scores.float(), image_uncertainty.float(), text_uncertainty.float()
     for name, values, ids in (
         ("image_uncertainty", image_uncertainty, image_ids),
         ("text_uncertainty", text_uncertainty, text_ids),

@@ -19,7 +19,7 @@ def plot_risk_coverage(curves: Mapping[str, RiskCoverage]) -> Figure:
     reach; the area under the curve of the risk (100 minus recall) in the titles.
 
     Args:
-        curves (`dict[str, RiskCoverage]`): By name of a panel, what [`risk_coverage`] gives.
+        curves (`dict[str, RiskCoverage]`): By name of a panel, what [`risk_coverage`] gives of the same pairs.
 
     Returns:
         `matplotlib.figure.Figure`
@@ -29,7 +29,10 @@ def plot_risk_coverage(curves: Mapping[str, RiskCoverage]) -> Figure:
     """
     if not curves:
         raise NothingToDrawError("there is no curve of risk and coverage")
-    figure = new_figure(4.6, "Are the queries that the model is uncertain of the ones that fail?")
+    pairs = len(next(iter(curves.values())).coverage)
+    figure = new_figure(
+        4.6, f"Among {pairs} pairs, are the queries that the model is uncertain of the ones that fail?"
+    )
     grid = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
     for axes, (name, curve) in zip(grid, curves.items(), strict=True):
         coverage = finite("coverage", curve.coverage.numpy())

@@ -70,6 +70,9 @@ def cached_backward(
 
     Returns:
         The loss, detached.
+
+    Raises:
+        ValueError: for chunks of one pair of a model with auxiliary losses, which then have nothing to compare.
     """
     states: list[_RandomState] = []
     outputs: list[PicoOutput] = []
@@ -77,6 +80,11 @@ def cached_backward(
         for chunk in chunks:
             states.append(_RandomState(chunk["image_ids"].device))
             outputs.append(model(**chunk, return_logits=False))
+    if len(chunks) > 1 and len(chunks[0]["image_ids"]) == 1 and outputs[0].auxiliary_losses is not None:
+        raise ValueError(
+            f"The losses {', '.join(outputs[0].auxiliary_losses)} compare the samples of a chunk, and in chunks of "
+            "one pair there is nothing to compare; set gradient_cache_chunk_size to 2 or, better, much more."
+        )
     shares = [len(chunk["image_ids"]) / sum(len(other["image_ids"]) for other in chunks) for chunk in chunks]
     batch = _join(outputs, shares)
     loss = loss_function(batch)

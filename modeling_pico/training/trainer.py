@@ -179,17 +179,21 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
                 )
             return super().create_optimizer(model)
         backbone_rate = args.learning_rate / 10 if args.backbone_learning_rate is None else args.backbone_learning_rate
-        decayed = set(self.get_decay_parameter_names(model))
+        # Nor are single numbers and thresholds beside the towers pulled to zero, whatever they are called.
+        named = dict(model.named_parameters())
+        decayed = {
+            name
+            for name in self.get_decay_parameter_names(model)
+            if name in named and (_is_backbone(name) or _num_dimensions(named[name]) > 1)
+        }
         groups = []
         # The rate that is logged is that of the first group: new layers.
         for is_backbone in (False, True):
             for decay in (True, False):
                 parameters = [
                     parameter
-                    for name, parameter in model.named_parameters()
-                    if parameter.requires_grad
-                    and _is_backbone(name) == is_backbone
-                    and (name in decayed and not name.endswith("logit_scale")) == decay
+                    for name, parameter in named.items()
+                    if parameter.requires_grad and _is_backbone(name) == is_backbone and (name in decayed) == decay
                 ]
                 if parameters:
                     group: dict[str, Any] = {"params": parameters, "weight_decay": args.weight_decay if decay else 0.0}
@@ -456,6 +460,11 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         if compute_objective is None:
             compute_objective = operator.itemgetter(f"{self._feedback_prefix()}_rsum")
         return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, **kwargs)
+
+
+def _num_dimensions(parameter: nn.Parameter) -> int:
+    # DeepSpeed leaves flat what it has sharded.
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _is_backbone(name: str) -> bool:

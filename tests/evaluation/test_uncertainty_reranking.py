@@ -66,6 +66,22 @@ def test_the_center_and_the_querys_own_factor_change_no_rank():
     assert not torch.equal(both[0], retrieval_ranks(scores, ids, ids)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_in_half_precision_are_reranked_by_the_uncertainty_as_it_is(dtype):
+    # Between 0.5 and 1 the numbers of bfloat16 are 0.004 apart: these would all be equal.
+    scores, uncertainty = torch.ones(1, 3, dtype=dtype), torch.tensor([0.6001, 0.6, 0.5999])
+    found = UncertaintyReranking(text_weight=10.0).rerank(scores, text_uncertainty=uncertainty)
+    torch.testing.assert_close(found, (-10 * uncertainty).exp()[None])
+    # Forty images have one certain text each, and the last has forty uncertain ones.
+    generator, ids = torch.Generator().manual_seed(0), torch.arange(41)
+    scores = (0.5 + 0.01 * torch.randint(0, 9, (41, 80), generator=generator)).to(dtype)
+    text_ids, uncertainty = torch.arange(80).clamp(max=40), 0.6 + 1e-4 * (torch.arange(80) >= 40)
+    plain, learned = (
+        learn_reranking(of, ids, text_ids, torch.rand(41), uncertainty) for of in (scores.float(), scores)
+    )
+    assert plain.text_weight == learned.text_weight > 0
+
+
 def test_an_uncertainty_of_the_wrong_length_is_refused():
     with pytest.raises(ValueError, match=r"text_uncertainty must be \(3,\) to fit scores .*\(2, 3\), got \(2,\)"):
         UncertaintyReranking().rerank(torch.ones(2, 3), text_uncertainty=torch.ones(2))

@@ -106,6 +106,22 @@ def test_uncertainty_makes_a_second_row(study, setting, tmp_path):
     assert f"| pau, re-ranked | 1 | {result['reranked']['seen'][0]:.1f} (+2.0) |" in text
 
 
+def test_areas_under_risk_coverage_curves_have_a_table(study, setting):
+    def record(seed: int, area: float) -> dict:
+        areas = {"seen": {"image_to_text": [area, 50.0], "text_to_image": [30.0, 60.0]}}
+        return {
+            "setting": setting,
+            "setting_name": "tiny",
+            "variant": "pau",
+            "seed": seed,
+            "rsum": {"seen": [300.0]},
+        } | ({"aurc": areas} if area else {})
+
+    text = study.report([record(0, 40.0), record(1, 44.0), record(2, 0.0)], "pau")
+    assert text.endswith("| tiny | pau | seen | 2 | 42.0 (50.0) | 30.0 (60.0) |")
+    assert "AURC" not in study.report([record(2, 0.0)], "pau")
+
+
 def test_a_batch_holds_the_captions_of_its_images(study, setting, tmp_path):
     from encoded_data import load_splits
 

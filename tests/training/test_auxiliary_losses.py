@@ -69,6 +69,12 @@ def test_the_trainer_adds_and_logs_them(net, inputs, tmp_path):
     assert not made._auxiliary_log
 
 
+def test_chunks_of_one_pair_are_refused(net, tmp_path):
+    made = tiny.trainer(tmp_path, net=net, gradient_cache_chunk_size=1, max_steps=1)
+    with pytest.raises(ValueError, match="picture, word compare .* chunks of one pair .*gradient_cache_chunk_size"):
+        made.train()
+
+
 @pytest.mark.parametrize("chunk_size", [2, 5])
 def test_chunks_weigh_them_by_their_pairs(net, inputs, chunk_size, tmp_path):
     made = tiny.trainer(tmp_path, net=net)

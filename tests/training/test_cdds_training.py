@@ -20,6 +20,7 @@ import test_export
 import test_hub
 from test_hub import hub  # noqa: F401
 
+import modeling_pico
 import train_pico
 from modeling_pico import CddsConfig, CddsModel
 from modeling_pico.training.gradient_cache import cached_backward, split_inputs
@@ -85,6 +86,22 @@ def test_training_in_chunks_runs(tmp_path):
         if "style_prototypes" not in name and torch.equal(parameter, before[name])
     ]
     assert not still
+
+
+def test_uncertainty_alone_costs_nothing_of_the_decoupling(monkeypatch):
+    net = tiny.model(num_uncertainty_prototypes=2, **CDDS)
+    net.train_uncertainty_only()
+    monkeypatch.setattr(type(net.alignment_head), "auxiliary_losses", lambda *sides: pytest.fail("asked for"))
+    inputs = {"pixel_values": torch.rand(3, 3, 16, 16), "input_ids": torch.tensor([[2, 5, 3], [2, 6, 3], [2, 7, 3]])}
+    assert set(net.train()(**inputs).auxiliary_losses) == {"uncertainty", "uncertainty_diversity"}
+
+
+def test_nothing_but_the_command_line_knows_it():
+    """Trainer, data and evaluation serve any head; the one list of methods is the command line's."""
+    package = Path(modeling_pico.__file__).parent
+    files = [file for part in ("training", "data", "evaluation") for file in (package / part).rglob("*.py")]
+    knowing = {file.name for file in files if "cdds" in file.read_text(encoding="utf-8").lower()}
+    assert len(files) > 30 and knowing == {"script_arguments.py"}
 
 
 def test_uploads_have_all_code_and_a_card_of_its_own(hub, tmp_path):  # noqa: F811

@@ -253,6 +253,16 @@ def test_learning_rate_and_decay_of_each_group(tmp_path):
     assert optimizer.param_groups[0]["lr"] == 1e-2
 
 
+def test_single_numbers_beside_the_towers_do_not_decay(tmp_path):
+    made = trainer(tmp_path, weight_decay=0.1)
+    made.model.alignment_head.threshold = torch.nn.Parameter(torch.ones(8))
+    made.create_optimizer()
+    decayed = {id(p) for group in made.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    named = dict(made.model.named_parameters())
+    assert not {id(named[name]) for name in ("logit_scale", "alignment_head.threshold")} & decayed
+    assert id(named["alignment_head.visual_projection.weight"]) in decayed
+
+
 def test_frozen_parameters_are_left_out(tmp_path):
     net = model()
     net.vision_model.requires_grad_(False)
