@@ -132,7 +132,7 @@ def semantic_loss(sampled: torch.Tensor, semantic: torch.Tensor, mask: torch.Ten
     cosine = sampled @ semantic.transpose(1, 2)
     cosine = cosine.masked_fill(~mask.unsqueeze(1), -torch.inf)
     own = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    # The sum over a mean of at least one: without a real token the loss is 0 and no number divided by it.
+    # Divided here, since the mean over no token at all is NaN.
     return nn.functional.cross_entropy(cosine[mask], own[mask], reduction="sum") / mask.sum().clamp(min=1)
 
 
@@ -158,7 +158,8 @@ def modality_loss(modality: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     scatter = (variance + mean.square()) @ inverse.T - 2 * mean @ (mean * inverse).T
     scatter = scatter + (mean.square() * inverse).sum(dim=1)
     divergence = (log[None] - log[:, None] + scatter - mean.shape[1]) / (2 * mean.shape[1])
-    return (1 - (-divergence).exp()).mean()
+    # Far from the others, rounding alone could make the divergence of two like samples negative, and `exp` infinite.
+    return (1 - (-divergence.clamp(min=0)).exp()).mean()
 
 
 def integrity_loss(tokens: torch.Tensor, rebuilt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

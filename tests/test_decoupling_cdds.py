@@ -242,6 +242,16 @@ def test_modality_loss_is_the_mean_over_columns_without_a_tensor_of_all_pairs_an
     assert 24 * 64 <= largest.size <= 24 * 2 * 64
 
 
+def test_modality_loss_of_like_samples_far_from_others_lies_between_0_and_1():
+    generator = torch.Generator().manual_seed(0)
+    modality = torch.randn(9, 1, 7, generator=generator).repeat(1, 3, 1) * 1e-3
+    modality[::2] += 1e4 * torch.randn(7, generator=generator)  # of variance 1e-3, so that rounding is of thousands
+    modality.requires_grad_()
+    loss = modality_loss(modality, torch.ones(9, 3, dtype=torch.bool))
+    loss.backward()
+    assert 0 <= loss <= 1 and modality.grad.isfinite().all()
+
+
 def test_losses_of_no_token_are_zero_and_of_tokens_of_zeros_have_no_steep_gradient():
     tokens = torch.zeros(2, 3, 4, requires_grad=True)
     for mask in (torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)):

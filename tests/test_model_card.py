@@ -223,7 +223,7 @@ def test_says_that_it_is_cdds(semantic_probability):
 def test_says_that_it_is_uncertain():
     config = CddsConfig(num_uncertainty_prototypes=8, uncertainty_reranking={"text_weight": 2.0})
     card, plain = (_full_card(config=of).text for of in (config, CddsConfig()))
-    assert card.count("2309.17093") == 2 and "`image_uncertainty`" in card and "li2023prototype" in card
+    assert card.count("2309.17093") == 3 and "`image_uncertainty`" in card and "li2023prototype" in card
     assert "images 0, texts 2 (learned on validation)" in card and "\n\n\n" not in card
     assert "2309.17093" not in plain and "li2023prototype" not in plain
 
