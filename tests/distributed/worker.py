@@ -164,8 +164,26 @@ def train(
     return made
 
 
-def run(*args, **kwargs) -> dict:
+def run(*args, measure: bool = True, **kwargs) -> dict:
     made = train(*args, **kwargs)
+    result = {
+        "gradients": made.gradients,
+        "losses": made.losses,
+        "widths": made.widths,
+        "ids": made.ids,
+        # Under FSDP the first process alone gets it.
+        "state": {name: tensor.clone() for name, tensor in made.accelerator.get_state_dict(made.model).items()},
+        "log": prototype_log(made),
+        "losses_logged": [entry for entry in made.state.log_history if "loss" in entry],
+        "skipped": [entry["skipped_steps"] for entry in made.state.log_history if "skipped_steps" in entry],
+        "steps": made.state.global_step,
+        "dtypes": made.dtypes,
+        "find_unused": made.args.ddp_find_unused_parameters,
+    }
+    return {**result, **measured(made)} if measure else result
+
+
+def measured(made: PicoTrainer) -> dict:
     config = made._pico_model().config
     if config.num_uncertainty_prototypes:
         learned = made.learn_uncertainty_reranking()
@@ -180,15 +198,6 @@ def run(*args, **kwargs) -> dict:
     made.evaluator = RetrievalEvaluator(num_folds=3, loss_batch_size=3, image_chunk=2, text_chunk=5)
     encoded = made._encode(made.get_eval_dataloader())
     return {
-        "gradients": made.gradients,
-        "losses": made.losses,
-        "widths": made.widths,
-        "ids": made.ids,
-        # Under FSDP the first process alone gets it.
-        "state": {name: tensor.clone() for name, tensor in made.accelerator.get_state_dict(made.model).items()},
-        "log": prototype_log(made),
-        "losses_logged": [entry for entry in made.state.log_history if "loss" in entry],
-        "skipped": [entry["skipped_steps"] for entry in made.state.log_history if "skipped_steps" in entry],
         "evaluation": {name: evaluation[name] for name in evaluation if "per_second" not in name},
         "folds": made.evaluator.metrics(made._pico_model(), encoded),
         "eval_ids": (encoded.image_ids, encoded.text_ids),
@@ -196,9 +205,6 @@ def run(*args, **kwargs) -> dict:
         "reranking": (learned, config.uncertainty_reranking),
         "styles": styles,
         "scores": torch.from_numpy(prediction.predictions),
-        "steps": made.state.global_step,
-        "dtypes": made.dtypes,
-        "find_unused": made.args.ddp_find_unused_parameters,
     }
 
 
@@ -220,8 +226,10 @@ def few(folder: Path) -> dict:
 def many(folder: Path) -> dict:
     return {
         "infonce": run(folder / "infonce", PURITY, save_strategy="epoch", **EPOCHS),
-        "resumed": run(folder / "resumed", PURITY, checkpoint=str(folder / "infonce" / "checkpoint-2"), **EPOCHS),
-        "subset": run(folder / "subset", PURITY, feedback_images=4, **EPOCHS),
+        "resumed": run(
+            folder / "resumed", PURITY, checkpoint=str(folder / "infonce" / "checkpoint-2"), **EPOCHS, measure=False
+        ),
+        "subset": run(folder / "subset", PURITY, feedback_images=4, **EPOCHS, measure=False),
         # 20 images and shorter batches at the end, which the processes share.
         "hinge": run(
             folder / "hinge",
@@ -232,7 +240,7 @@ def many(folder: Path) -> dict:
             feedback="uniform",
             prototype_update_start=1.5,
         ),
-        "chunks": run(folder / "chunks", PURITY, num_train_epochs=1, gradient_cache_chunk_size=3),
+        "chunks": run(folder / "chunks", PURITY, num_train_epochs=1, gradient_cache_chunk_size=3, measure=False),
         "decoupled": run(
             folder / "decoupled",
             DECOUPLED,
@@ -242,8 +250,10 @@ def many(folder: Path) -> dict:
             learning_rate=1e-2,
             dataloader_drop_last=False,
         ),
-        "masked_decoupled": run(folder / "masked_decoupled", DECOUPLED, trainer_class=Masked, num_train_epochs=1),
-        "local": run(folder / "local", PURITY, num_train_epochs=1, gather_negatives=False),
+        "masked_decoupled": run(
+            folder / "masked_decoupled", DECOUPLED, trainer_class=Masked, num_train_epochs=1, measure=False
+        ),
+        "local": run(folder / "local", PURITY, num_train_epochs=1, gather_negatives=False, measure=False),
         "skip": run(
             folder / "skip",
             PURITY,
@@ -251,10 +261,14 @@ def many(folder: Path) -> dict:
             num_train_epochs=2,
             gather_negatives=False,
             non_finite_loss="skip",
+            measure=False,
         ),
         "stop": stopped(folder),
         "pooled": run(
-            folder / "pooled", {"alignment_head": "clip_style", "pooling": "class_token"}, num_train_epochs=1
+            folder / "pooled",
+            {"alignment_head": "clip_style", "pooling": "class_token"},
+            num_train_epochs=1,
+            measure=False,
         ),
         "adapter": run(folder / "adapter", {}, adapter=True, **EPOCHS),
     }
@@ -272,15 +286,16 @@ def sharded(folder: Path) -> dict:
             dataloader_drop_last=False,
             num_train_epochs=1,
             gradient_cache_chunk_size=2,
+            measure=False,
         )
         results["sharded_adapter"] = run(folder / "sharded_adapter", {}, adapter=True, **EPOCHS)
-        results["sharded_bf16"] = run(folder / "sharded_bf16", PURITY, bf16=True, num_train_epochs=1)
+        results["sharded_bf16"] = run(folder / "sharded_bf16", PURITY, bf16=True, num_train_epochs=1, measure=False)
         results["sharded_decoupled"] = run(folder / "sharded_decoupled", DECOUPLED, num_train_epochs=1)
         # With SGD there would be no state of the optimizer to save.
         adamw = {"optim": "adamw_torch", "learning_rate": 1e-2, "backbone_learning_rate": 1e-2, **EPOCHS}
         checkpoint = str(folder / "adamw" / "checkpoint-2")
-        results["adamw"] = run(folder / "adamw", {}, save_strategy="epoch", **adamw)
-        results["adamw_resumed"] = run(folder / "adamw_resumed", {}, checkpoint=checkpoint, **adamw)
+        results["adamw"] = run(folder / "adamw", {}, save_strategy="epoch", **adamw, measure=False)
+        results["adamw_resumed"] = run(folder / "adamw_resumed", {}, checkpoint=checkpoint, **adamw, measure=False)
     return results
 
 

@@ -171,11 +171,13 @@ def test_trains_what_the_table_lacks_and_reports_it(study, setting, tmp_path, ca
 def test_bound_measures_gates_on_the_meanings_they_were_not_fitted_to(study, setting, tmp_path, capsys):
     import bound
 
-    variants, table = tmp_path / "variants.yaml", tmp_path / "table.jsonl"
-    variants.write_text("fine_grained: {method: fine_grained}\n")
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**setting, "num_train_epochs": 1}))
-    command = ["run", str(tmp_path / "tiny.yaml"), "--variants_file", str(variants), "--output", str(table)]
-    study.main([*command, "--seeds", "0", "1", "--cache", str(tmp_path)])
+    table, setting = tmp_path / "table.jsonl", {**setting, "num_train_epochs": 1}
+    for seed in (0, 1):
+        record = {"setting": setting, "variant": "fine_grained", "options": {"method": "fine_grained"}, "seed": seed}
+        weights = table.with_suffix("") / f"{seed}.safetensors"
+        result = study.train(setting, record["options"], seed, ["validation"], tmp_path, weights)
+        with table.open("a") as lines:
+            lines.write(json.dumps({**record, "key": str(seed), **result}) + "\n")
     capsys.readouterr()
     bound.main([str(table), "--steps", "2", "--cache", str(tmp_path), "--seeds", "0", "1"])
     text = capsys.readouterr().out
