@@ -10,7 +10,7 @@ other half is what knowing the style for certain would give; what it gains on it
 images.
 
 Gates: `constant`, a positive weight for each feature; `linear`, which also reads the mean, spread, maximum and minimum
-of the column, with coefficients for each feature; `network`, shared by all features, of the same four numbers.
+of the column, with coefficients for each feature.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from modeling_pico.evaluation.evaluator import EncodedRetrieval
 from modeling_pico.feature_columns_pico import column_weights, feature_columns
 
 
-GATES = ("constant", "linear", "network")
-HIDDEN = 32
+GATES = ("constant", "linear")
 # Logarithms of weights stay within this of one another, so that no fit runs away.
 RANGE = 4.0
 
@@ -44,21 +43,13 @@ class Gate(nn.Module):
         self.kind = kind
         self.bias = nn.ParameterDict({side: nn.Parameter(torch.zeros(dim)) for side in ("image", "text")})
         self.slope = nn.ParameterDict({side: nn.Parameter(torch.zeros(dim, 4)) for side in ("image", "text")})
-        self.network = nn.ModuleDict(
-            {side: nn.Sequential(nn.Linear(4, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 1)) for side in ("image", "text")}
-        )
-        for side in ("image", "text"):
-            nn.init.zeros_(self.network[side][2].weight)
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor, modality: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Weighted tokens `(batch, tokens, dim)` and the weights `(batch, dim)`: what an alignment head gives."""
         logit = self.bias[modality].expand(len(tokens), -1)
-        if self.kind != "constant":
+        if self.kind == "linear":
             columns = feature_columns(tokens, mask, "statistics")
-            if self.kind == "linear":
-                logit = logit + (columns * self.slope[modality]).sum(dim=-1)
-            else:
-                logit = self.network[modality](columns).squeeze(-1)
+            logit = logit + (columns * self.slope[modality]).sum(dim=-1)
         weights = column_weights(logit.clamp(-RANGE, RANGE).exp())
         return tokens * weights.unsqueeze(1), weights
 
