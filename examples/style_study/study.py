@@ -37,7 +37,13 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def train(
-    setting: dict[str, Any], options: dict[str, Any], seed: int, splits: list[str], cache: Path, weights: Path
+    setting: dict[str, Any],
+    options: dict[str, Any],
+    seed: int,
+    splits: list[str],
+    cache: Path,
+    weights: Path,
+    base_weights: Path | None = None,
 ) -> dict:
     """
     Trains one variant with one seed, or only evaluates it where `weights` are there from before.
@@ -49,6 +55,7 @@ def train(
         splits (`list[str]`): Splits to evaluate on; `"seen"` for held-out training images.
         cache (`Path`): Keeps decoded images between trainings.
         weights (`Path`): Safetensors file that keeps the trained weights.
+        base_weights (`Path`, *optional*): Trained weights of which nothing changes but that uncertainty is added.
 
     Returns:
         `dict` with `rsum` per split (half-way, end; from kept weights the end alone) and, of a training, the log of
@@ -86,25 +93,7 @@ def train(
                 evaluate()
 
     with tempfile.TemporaryDirectory() as folder:
-        args = PicoTrainingArguments(
-            folder,
-            learning_rate=setting["learning_rate"],
-            backbone_learning_rate=setting["learning_rate"],
-            weight_decay=setting["weight_decay"],
-            warmup_steps=setting["warmup_steps"],
-            lr_scheduler_type="cosine",
-            num_train_epochs=setting["num_train_epochs"],
-            per_device_train_batch_size=setting["batch_size"],
-            per_device_eval_batch_size=256,
-            dataloader_drop_last=True,
-            logging_steps=50,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=seed,
-            use_cpu=True,
-            **options.get("args", {}),
-        )
+        args = PicoTrainingArguments(folder, **{**training_options(setting, seed), **options.get("args", {})})
         trainer = PicoTrainer(
             model=model,
             args=args,
@@ -117,6 +106,11 @@ def train(
         if weights.exists():
             model.load_state_dict(load_file(weights))
         else:
+            if base_weights is not None:
+                missing, unexpected = model.load_state_dict(load_file(base_weights), strict=False)
+                if unexpected or any(not name.startswith("uncertainty_prototypes.") for name in missing):
+                    raise ValueError(f"{base_weights} lacks {missing} and has {unexpected} besides")
+                model.train_uncertainty_only()
             start = time.perf_counter()
             trainer.train()
             found["seconds"] = time.perf_counter() - start
@@ -139,6 +133,27 @@ def train(
             for name, of in metrics.items()
         }
     return {**found, "rsum": dict(history)}
+
+
+def training_options(setting: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Options of `PicoTrainingArguments` that all variants share."""
+    return {
+        "learning_rate": setting["learning_rate"],
+        "backbone_learning_rate": setting["learning_rate"],
+        "weight_decay": setting["weight_decay"],
+        "warmup_steps": setting["warmup_steps"],
+        "lr_scheduler_type": "cosine",
+        "num_train_epochs": setting["num_train_epochs"],
+        "per_device_train_batch_size": setting["batch_size"],
+        "per_device_eval_batch_size": 256,
+        "dataloader_drop_last": True,
+        "logging_steps": 50,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": seed,
+        "use_cpu": True,
+    }
 
 
 def build_model(setting: dict[str, Any], options: dict[str, Any], data: Any) -> Any:
@@ -179,7 +194,7 @@ def build_model(setting: dict[str, Any], options: dict[str, Any], data: Any) -> 
         text_config.hidden_dropout_prob = text_config.attention_probs_dropout_prob = 0.0
         text_config.hidden_act = "relu"
     vision_config.hidden_act = "relu"
-    head = {name: value for name, value in options.items() if name not in ("method", "args")}
+    head = {name: value for name, value in options.items() if name not in ("method", "args", "base")}
     method = options.get("method", "pico")
     model_class = CddsModel if method in CddsModel.config_class.alignment_heads else PicoModel
     config = model_class.config_class(
@@ -214,27 +229,35 @@ def run_study(options: argparse.Namespace) -> None:
     jobs = []
     for seed in options.seeds:
         for name in options.variants or variants:
-            job = {
-                "setting_name": options.setting.stem,
-                "setting": setting,
-                "variant": name,
-                "options": variants[name] or {},
-                "seed": seed,
-            }
-            # The folder of the data does not make another study.
-            identity = {**job, "setting": {**setting, "dataset_name": Path(setting["dataset_name"]).name}}
-            key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-            splits = [split for split in options.splits if split not in done[key]]
+            job = _describe_job(options.setting.stem, setting, variants, name, seed)
+            splits = [split for split in options.splits if split not in done[job["key"]]]
             if splits:
-                jobs.append({**job, "splits": splits, "key": key, "commit": commit.stdout.strip()})
-    start = [(job, options.cache, options.output) for job in jobs]
+                jobs.append({**job, "splits": splits, "commit": commit.stdout.strip()})
+    failed = 0
     with ThreadPoolExecutor(options.jobs) as pool:
-        failed = 0
-        for job, (success, text) in zip(jobs, pool.map(lambda item: _start(*item), start), strict=True):
-            failed += not success
-            print(f"{job['variant']}, seed {job['seed']}: {text}", flush=True)
+        # What others start from comes first.
+        for stage in ([job for job in jobs if "base_key" not in job], [job for job in jobs if "base_key" in job]):
+            results = pool.map(lambda job: _start(job, options.cache, options.output), stage)
+            for job, (success, text) in zip(stage, results, strict=True):
+                failed += not success
+                print(f"{job['variant']}, seed {job['seed']}: {text}", flush=True)
     if failed:
         raise SystemExit(f"{failed} of {len(jobs)} trainings failed")
+
+
+def _describe_job(
+    setting_name: str, setting: dict[str, Any], variants: dict[str, dict | None], name: str, seed: int
+) -> dict[str, Any]:
+    options = variants[name] or {}
+    base = {}
+    if "base" in options:
+        options = {**(variants[options["base"]] or {}), **options}
+        base["base_key"] = _describe_job(setting_name, setting, variants, options["base"], seed)["key"]
+    job = {"setting_name": setting_name, "setting": setting, "variant": name, "options": options, "seed": seed}
+    # The folder of the data does not make another study.
+    identity = {**job, "setting": {**setting, "dataset_name": Path(setting["dataset_name"]).name}}
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return {**job, **base, "key": key}
 
 
 def _start(job: dict[str, Any], cache: Path, output: Path) -> tuple[bool, str]:
@@ -248,8 +271,14 @@ def _start(job: dict[str, Any], cache: Path, output: Path) -> tuple[bool, str]:
 
 def _train_job(options: argparse.Namespace) -> None:
     job = json.loads(options.job)
-    weights = options.output.with_suffix("") / f"{job['key']}.safetensors"
-    result = train(job["setting"], job["options"], job["seed"], job["splits"], options.cache, weights)
+    folder = options.output.with_suffix("")
+    base = folder / f"{job['base_key']}.safetensors" if "base_key" in job else None
+    if base is not None and not base.exists():
+        raise SystemExit(
+            f"{job['variant']} starts from {job['options']['base']}, seed {job['seed']}: train that first"
+        )
+    weights = folder / f"{job['key']}.safetensors"
+    result = train(job["setting"], job["options"], job["seed"], job["splits"], options.cache, weights, base)
     # One write of one line: processes that append at the same time do not tear each other's.
     with open(options.output, "a") as table:
         table.write(json.dumps({**job, **result}) + "\n")
@@ -280,16 +309,18 @@ def difference(values: list[float]) -> str:
 def report(records: list[dict[str, Any]], baseline: str) -> str:
     """
     Markdown tables, one per setting: mean rSum at the end, and in brackets the mean difference to the baseline over
-    the seeds that both have, with its 95% interval. A variant with uncertainty has a second row for its re-ranked
-    scores; as the baseline, it shows what re-ranking does to the very same models. The areas under its risk-coverage
-    curves follow in a table of their own.
+    the seeds that both have, with its 95% interval. A variant with uncertainty has a row for its re-ranked scores;
+    with the variant that it started from as the baseline, it shows what re-ranking does to the very same models. The
+    areas under its risk-coverage curves follow in a table of their own.
     """
     groups: dict[str, dict[str, dict[int, dict]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         setting = {**record["setting"], "dataset_name": Path(record["setting"]["dataset_name"]).name}
         name = ", ".join(f"{key}={value}" for key, value in setting.items() if value is not None)
         variants = groups[f"{record['setting_name']} ({name})"]
-        rows = {"": record["rsum"], ", re-ranked": record.get("reranked", {})}
+        # Scores of a model to which uncertainty was added are those of its base.
+        plain = {} if "base" in record.get("options", {}) else record["rsum"]
+        rows = {"": plain, ", re-ranked": record.get("reranked", {})}
         for suffix, rsum in rows.items():
             if rsum:
                 runs = variants[record["variant"] + suffix]

@@ -85,7 +85,8 @@ def test_every_variant_is_a_model_of_its_method(study, setting, tmp_path):
 
     data = load_splits(setting, ["validation"], tmp_path)
     variants = yaml.safe_load((FOLDER / "variants.yaml").read_text())
-    for name, options in variants.items():
+    for name in variants:
+        options = study._describe_job("tiny", setting, variants, name, 0)["options"]
         model = study.build_model(setting, options, data)
         assert model.config.alignment_head == options.get("method", "pico"), name
         assert (model.style_prototypes is not None) == ("pico" in name or options.get("method") is None), name
@@ -104,6 +105,30 @@ def test_uncertainty_makes_a_second_row(study, setting, tmp_path):
     text = study.report([{"setting": setting, "setting_name": "tiny", "variant": "pau", "seed": 3, **result}], "pau")
     assert f"| pau | 1 | {result['rsum']['seen'][-1]:.1f} |" in text
     assert f"| pau, re-ranked | 1 | {result['reranked']['seen'][0]:.1f} (+2.0) |" in text
+
+
+def test_uncertainty_is_added_to_kept_models_that_stay_as_they_are(study, setting, tmp_path, capsys):
+    from safetensors.torch import load_file
+
+    file, variants, table = tmp_path / "tiny.yaml", tmp_path / "variants.yaml", tmp_path / "table.jsonl"
+    file.write_text(yaml.safe_dump({**setting, "num_train_epochs": 1}))
+    variants.write_text(
+        "plain: {method: fine_grained}\n"
+        "plain_pau: {base: plain, num_uncertainty_prototypes: 3, args: {num_train_epochs: 2}}\n"
+    )
+    command = ["run", str(file), "--variants_file", str(variants), "--output", str(table), "--cache", str(tmp_path)]
+    with pytest.raises(SystemExit, match="1 of 1 trainings failed"):
+        study.main([*command, "--variants", "plain_pau", "--seeds", "0"])
+    assert "plain_pau starts from plain, seed 0: train that first" in capsys.readouterr().out
+    study.main([*command, "--variants", "plain_pau", "plain", "--seeds", "0"])
+    first, second = study.read_table(table)
+    assert (first["variant"], second["variant"], second["base_key"]) == ("plain", "plain_pau", first["key"])
+    assert first["rsum"]["validation"][-1] == second["rsum"]["validation"][-1]
+    base, added = (load_file(table.with_suffix("") / f"{record['key']}.safetensors") for record in (first, second))
+    assert set(added) - set(base) == {"uncertainty_prototypes.image", "uncertainty_prototypes.text"}
+    assert all(torch.equal(added[name], value) for name, value in base.items())
+    text = study.report([first, second], "plain")
+    assert "| plain_pau, re-ranked | 1 | " in text and "| plain_pau | 1 |" not in text
 
 
 def test_areas_under_risk_coverage_curves_have_a_table(study, setting):
