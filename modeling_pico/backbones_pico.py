@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from .checkpoint_pico import FINDING, no_safetensors, prefer_safetensors, read_config
+from .checkpoint_pico import FINDING, explained_load_errors, prefer_safetensors, read_config
 from .configuration_pico import check_backbone_sizes
 
 
@@ -179,16 +178,10 @@ def load_model(name_or_path: str, **kwargs) -> tuple[PreTrainedModel, dict]:
         if "BlipForImageTextRetrieval" in (config.architectures or ()):
             model_class = transformers.BlipForImageTextRetrieval
     pooling = {} if is_joint(config) else _pooling_kwargs(config)
-    try:
+    with explained_load_errors(name_or_path):
         model, info = model_class.from_pretrained(
             name_or_path, config=config, output_loading_info=True, **pooling, **kwargs
         )
-    except SafetensorError as error:
-        raise OSError(f"The weights of {str(name_or_path)!r} are damaged: {error}.") from error
-    except OSError as error:
-        if "use_safetensors" in str(error):
-            raise no_safetensors(name_or_path, "as far as can be seen from here") from error
-        raise
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
         raise ValueError(

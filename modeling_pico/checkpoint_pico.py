@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,23 @@ def prefer_safetensors(source: Any, kwargs: dict[str, Any]) -> None:
         return
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
     if pickles:
-        raise no_safetensors(str(folder), f"only {', '.join(map(repr, pickles[:5]))}")
+        raise _no_safetensors(str(folder), f"only {', '.join(map(repr, pickles[:5]))}")
 
 
-def no_safetensors(source: Any, instead: str) -> OSError:
+@contextmanager
+def explained_load_errors(source: Any) -> Iterator[None]:
+    """Around loading by transformers: says of weights that are damaged, or in other files, what to do."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"The weights of {str(source)!r} are damaged: {error}.") from error
+    except OSError as error:
+        if "use_safetensors" in str(error):
+            raise _no_safetensors(source, "as far as can be seen from here") from error
+        raise
+
+
+def _no_safetensors(source: Any, instead: str) -> OSError:
     """The error for a checkpoint without safetensors; `instead` says what it has."""
     return OSError(
         f"There is no file named model.safetensors in {str(source)!r}, {instead}. Other files can run code when they "
@@ -257,7 +271,7 @@ __all__ = [
     "check_missing",
     "check_prototypes",
     "check_tensors",
-    "no_safetensors",
+    "explained_load_errors",
     "prefer_safetensors",
     "read_config",
 ]

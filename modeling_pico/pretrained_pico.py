@@ -15,7 +15,7 @@ from .checkpoint_pico import (
     check_missing,
     check_prototypes,
     check_tensors,
-    no_safetensors,
+    explained_load_errors,
     prefer_safetensors,
     read_config,
 )
@@ -80,7 +80,8 @@ class PicoPreTrainedModel(PreTrainedModel):
             prefer_safetensors(source, kwargs)
             saved = read_config(source, kwargs)
         try:
-            loaded: Any = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+            with explained_load_errors(source):
+                loaded: Any = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
             model, info = loaded
             if saved is not None:
                 check_missing(saved, model.config, info["missing_keys"])
@@ -90,10 +91,6 @@ class PicoPreTrainedModel(PreTrainedModel):
             raise ValueError(_size_message(source, kwargs, str(error))) from error
         except CheckpointError as error:
             raise ValueError(f"{str(source)!r} cannot be loaded. {error}") from error
-        except OSError as error:
-            if "use_safetensors" in str(error):
-                raise no_safetensors(source, "as far as can be seen from here") from error
-            raise
         except RuntimeError as error:
             if "ignore_mismatched_sizes" in str(error):
                 raise ValueError(_size_message(source, kwargs, "see the report above")) from error

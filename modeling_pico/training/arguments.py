@@ -14,7 +14,9 @@ NON_FINITE_LOSSES = ("stop", "skip")
 @dataclass
 class PicoTrainingArguments(TrainingArguments):
     r"""
-    Arguments of [`PicoTrainer`]: all of `TrainingArguments`, and the following.
+    Arguments of [`PicoTrainer`]: all of `TrainingArguments`, and the following. Three of theirs are not for choosing:
+    `remove_unused_columns` and `enable_jit_checkpoint` are False (SIGTERM writes a checkpoint in any case), and
+    `logging_nan_inf_filter` follows `non_finite_loss`.
 
     Args:
         learning_rate (`float`, *optional*, defaults to 2e-4):
