@@ -207,7 +207,7 @@ def test_bound_measures_gates_on_the_meanings_they_were_not_fitted_to(study, set
     bound.main([str(table), "--steps", "2", "--cache", str(tmp_path), "--seeds", "0", "1"])
     text = capsys.readouterr().out
     assert "rSum gained on validation, 2 seeds of fine_grained" in text
-    assert all(f"| {gate} | " in text for gate in ("constant", "linear"))
+    assert all(f"| {gate} | " in text for gate in ("constant", "linear", "shares", "moments"))
     with pytest.raises(SystemExit, match="holds no training of pico"):
         bound.main([str(table), "--variant", "pico"])
 
@@ -236,6 +236,38 @@ def test_a_gate_that_is_fitted_learns_and_is_then_used(study):
         bound.fit(gate, encoded, 10.0, 60, 16)
         _, weights = gate(images, mask, "image")
         assert weights[:, :8].mean() > weights[:, 8:].mean() + 0.1, kind
+
+
+def test_moments_of_columns_are_those_of_the_reference(study):
+    import bound
+
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.nn.functional.normalize(torch.randn(6, 4, 8, generator=generator), dim=-1)
+    mask = torch.arange(4) < torch.tensor([4, 3, 2, 4, 1, 4])[:, None]
+    shifted = reference * torch.linspace(0.5, 3, 8) + torch.linspace(-1, 1, 8)
+    expected = reference * mask.unsqueeze(-1)
+    assert torch.allclose(bound.match_moments(shifted, mask, reference, mask), expected, atol=1e-6)
+    # Padding has no part in the moments.
+    shifted[~mask] = 100.0
+    assert torch.allclose(bound.match_moments(shifted, mask, reference, mask), expected, atol=1e-6)
+
+
+def test_share_of_a_feature_that_lies_between_meanings(study):
+    import bound
+
+    # Two meanings, each drawn twice. Means over the real tokens of the first feature: 0, 0, 4, 4; of the second: 0, 2,
+    # 0, 2; of the third: 0, 2, 4, 6, with a variance of 2 within and of 20 / 3 in all.
+    tokens = torch.tensor(
+        [
+            [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]],
+            [[0.0, 2.0, 2.0], [9.0, 9.0, 9.0]],
+            [[3.0, 0.0, 4.0], [5.0, 0.0, 4.0]],
+            [[4.0, 1.0, 6.0], [4.0, 3.0, 6.0]],
+        ]
+    )
+    mask = torch.tensor([[True, True], [True, False], [True, True], [True, True]])
+    share = bound.meaning_share(tokens, mask, torch.tensor([7, 7, 3, 3]))
+    assert torch.allclose(share, torch.tensor([1.0, 0.01, 0.7]))
 
 
 def test_differences_are_paired_by_seed(study):
