@@ -318,12 +318,11 @@ def report(records: list[dict[str, Any]], baseline: str) -> str:
         setting = {**record["setting"], "dataset_name": Path(record["setting"]["dataset_name"]).name}
         name = ", ".join(f"{key}={value}" for key, value in setting.items() if value is not None)
         variants = groups[f"{record['setting_name']} ({name})"]
-        # Scores of a model to which uncertainty was added are those of its base.
-        plain = {} if "base" in record.get("options", {}) else record["rsum"]
-        rows = {"": plain, ", re-ranked": record.get("reranked", {})}
-        for suffix, rsum in rows.items():
+        # Scores of a model to which uncertainty was added are those of the model it was added to.
+        plain = record.get("options", {}).get("base", record["variant"])
+        for row, rsum in ((plain, record["rsum"]), (f"{record['variant']}, re-ranked", record.get("reranked"))):
             if rsum:
-                runs = variants[record["variant"] + suffix]
+                runs = variants[row]
                 runs[record["seed"]] = {**runs.get(record["seed"], {}), **rsum}
     lines = []
     for title, variants in groups.items():

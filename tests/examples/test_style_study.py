@@ -127,8 +127,11 @@ def test_uncertainty_is_added_to_kept_models_that_stay_as_they_are(study, settin
     base, added = (load_file(table.with_suffix("") / f"{record['key']}.safetensors") for record in (first, second))
     assert set(added) - set(base) == {"uncertainty_prototypes.image", "uncertainty_prototypes.text"}
     assert all(torch.equal(added[name], value) for name, value in base.items())
+    # What was opened later, with the uncertainty, counts for the model it was added to.
+    second["rsum"]["test"], second["reranked"]["test"] = [123.0], [124.5]
     text = study.report([first, second], "plain")
-    assert "| plain_pau, re-ranked | 1 | " in text and "| plain_pau | 1 |" not in text
+    assert "| plain | 1 | " in text and " 123.0 |" in text and "| plain_pau | 1 |" not in text
+    assert "124.5 (+1.5) |" in text
 
 
 def test_areas_under_risk_coverage_curves_have_a_table(study, setting):
