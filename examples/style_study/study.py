@@ -100,7 +100,8 @@ def train(
             train_dataset=data.splits["train"],
             eval_dataset=data.splits["validation"],
             data_collator=lambda batch: batch,
-            callbacks=[EvaluateHalfWay()],
+            # Scores do not change while uncertainty alone is trained.
+            callbacks=[EvaluateHalfWay()] if base_weights is None else [],
         )
         found: dict[str, Any] = {}
         if weights.exists():
