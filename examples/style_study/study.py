@@ -312,7 +312,8 @@ def report(records: list[dict[str, Any]], baseline: str) -> str:
     Markdown tables, one per setting: mean rSum at the end, and in brackets the mean difference to the baseline over
     the seeds that both have, with its 95% interval. A variant with uncertainty has a row for its re-ranked scores;
     with the variant that it started from as the baseline, it shows what re-ranking does to the very same models. The
-    areas under its risk-coverage curves follow in a table of their own.
+    areas under its risk-coverage curves follow in a table of their own. Below each table is how well half of the
+    training would have ranked the variants.
     """
     groups: dict[str, dict[str, dict[int, dict]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
@@ -323,8 +324,9 @@ def report(records: list[dict[str, Any]], baseline: str) -> str:
         plain = record.get("options", {}).get("base", record["variant"])
         for row, rsum in ((plain, record["rsum"]), (f"{record['variant']}, re-ranked", record.get("reranked"))):
             if rsum:
-                runs = variants[row]
-                runs[record["seed"]] = {**runs.get(record["seed"], {}), **rsum}
+                known = variants[row].setdefault(record["seed"], {})
+                for split, values in rsum.items():
+                    known.setdefault(split, values)  # what is there has its half-way value
     lines = []
     for title, variants in groups.items():
         splits = list(dict.fromkeys(split for runs in variants.values() for rsum in runs.values() for split in rsum))
@@ -334,7 +336,20 @@ def report(records: list[dict[str, Any]], baseline: str) -> str:
         for variant, runs in variants.items():
             cells = [_cell(variant != baseline, runs, base, split) for split in splits]
             lines.append(f"| {variant} | {len(runs)} | {' | '.join(cells)} |")
+        lines += _half_way_ranks(variants, splits)
     return "\n".join(lines + _areas([record for record in records if "aurc" in record]))
+
+
+def _half_way_ranks(variants: dict[str, dict[int, dict]], splits: list[str]) -> list[str]:
+    """Spearman's correlation of the variants' means half-way and at the end, where three or more have both."""
+    found = []
+    for split in splits:
+        runs = [[rsum[split] for rsum in of.values() if len(rsum.get(split, ())) == 2] for of in variants.values()]
+        means = [[statistics.fmean(values) for values in zip(*pairs, strict=True)] for pairs in runs if pairs]
+        if len(means) > 2:
+            ranks = [[sorted(values).index(value) for value in values] for values in zip(*means, strict=True)]
+            found.append(f"{split} {statistics.correlation(*ranks):.2f} ({len(means)} variants)")
+    return [f"\nRank correlation of half-way and end: {', '.join(found)}"] if found else []
 
 
 def _areas(records: list[dict[str, Any]]) -> list[str]:

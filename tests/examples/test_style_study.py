@@ -283,5 +283,20 @@ def test_differences_are_paired_by_seed(study):
     # Differences 2 and 6: mean 4, standard error 2, and the seed that the baseline lacks counts in the mean alone.
     assert "| base | 2 | 15.0 |" in text
     assert "| new | 3 | 46.0 (+4.0 ± 25.4) |" in text
+    assert "Rank correlation" not in text  # of two variants it says nothing
     assert study.paired_difference([5.0]) == (5.0, None)
     assert json.dumps("/somewhere") not in text and "dataset_name=data" in text
+
+
+def test_report_says_whether_half_of_the_training_ranks_the_variants_alike(study):
+    def result(variant, seed, half_way, end):
+        setting = {"dataset_name": "data"}
+        rsum = {"v": [half_way, end], "later": [end]}
+        return {"setting_name": "s", "setting": setting, "variant": variant, "seed": seed, "rsum": rsum}
+
+    # Means half-way 3, 2, 1, 4 and at the end 5, 6, 7, 8: ranks 2, 1, 0, 3 and 0, 1, 2, 3.
+    rows = [result("a", 0, 2.0, 4.0), result("a", 1, 4.0, 6.0), result("b", 0, 2.0, 6.0)]
+    rows += [result("c", 0, 1.0, 7.0), result("d", 0, 4.0, 8.0)]
+    # sum of squared differences of ranks 4 + 0 + 4 + 0: 1 - 6 * 8 / (4 * 15)
+    assert "half-way and end: v 0.20 (4 variants)" in study.report(rows, "a")
+    assert "later 0" not in study.report(rows, "a")
