@@ -252,6 +252,8 @@ def _describe_job(
     options = variants[name] or {}
     base = {}
     if "base" in options:
+        if options["base"] not in variants:
+            raise SystemExit(f"{name} starts from {options['base']!r}, which the file of variants lacks")
         options = {**(variants[options["base"]] or {}), **options}
         base["base_key"] = _describe_job(setting_name, setting, variants, options["base"], seed)["key"]
     job = {"setting_name": setting_name, "setting": setting, "variant": name, "options": options, "seed": seed}

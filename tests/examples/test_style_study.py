@@ -116,6 +116,8 @@ def test_uncertainty_is_added_to_kept_models_that_stay_as_they_are(study, settin
         "plain: {method: fine_grained}\n"
         "plain_pau: {base: plain, num_uncertainty_prototypes: 3, args: {num_train_epochs: 2}}\n"
     )
+    with pytest.raises(SystemExit, match="lost starts from 'nothing', which the file of variants lacks"):
+        study._describe_job("tiny", setting, {"lost": {"base": "nothing"}}, "lost", 0)
     command = ["run", str(file), "--variants_file", str(variants), "--output", str(table), "--cache", str(tmp_path)]
     with pytest.raises(SystemExit, match="1 of 1 trainings failed"):
         study.main([*command, "--variants", "plain_pau", "--seeds", "0"])
@@ -300,3 +302,19 @@ def test_report_says_whether_half_of_the_training_ranks_the_variants_alike(study
     # sum of squared differences of ranks 4 + 0 + 4 + 0: 1 - 6 * 8 / (4 * 15)
     assert "half-way and end: v 0.20 (4 variants)" in study.report(rows, "a")
     assert "later 0" not in study.report(rows, "a")
+
+
+def test_the_page_of_the_study_shows_the_tables_of_its_results(study):
+    page = (FOLDER.parents[1] / "model_cards" / "style_study.md").read_text()
+    readme = (FOLDER.parents[1] / "README.md").read_text()
+    for table in ("emoji_styles", "styled_shapes"):
+        records = study.read_table(FOLDER / "results" / f"{table}.jsonl")
+        assert all("/" not in record["setting"]["dataset_name"] for record in records)
+        lines = [line for line in study.report(records, "fine_grained").splitlines() if line.strip()]
+        assert [line for line in lines if line not in page.splitlines()] == []
+    # README rounds nothing anew: each of its cells is one of the page's.
+    cells = {cell.strip() for line in page.splitlines() for cell in line.split("|")}
+    section = readme[readme.index("**Five seeds**") : readme.index("What this says")]
+    rows = [line.split("|")[2:-1] for line in section.splitlines() if line.startswith("| `")]
+    assert len(rows) == 12
+    assert [cell for row in rows for cell in row if cell.strip().replace("**", "") not in cells | {""}] == []
