@@ -249,7 +249,10 @@ def test_an_empty_model_id_is_refused(model_id):
 def test_cards_in_the_repository_are_those_that_its_list_names():
     folder = Path(__file__).resolve().parents[1] / "model_cards"
     about = (folder / "README.md").read_text(encoding="utf-8")
-    cards = sorted(path.name for path in folder.glob("*.md") if path.name != "README.md")
+    pages = sorted(path.name for path in folder.glob("*.md") if path.name != "README.md")
+    # A report on many models is no card: it says nothing about itself in a header.
+    cards = [name for name in pages if (folder / name).read_text(encoding="utf-8").startswith("---\n")]
+    assert all(f"[{name}]({name})" in about for name in pages)
     assert cards and sorted(re.findall(r"^\| \[(\S+)\]\((\S+)\)", about, flags=re.MULTILINE)) == [
         (n, n) for n in cards
     ]
