@@ -14,7 +14,7 @@ of the column, with coefficients for each feature.
 
 Two more are fitted to no caption. `shares` weights each feature of the images by the share of its variance that lies
 between meanings and not between the styles of one meaning, measured on training images, which show meanings in several
-styles. `moments` shifts and scales the features of all images of the split to the mean and spread that they have in
+styles. `moments` shifts and scales the features of the images of a half to the mean and spread that they have in
 training; it needs a gallery in the new style.
 """
 
@@ -154,8 +154,9 @@ def bounds(
     for kind in WITHOUT_CAPTIONS:
         gain = 0.0
         for part, before in zip(parts, plain, strict=True):
-            tokens = part.image_tokens * shares
-            if kind == "moments":
+            if kind == "shares":
+                tokens = part.image_tokens * shares
+            else:
                 tokens = match_moments(part.image_tokens, part.image_mask, trained.image_tokens, trained.image_mask)
             metrics = evaluator.retrieval_metrics(model, replace(part, image_tokens=tokens))
             gain += (metrics["rsum"] - before) / len(parts)
