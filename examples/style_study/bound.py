@@ -130,7 +130,7 @@ def bounds(
     """
     setting = record["setting"]
     data = load_splits(setting, [split], cache)
-    model = study.build_model(setting, record["options"], data)
+    model = study.build_model(setting, record["options"], data, cache)
     model.load_state_dict(load_file(weights))
     evaluator = RetrievalEvaluator()
     parts = halves(evaluator.encode(model.eval(), data.splits[split].batches(256)))

@@ -91,26 +91,44 @@ class FrozenLowerLayers(nn.Module):
     """
     A pretrained BERT-class tower whose lower layers are frozen, so that their outputs are computed once a caption.
 
-    Stands in for a text tower of which only the last `num_trained_layers` are trained; takes the number of a caption
-    for each of its words instead of token ids.
+    Stands in for a text tower of which only the last `num_trained_layers` are trained, with `num_hidden_layers` more
+    on top of each word; takes the number of a caption for each of its words instead of token ids.
     """
 
-    def __init__(self, name_or_path: str, captions: list[str], num_trained_layers: int, max_length: int):
+    def __init__(
+        self,
+        name_or_path: str,
+        captions: list[str],
+        *,
+        num_trained_layers: int,
+        num_hidden_layers: int,
+        max_length: int,
+        folder: Path,
+    ):
         super().__init__()
         model = AutoModel.from_pretrained(name_or_path, add_pooling_layer=False, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         self.config = model.config
-        self.layers = model.encoder.layer[len(model.encoder.layer) - num_trained_layers :]
-        model.encoder.layer = model.encoder.layer[: len(model.encoder.layer) - num_trained_layers]
+        num_frozen = len(model.encoder.layer) - num_trained_layers
+        self.layers = model.encoder.layer[num_frozen:]
+        width = model.config.hidden_size
+        self.hidden = nn.Sequential()
+        for _ in range(num_hidden_layers):
+            self.hidden.extend([nn.Linear(width, width), nn.ReLU()])
+        model.encoder.layer = model.encoder.layer[:num_frozen]
         encoded = tokenizer(captions, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
         self.lengths = encoded["attention_mask"].sum(dim=1)
-        states = []
-        with torch.no_grad():
-            for start in range(0, len(captions), 256):
-                part = {name: values[start : start + 256] for name, values in encoded.items()}
-                states.append(model(**part).last_hidden_state.half())
+        name = hashlib.sha256(json.dumps([str(name_or_path), num_frozen, max_length, captions]).encode()).hexdigest()
+        cached = folder / f"texts-{name[:16]}.pt"
+        if not cached.exists():
+            states = []
+            with torch.no_grad():
+                for start in range(0, len(captions), 256):
+                    part = {name: values[start : start + 256] for name, values in encoded.items()}
+                    states.append(model(**part).last_hidden_state.half())
+            _save_whole(torch.cat(states), cached)
         # A tuple keeps the table out of the state and of every checkpoint.
-        self.table = (torch.cat(states),)
+        self.table = (torch.load(cached, weights_only=True),)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any) -> BaseModelOutput:
         states = self.table[0][input_ids[:, 0], : input_ids.shape[1]].float()
@@ -118,7 +136,7 @@ class FrozenLowerLayers(nn.Module):
         for layer in self.layers:
             output = layer(states, bias)
             states = output[0] if isinstance(output, tuple) else output
-        return BaseModelOutput(last_hidden_state=states)
+        return BaseModelOutput(last_hidden_state=self.hidden(states))
 
 
 class StudyData(NamedTuple):
@@ -184,9 +202,13 @@ def _rows(setting: dict[str, Any], split: str, size: int, folder: Path) -> dict[
         "ids": [str(value) for value in data["image_id"]],
         "styles": list(data["style"]) if "style" in data.column_names else ["-"] * len(data),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    # Renamed when complete: other trainings that run at the same time may look for it.
-    partial = cached.with_suffix(f".{os.getpid()}")
-    torch.save(rows, partial)
-    partial.replace(cached)
+    _save_whole(rows, cached)
     return rows
+
+
+def _save_whole(content: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Renamed when complete: other trainings that run at the same time may look for it.
+    partial = path.with_suffix(f".{os.getpid()}")
+    torch.save(content, partial)
+    partial.replace(path)

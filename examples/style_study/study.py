@@ -75,7 +75,7 @@ def train(
     # Feedback comes from `validation`, whatever is reported.
     data = load_splits(setting, list(dict.fromkeys([*splits, "validation"])), cache)
     set_seed(seed)
-    model = build_model(setting, options, data)
+    model = build_model(setting, options, data, cache)
     evaluator, history = RetrievalEvaluator(), defaultdict(list)
 
     def evaluate() -> dict[str, dict[str, float]]:
@@ -157,7 +157,7 @@ def training_options(setting: dict[str, Any], seed: int) -> dict[str, Any]:
     }
 
 
-def build_model(setting: dict[str, Any], options: dict[str, Any], data: Any) -> Any:
+def build_model(setting: dict[str, Any], options: dict[str, Any], data: Any, cache: Path) -> Any:
     """The model of a variant: towers as the setting says, head as the variant says."""
     import torch
     from encoded_data import FrozenLowerLayers
@@ -178,8 +178,10 @@ def build_model(setting: dict[str, Any], options: dict[str, Any], data: Any) -> 
         text_model = FrozenLowerLayers(
             setting["text_model_name_or_path"],
             data.captions,
-            setting["text_num_trained_layers"],
-            setting["max_text_length"],
+            num_trained_layers=setting["text_num_trained_layers"],
+            num_hidden_layers=setting.get("text_num_hidden_layers", 0),
+            max_length=setting["max_text_length"],
+            folder=cache,
         )
         width = int(text_model.lengths.max())
         for split in data.splits.values():
@@ -318,10 +320,13 @@ def report(records: list[dict[str, Any]], baseline: str) -> str:
     training would have ranked the variants.
     """
     groups: dict[str, dict[str, dict[int, dict]]] = defaultdict(lambda: defaultdict(dict))
+    of_group: dict[str, list[dict]] = defaultdict(list)
     for record in records:
         setting = {**record["setting"], "dataset_name": Path(record["setting"]["dataset_name"]).name}
         name = ", ".join(f"{key}={value}" for key, value in setting.items() if value is not None)
-        variants = groups[f"{record['setting_name']} ({name})"]
+        title = f"{record['setting_name']} ({name})"
+        variants = groups[title]
+        of_group[title].append(record)
         # Scores of a model to which uncertainty was added are those of the model it was added to.
         plain = record.get("options", {}).get("base", record["variant"])
         for row, rsum in ((plain, record["rsum"]), (f"{record['variant']}, re-ranked", record.get("reranked"))):
@@ -329,6 +334,9 @@ def report(records: list[dict[str, Any]], baseline: str) -> str:
                 known = variants[row].setdefault(record["seed"], {})
                 for split, values in rsum.items():
                     known.setdefault(split, values)  # what is there has its half-way value
+    if not any(baseline in variants for variants in groups.values()):
+        known = sorted({variant for variants in groups.values() for variant in variants})
+        raise SystemExit(f"the table holds no training of the baseline {baseline!r}, but of {known}")
     lines = []
     for title, variants in groups.items():
         splits = list(dict.fromkeys(split for runs in variants.values() for rsum in runs.values() for split in rsum))
@@ -338,8 +346,8 @@ def report(records: list[dict[str, Any]], baseline: str) -> str:
         for variant, runs in variants.items():
             cells = [_cell(variant != baseline, runs, base, split) for split in splits]
             lines.append(f"| {variant} | {len(runs)} | {' | '.join(cells)} |")
-        lines += _half_way_ranks(variants, splits)
-    return "\n".join(lines + _areas([record for record in records if "aurc" in record]))
+        lines += _half_way_ranks(variants, splits) + _areas(of_group[title])
+    return "\n".join(lines)
 
 
 def _half_way_ranks(variants: dict[str, dict[int, dict]], splits: list[str]) -> list[str]:
@@ -356,15 +364,14 @@ def _half_way_ranks(variants: dict[str, dict[int, dict]], splits: list[str]) -> 
 
 def _areas(records: list[dict[str, Any]]) -> list[str]:
     """A table of the areas under the risk-coverage curves, image to text / text to image, by lot in brackets."""
-    groups: dict[tuple[str, str, str], list[dict]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[dict]] = defaultdict(list)
     for record in records:
-        for split, areas in record["aurc"].items():
-            groups[record["setting_name"], record["variant"], split].append(areas)
-    lines = []
-    if groups:
-        lines += ["\nAURC at 1 (by lot), lower is better\n"]
-        lines += ["| setting | variant | split | seeds | image → text | text → image |"]
-        lines += ["| --- | --- | --- | ---: | ---: | ---: |"]
+        for split, areas in record.get("aurc", {}).items():
+            groups[record["variant"], split].append(areas)
+    if not groups:
+        return []
+    lines = ["\nAURC at 1 (by lot), lower is better\n", "| variant | split | seeds | image → text | text → image |"]
+    lines.append("| --- | --- | ---: | ---: | ---: |")
     for names, runs in groups.items():
         cells = [
             "{:.1f} ({:.1f})".format(

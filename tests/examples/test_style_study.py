@@ -87,10 +87,52 @@ def test_every_variant_is_a_model_of_its_method(study, setting, tmp_path):
     variants = yaml.safe_load((FOLDER / "variants.yaml").read_text())
     for name in variants:
         options = study._describe_job("tiny", setting, variants, name, 0)["options"]
-        model = study.build_model(setting, options, data)
+        model = study.build_model(setting, options, data, tmp_path)
         assert model.config.alignment_head == options.get("method", "pico"), name
         assert (model.style_prototypes is not None) == ("pico" in name or options.get("method") is None), name
     assert {"cdds", "pico_cdds"} <= set(variants)
+
+
+@pytest.mark.parametrize("num_trained_layers", [0, 1])
+def test_pretrained_text_tower_is_frozen_but_for_its_last_layers(study, setting, tmp_path, num_trained_layers):
+    from encoded_data import load_splits
+    from transformers import AutoModel, BertModel
+
+    from modeling_pico.training.from_scratch import small_text_config, train_tokenizer
+
+    data, folder = load_splits(setting, ["validation"], tmp_path), tmp_path / "pretrained"
+    tokenizer = train_tokenizer(data.captions)
+    config = small_text_config(12, 2, 2, tokenizer)
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    own = {"text_model_name_or_path": str(folder), "text_num_trained_layers": num_trained_layers}
+    own["text_num_hidden_layers"] = 1
+    model = study.build_model({**setting, **own}, {"method": "fine_grained"}, data, tmp_path)
+    trained = {name for name, _ in model.text_model.named_parameters()}
+    assert {name.split(".")[0] for name in trained} == ({"hidden", "layers"} if num_trained_layers else {"hidden"})
+    batch = next(data.splits["validation"].batches(8))
+    states = model.text_model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+    texts = [data.captions[row] for row in batch["input_ids"][:, 0].tolist()]
+    tokens = tokenizer(texts, padding=True, return_tensors="pt")
+    assert torch.equal(tokens["attention_mask"], batch["attention_mask"])
+    with torch.no_grad():
+        whole = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()(**tokens).last_hidden_state
+        expected = model.text_model.hidden(whole)
+    real = batch["attention_mask"].bool()
+    # The frozen part is kept in half precision.
+    torch.testing.assert_close(states[real], expected[real], atol=5e-3, rtol=0)
+    (kept,) = tmp_path.glob("texts-*.pt")
+    time_of_first = kept.stat().st_mtime_ns
+    result = study.train(
+        {**setting, **own, "num_train_epochs": 1},
+        {"method": "fine_grained"},
+        0,
+        ["validation"],
+        tmp_path,
+        tmp_path / "kept.safetensors",
+    )
+    assert result["rsum"]["validation"][-1] > 0
+    assert kept.stat().st_mtime_ns == time_of_first  # the captions are not encoded twice
 
 
 def test_uncertainty_makes_a_second_row(study, setting, tmp_path):
@@ -137,10 +179,10 @@ def test_uncertainty_is_added_to_kept_models_that_stay_as_they_are(study, settin
 
 
 def test_areas_under_risk_coverage_curves_have_a_table(study, setting):
-    def record(seed: int, area: float) -> dict:
+    def record(seed: int, area: float, **other) -> dict:
         areas = {"seen": {"image_to_text": [area, 50.0], "text_to_image": [30.0, 60.0]}}
         return {
-            "setting": setting,
+            "setting": {**setting, **other},
             "setting_name": "tiny",
             "variant": "pau",
             "seed": seed,
@@ -148,7 +190,10 @@ def test_areas_under_risk_coverage_curves_have_a_table(study, setting):
         } | ({"aurc": areas} if area else {})
 
     text = study.report([record(0, 40.0), record(1, 44.0), record(2, 0.0)], "pau")
-    assert text.endswith("| tiny | pau | seen | 2 | 42.0 (50.0) | 30.0 (60.0) |")
+    assert text.endswith("| pau | seen | 2 | 42.0 (50.0) | 30.0 (60.0) |")
+    # Other towers have a table of their own.
+    text = study.report([record(0, 40.0), record(0, 44.0, patch_size=4)], "pau")
+    assert all(f"| pau | seen | 1 | {area} (50.0) | 30.0 (60.0) |" in text for area in ("40.0", "44.0"))
     assert "AURC" not in study.report([record(2, 0.0)], "pau")
 
 
@@ -287,6 +332,8 @@ def test_differences_are_paired_by_seed(study):
     assert "| new | 3 | 46.0 (+4.0 ± 25.4) |" in text
     assert "Rank correlation" not in text  # of two variants it says nothing
     assert study.paired_difference([5.0]) == (5.0, None)
+    with pytest.raises(SystemExit, match=r"no training of the baseline 'other', but of \['base', 'new'\]"):
+        study.report(rows, "other")
     assert json.dumps("/somewhere") not in text and "dataset_name=data" in text
 
 
