@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 ALIGNMENT_HEADS = ("pico", "fine_grained", "instance_norm", "clip_style")
 POOLINGS = ("mean", "class_token")
 COLUMN_MODES = ("moments", "statistics", "quantile", "position")
-PROBABILITY_ESTIMATORS = ("matched", "chance_corrected")
+PROBABILITY_ESTIMATORS = ("matched", "chance_corrected", "magnitude", "best_aligned")
 STYLE_PROBABILITIES = ("learned", "purity", "nearest", "cosine", "global")
 COMPARATORS = ("style_rates", "network", "free_gate")
 PROBABILITY_COMBINATIONS = ("product", "image", "text")
@@ -108,7 +108,9 @@ class PicoConfig(PreTrainedConfig):
             have lengths of their own.
         probability_estimator (`str`, *optional*, defaults to `"matched"`):
             Pseudo-semantic probability of a column: share of positive products over matched pairs (`"matched"`, the
-            paper's), or that share corrected for the share over mismatched pairs (`"chance_corrected"`, *ours*).
+            paper's); *(ours)* that share corrected for the share over mismatched pairs (`"chance_corrected"`), with
+            products counted by their size (`"magnitude"`), or over each patch with its most similar word and each
+            word with its most similar patch alone (`"best_aligned"`).
         style_probability (`str`, *optional*, defaults to `"learned"`):
             How a column's style probability follows from the prototypes *(all ours)*: `"learned"` (see `comparator`),
             `"purity"` (soft assignment times the prototypes' style rates), `"nearest"` (Gaussian of the distance to

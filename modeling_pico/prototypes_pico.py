@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .backbones_pico import num_prefix_tokens
-from .configuration_pico import NUM_COLUMN_STATISTICS, PicoConfig
+from .configuration_pico import NUM_COLUMN_STATISTICS, PROBABILITY_ESTIMATORS, PicoConfig
 from .feature_columns_pico import MIN_PROBABILITY, column_weights, feature_columns
 
 
@@ -66,24 +66,62 @@ def style_probability(
     raise ValueError(f"the fixed forms are 'purity', 'nearest', 'cosine', but got {form!r}.")
 
 
-def sign_shares(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def sign_shares(tokens: torch.Tensor, mask: torch.Tensor, by_magnitude: bool = False) -> torch.Tensor:
     """
     Shares of a sample's real tokens at which each feature is positive, and at which it is negative.
 
     Args:
         tokens (`torch.Tensor` of shape `(batch, tokens, dim)`): Token embeddings; only their signs matter.
         mask (`torch.Tensor` of shape `(batch, tokens)`): True at real tokens.
+        by_magnitude (`bool`, *optional*, defaults to `False`):
+            Whether tokens count by the feature's absolute value, so that the shares are those of its sum *(ours)*.
 
     Returns:
         `torch.Tensor` of shape `(batch, 2, dim)` in float32: positive and negative shares.
     """
     real = mask.bool().float().unsqueeze(1)  # (batch, 1, tokens)
-    signs = tokens.detach().sign().float()
+    if by_magnitude:
+        values = tokens.detach().float().masked_fill(~mask.bool().unsqueeze(-1), 0.0)
+    else:
+        values = tokens.detach().sign().float()
     # Positive minus negative, and positive plus negative: two products instead of four passes over the tokens.
-    difference = real @ signs
-    total = real @ signs.abs_()
-    counts = torch.cat([total + difference, total - difference], dim=1) / 2
-    return counts / real.sum(dim=2, keepdim=True).clamp(min=1)
+    difference = real @ values
+    total = real @ values.abs()
+    parts = torch.cat([total + difference, total - difference], dim=1) / 2
+    # Of a sample that is not finite, or of zeros alone, nothing is positive or negative.
+    return (parts / total).nan_to_num(0.0) if by_magnitude else parts / real.sum(dim=2, keepdim=True).clamp(min=1)
+
+
+def best_aligned_agreement(
+    image_tokens: torch.Tensor, image_mask: torch.Tensor, text_tokens: torch.Tensor, text_mask: torch.Tensor
+) -> torch.Tensor:
+    r"""
+    Share of positive products `v_id * t_jd` over the best-aligned patches and words of matched pairs alone *(ours)*:
+    the mean over patches, each with its most similar word, and that over words, each with its most similar patch,
+    half each. These are the products of which the pair score consists.
+
+    Args:
+        image_tokens (`torch.Tensor` of shape `(batch, patches, dim)`): Token embeddings of the images.
+        image_mask (`torch.Tensor` of shape `(batch, patches)`): True at real tokens.
+        text_tokens (`torch.Tensor` of shape `(batch, words, dim)`): Token embeddings of their texts.
+        text_mask (`torch.Tensor` of shape `(batch, words)`): True at real tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, dim)` in float32.
+    """
+    images, texts = image_tokens.detach().float(), text_tokens.detach().float()
+    image_mask, text_mask = image_mask.bool(), text_mask.bool()
+    similarity = images @ texts.mT
+    agreement = torch.zeros_like(images[:, 0])
+    for own, other, mask, other_mask, scores in (
+        (images, texts, image_mask, text_mask, similarity),
+        (texts, images, text_mask, image_mask, similarity.mT),
+    ):
+        best = scores.masked_fill(~other_mask.unsqueeze(1), -torch.inf).argmax(dim=2)
+        partners = other.gather(1, best.unsqueeze(-1).expand(-1, -1, other.shape[-1]))
+        positive = (own * partners > 0) & mask.unsqueeze(-1)
+        agreement += positive.sum(dim=1) / (2 * mask.sum(dim=1, keepdim=True).clamp(min=1))
+    return agreement
 
 
 def sign_agreement(
@@ -125,15 +163,18 @@ def pseudo_semantic_probability(
         estimator (`str`, *optional*, defaults to `"matched"`):
             `"matched"`: the matched rate (PICO). `"chance_corrected"`: `(p - p0) / (1 - p0)`, clipped at 0, the form
             of Cohen's kappa *(ours)*: a column of fixed sign agrees on any pair, which is bias and not meaning.
+            `"magnitude"` and `"best_aligned"`: the matched rate, of which the shares were counted otherwise.
 
     Returns:
         `torch.Tensor` of shape `(dim,)`, values in [0, 1].
     """
-    if estimator == "matched":
-        return matched_rate
     if estimator == "chance_corrected":
         return ((matched_rate - mismatched_rate) / (1 - mismatched_rate).clamp(min=MIN_PROBABILITY)).clamp(0, 1)
-    raise ValueError(f"estimator must be one of 'matched', 'chance_corrected', but got {estimator!r}.")
+    if estimator not in PROBABILITY_ESTIMATORS:
+        raise ValueError(
+            f"estimator must be one of {', '.join(map(repr, PROBABILITY_ESTIMATORS))}, but got {estimator!r}."
+        )
+    return matched_rate
 
 
 class StyleRates(nn.Module):
@@ -363,18 +404,40 @@ class StylePrototypes(nn.Module):
             return tokens * weights.unsqueeze(1), probability
 
     @torch.no_grad()
-    def add_sign_agreement(
-        self,
-        matched_sum: torch.Tensor,
-        mismatched_sum: torch.Tensor,
-        matched_count: torch.Tensor,
-        mismatched_count: torch.Tensor,
-    ) -> None:
-        """Adds the result of [`sign_agreement`] (summed over processes) to the running statistics."""
-        self.matched_sum += matched_sum
-        self.mismatched_sum += mismatched_sum
-        self.matched_count += matched_count
-        self.mismatched_count += mismatched_count
+    def pair_shares(
+        self, image_tokens: torch.Tensor, image_mask: torch.Tensor, text_tokens: torch.Tensor, text_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        What the estimator of the pseudo-semantic probability has to know of each matched pair: the [`sign_shares`] of
+        both sides, `(batch, 4, dim)`, or the [`best_aligned_agreement`], `(batch, 1, dim)`. For the arguments see
+        there.
+        """
+        estimator = self.config.probability_estimator
+        if estimator == "best_aligned":
+            return best_aligned_agreement(image_tokens, image_mask, text_tokens, text_mask).unsqueeze(1)
+        sides = ((image_tokens, image_mask), (text_tokens, text_mask))
+        return torch.cat([sign_shares(*side, by_magnitude=estimator == "magnitude") for side in sides], dim=1)
+
+    @torch.no_grad()
+    def add_pair_shares(self, shares: torch.Tensor, valid: torch.Tensor, ids: torch.Tensor) -> None:
+        """
+        Adds one batch of all processes to the running statistics.
+
+        Args:
+            shares (`torch.Tensor` of shape `(batch, 4 or 1, dim)`): [`pair_shares`] of all processes.
+            valid (`torch.Tensor` of shape `(batch,)`): True where both sides of the pair have a real token.
+            ids (`torch.Tensor` of shape `(batch,)`): Identity of the meaning.
+        """
+        if self.config.probability_estimator == "best_aligned":
+            # Mismatched pairs would have to be aligned first, and this estimator does not ask for them.
+            self.matched_sum += (shares[:, 0] * valid[:, None]).sum(dim=0)
+            self.matched_count += valid.sum()
+            return
+        image_shares, text_shares = shares.chunk(2, dim=1)
+        sums = sign_agreement(image_shares, text_shares, valid, ids)
+        names = ("matched_sum", "mismatched_sum", "matched_count", "mismatched_count")
+        for name, value in zip(names, sums, strict=True):
+            getattr(self, name).add_(value)
 
     def pseudo_probability(self) -> torch.Tensor:
         """Pseudo-semantic probability `(dim,)` of the statistics collected since the last construction."""
@@ -395,6 +458,7 @@ __all__ = [
     "ColumnComparator",
     "StyleRates",
     "StylePrototypes",
+    "best_aligned_agreement",
     "column_weights",
     "feature_columns",
     "pseudo_semantic_probability",

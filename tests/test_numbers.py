@@ -65,6 +65,10 @@ def tiny_trainer(monkeypatch):
             },
         ),
         (1, {"style_probability": "purity", "loss_type": "hinge", "probability_estimator": "chance_corrected"}),
+        *(
+            (2, {"style_probability": "purity", "probability_estimator": name})
+            for name in ("magnitude", "best_aligned")
+        ),
         *((2, {"alignment_head": head}) for head in HEADS if head != "pico"),
     ],
     ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else str(value),

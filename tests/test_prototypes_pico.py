@@ -13,6 +13,7 @@ from modeling_pico.prototypes_pico import (
     ColumnComparator,
     StylePrototypes,
     StyleRates,
+    best_aligned_agreement,
     column_weights,
     feature_columns,
     pseudo_semantic_probability,
@@ -183,6 +184,55 @@ def test_padding_that_is_not_a_number_does_not_count():
     assert sign_shares(tokens, torch.tensor([[1, 0, 0]])).flatten().tolist() == [1.0, 0.0]
 
 
+def test_magnitude_shares_by_hand():
+    tokens = torch.tensor([[[1.0, -1.0, 0.0], [0.0, -2.0, 0.0], [3.0, 5.0, 0.0], [9.0, torch.nan, 9.0]]])
+    shares = sign_shares(tokens, torch.tensor([[1, 1, 1, 0]]), by_magnitude=True)
+    torch.testing.assert_close(shares, torch.tensor([[[1.0, 5 / 8, 0.0], [0.0, 3 / 8, 0.0]]]))
+    # What is not finite counts for nothing, and a sample without tokens neither.
+    assert not sign_shares(torch.full((1, 2, 1), torch.nan), torch.ones(1, 2), by_magnitude=True).any()
+    assert not sign_shares(tokens, torch.zeros(1, 4), by_magnitude=True).any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_magnitude_shares_give_the_share_of_the_positive_products_by_size(seed):
+    generator = torch.Generator().manual_seed(seed)
+    images, texts = (torch.randn(3, length, 4, generator=generator) for length in (5, 6))
+    ones = torch.ones(3, 6)
+    shares = sign_shares(images, ones[:, :5], True), sign_shares(texts, ones, True)
+    matched, _, _, _ = sign_agreement(*shares, torch.ones(3, dtype=torch.bool), torch.arange(3))
+    products = images[:, :, None] * texts[:, None]  # (batch, patches, words, dim)
+    expected = products.clamp(min=0).sum(dim=(1, 2)) / products.abs().sum(dim=(1, 2))
+    torch.testing.assert_close(matched, expected.sum(dim=0))
+
+
+def test_best_aligned_agreement_by_hand():
+    # Patches (1, 0), (0, 1) and words (2, -1), (1, 1): the first patch is nearest to the first word, the second to the
+    # second; the first word to the first patch, the second to both, of which the first is taken.
+    images = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [9.0, 9.0]]])
+    texts = torch.tensor([[[2.0, -1.0], [1.0, 1.0], [torch.nan, 9.0]]])
+    agreement = best_aligned_agreement(images, torch.tensor([[1, 1, 0]]), texts, torch.tensor([[1, 1, 0]]))
+    # Products by patches (2, 0), (0, 1), by words (2, 0), (1, 0).
+    assert agreement.tolist() == [[(0.5 + 1) / 2, (0.5 + 0) / 2]]
+    assert not best_aligned_agreement(images, torch.zeros(1, 3), texts, torch.zeros(1, 3)).any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_best_aligned_agreement_equals_the_count_over_the_best_pairs(seed):
+    generator = torch.Generator().manual_seed(seed)
+    images, texts = (torch.randn(3, length, 4, generator=generator) for length in (5, 6))
+    image_mask, text_mask = (torch.rand(3, length, generator=generator) > 0.3 for length in (5, 6))
+    image_mask[:, 0] = text_mask[:, 0] = True
+    agreement = best_aligned_agreement(images, image_mask, texts, text_mask)
+    for row in range(3):
+        patches, words = images[row][image_mask[row]], texts[row][text_mask[row]]
+        by_patch = [(patch * max(words, key=lambda word, patch=patch: float(word @ patch))) > 0 for patch in patches]
+        by_word = [(word * max(patches, key=lambda patch, word=word: float(word @ patch))) > 0 for word in words]
+        expected = sum(torch.stack(part).float().mean(dim=0) / 2 for part in (by_patch, by_word))
+        torch.testing.assert_close(agreement[row], expected)
+
+
 def brute_force_agreement(images, image_mask, texts, text_mask, valid, ids):
     """Counts `v_id * t_jd > 0` over all patches and words, pair by pair."""
     dim = images.shape[-1]
@@ -236,7 +286,11 @@ def test_pseudo_semantic_probability_by_hand():
     assert torch.equal(pseudo_semantic_probability(matched, mismatched), matched)
     corrected = pseudo_semantic_probability(matched, mismatched, "chance_corrected")
     torch.testing.assert_close(corrected, torch.tensor([0.0, 0.5, 0.0, 0.0]))
-    with pytest.raises(ValueError, match="'matched', 'chance_corrected', but got 'kappa'"):
+    for estimator in ("magnitude", "best_aligned"):
+        assert torch.equal(pseudo_semantic_probability(matched, mismatched, estimator), matched)
+    with pytest.raises(
+        ValueError, match="'matched', 'chance_corrected', 'magnitude', 'best_aligned', but got 'kappa'"
+    ):
         pseudo_semantic_probability(matched, mismatched, "kappa")
 
 
@@ -510,17 +564,46 @@ def test_position_columns_leave_the_class_token_out_and_refuse_other_grids(make_
 def test_running_statistics(make_prototypes):
     prototypes = make_prototypes(fresh=True, embedding_dim=2, probability_estimator="chance_corrected")
     assert torch.equal(prototypes.pseudo_probability(), torch.zeros(2))
-    prototypes.add_sign_agreement(
-        torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1.0]), torch.tensor(2.0), torch.tensor(4.0)
+    # Shares of positive and negative values of the image, then of its text; the second feature is the first one with
+    # its sign turned around on both sides.
+    positive, negative = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    quarter, half = torch.tensor([0.25, 0.75]), torch.tensor([0.5, 0.5])
+    first = torch.stack(
+        [torch.stack([positive, negative, 1 - quarter, quarter]), torch.stack([negative, positive, half, half])]
     )
-    prototypes.add_sign_agreement(
-        torch.tensor([2.0, 1.5]), torch.tensor([0.0, 1.0]), torch.tensor(2.0), torch.tensor(4.0)
-    )
-    # Matched rates 0.75 and 0.875, mismatched 0.375 and 0.25.
-    torch.testing.assert_close(prototypes.pseudo_probability(), torch.tensor([0.375 / 0.625, 0.625 / 0.75]))
+    second = torch.stack([torch.stack([positive, negative, positive, negative]), torch.ones(4, 2)])
+    prototypes.add_pair_shares(first, torch.tensor([True, True]), torch.tensor([0, 1]))
+    prototypes.add_pair_shares(second, torch.tensor([True, False]), torch.tensor([0, 1]))
+    # Matched products are positive by 0.75, 0.5 and 1, mismatched ones by 0.5 and 0.25.
+    assert prototypes.matched_sum.tolist() == [2.25, 2.25] and float(prototypes.matched_count) == 3
+    assert prototypes.mismatched_sum.tolist() == [0.75, 0.75] and float(prototypes.mismatched_count) == 2
+    torch.testing.assert_close(prototypes.pseudo_probability(), torch.full((2,), 0.375 / 0.625))
     prototypes.reset_statistics()
     for name in ("matched_sum", "mismatched_sum", "matched_count", "mismatched_count"):
         assert not getattr(prototypes, name).any()
+
+
+def test_running_statistics_of_the_best_aligned_pairs(make_prototypes):
+    prototypes = make_prototypes(fresh=True, embedding_dim=2, probability_estimator="best_aligned")
+    images, texts = random_tokens(3, 4, 2, seed=1), random_tokens(3, 5, 2, seed=2)
+    masks = torch.ones(3, 4), torch.ones(3, 5)
+    shares = prototypes.pair_shares(images, masks[0], texts, masks[1])
+    agreement = best_aligned_agreement(images, masks[0], texts, masks[1])
+    assert torch.equal(shares, agreement.unsqueeze(1))
+    prototypes.add_pair_shares(shares, torch.tensor([True, False, True]), torch.arange(3))
+    prototypes.add_pair_shares(shares, torch.tensor([False, True, False]), torch.arange(3))
+    torch.testing.assert_close(prototypes.pseudo_probability(), agreement.mean(dim=0))
+
+
+def test_the_estimator_decides_what_is_counted(make_prototypes):
+    images, texts = random_tokens(2, 4, 2, seed=1), random_tokens(2, 5, 2, seed=2)
+    masks = torch.ones(2, 4), torch.ones(2, 5)
+    for estimator in ("matched", "chance_corrected", "magnitude"):
+        prototypes = make_prototypes(fresh=True, embedding_dim=2, probability_estimator=estimator)
+        by_magnitude = estimator == "magnitude"
+        sides = [sign_shares(side, mask, by_magnitude) for side, mask in zip((images, texts), masks, strict=True)]
+        shares = prototypes.pair_shares(images, masks[0], texts, masks[1])
+        assert torch.equal(shares, torch.cat(sides, dim=1)), estimator
 
 
 def test_initial_buffers_are_those_of_the_constructor(tiny_config):

@@ -335,8 +335,8 @@ def report(records: list[dict[str, Any]], baseline: str) -> str:
                 for split, values in rsum.items():
                     known.setdefault(split, values)  # what is there has its half-way value
     if not any(baseline in variants for variants in groups.values()):
-        known = sorted({variant for variants in groups.values() for variant in variants})
-        raise SystemExit(f"the table holds no training of the baseline {baseline!r}, but of {known}")
+        names = sorted({variant for variants in groups.values() for variant in variants})
+        raise SystemExit(f"the table holds no training of the baseline {baseline!r}, but of {names}")
     lines = []
     for title, variants in groups.items():
         splits = list(dict.fromkeys(split for runs in variants.values() for rsum in runs.values() for split in rsum))

@@ -73,7 +73,9 @@ class ModelArguments:
     num_style_prototypes: int | None = field(default=None, metadata={"help": "Style prototypes of each modality."})
     column_mode: str | None = field(default=None, metadata={"help": "moments, statistics, quantile or position."})
     column_length: int | None = field(default=None, metadata={"help": "Points of a quantile or position column."})
-    probability_estimator: str | None = field(default=None, metadata={"help": "matched or chance_corrected."})
+    probability_estimator: str | None = field(
+        default=None, metadata={"help": "matched, chance_corrected, magnitude or best_aligned."}
+    )
     style_probability: str | None = field(default=None, metadata={"help": "learned, purity, nearest, cosine, global."})
     comparator: str | None = field(default=None, metadata={"help": "style_rates, network or free_gate, for learned."})
     comparator_statistics: bool | None = field(default=None, metadata={"help": "The comparator reads statistics too."})

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import broadcast
 from transformers.utils import logging
 
-from ..prototypes_pico import STAGE_INITIAL, STAGE_PLAIN, STAGE_UPDATED, StylePrototypes, sign_agreement
+from ..prototypes_pico import STAGE_INITIAL, STAGE_PLAIN, STAGE_UPDATED, StylePrototypes
 from .arguments import PicoTrainingArguments
 from .prototype_construction import PrototypeState, construct_prototypes, feedback_weight
 
@@ -112,9 +112,9 @@ class PrototypeConstruction:
         return borders[:-1] + (share * borders.diff()).long()
 
     @torch.no_grad()
-    def collect_statistics(self, image_shares, text_shares, valid, ids) -> None:
-        """Adds one batch of all processes to the sign statistics; see [`sign_agreement`] for the arguments."""
-        self.prototypes.add_sign_agreement(*sign_agreement(image_shares, text_shares, valid, ids))
+    def collect_statistics(self, shares: torch.Tensor, valid: torch.Tensor, ids: torch.Tensor) -> None:
+        """Adds one batch of all processes to the statistics; see [`StylePrototypes.add_pair_shares`]."""
+        self.prototypes.add_pair_shares(shares, valid, ids)
 
     @torch.no_grad()
     def collect_columns(self, image_columns: torch.Tensor, text_columns: torch.Tensor) -> None:

@@ -20,7 +20,6 @@ from ..evaluation.evaluator import RetrievalEvaluator, gather_rows, own_rows
 from ..loss_pico import image_text_loss
 from ..modeling_pico import PicoOutput
 from ..processing_pico import PicoProcessor
-from ..prototypes_pico import sign_shares
 from ..scoring_pico import pair_scores
 from .arguments import PicoTrainingArguments
 from .callbacks import LogitScaleCallback, PrototypeCallback, SamplerEpochCallback
@@ -390,15 +389,13 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         valid = image_mask.any(dim=1) & text_mask.any(dim=1)
         # What a step that is left out saw must not reach the prototypes either.
         valid &= image_tokens.flatten(1).sum(dim=1).isfinite() & text_tokens.flatten(1).sum(dim=1).isfinite()
-        # Two collectives in place of four.
-        shares = torch.cat([sign_shares(image_tokens, image_mask), sign_shares(text_tokens, text_mask)], dim=1)
-        image_shares, text_shares = gather_rows(shares).chunk(2, dim=1)
+        prototypes = construction.prototypes
+        shares = prototypes.pair_shares(image_tokens, image_mask, text_tokens, text_mask)
         all_valid, all_ids = gather_rows(torch.stack([valid.to(ids), ids], dim=1)).unbind(dim=1)
-        construction.collect_statistics(image_shares, text_shares, all_valid.bool(), all_ids)
+        construction.collect_statistics(gather_rows(shares), all_valid.bool(), all_ids)
         # Not `len(ids)`: shorter last batches may differ between processes, which must decide alike.
         pairs_per_step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         if construction.needs_columns(step, pairs_per_step):
-            prototypes = construction.prototypes
             construction.collect_columns(
                 gather_rows(prototypes.columns(image_tokens, image_mask, "image")[valid]),
                 gather_rows(prototypes.columns(text_tokens, text_mask, "text")[valid]),

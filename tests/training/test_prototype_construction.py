@@ -198,9 +198,8 @@ def make_prototypes(tiny_config):
     def make(rates: tuple[float, ...] = (0.25, 1.0), **options) -> StylePrototypes:
         config = tiny_config(**{"embedding_dim": len(rates), "column_mode": "statistics", **options})
         prototypes = PicoHead(config).style_prototypes
-        prototypes.add_sign_agreement(
-            torch.tensor(rates) * 8, torch.zeros(len(rates)), torch.tensor(8.0), torch.tensor(0.0)
-        )
+        prototypes.matched_sum += torch.tensor(rates) * 8
+        prototypes.matched_count += 8
         return prototypes
 
     return make

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling_pico.alignment_heads_pico import PicoHead
-from modeling_pico.prototypes_pico import sign_agreement, sign_shares
+from modeling_pico.prototypes_pico import sign_agreement
 from modeling_pico.training import PicoTrainingArguments, PrototypeConstruction, PrototypeState, staging
 from modeling_pico.training.arguments import FEEDBACKS
 
@@ -38,9 +38,9 @@ def collect(construction: PrototypeConstruction, seed: int = 0, pairs: int = 8) 
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(2, pairs, 5, DIM, generator=generator)
     mask = torch.ones(pairs, 5)
-    shares = [sign_shares(side, mask) for side in tokens]
-    construction.collect_statistics(*shares, torch.ones(pairs, dtype=torch.bool), torch.arange(pairs))
     prototypes = construction.prototypes
+    shares = prototypes.pair_shares(tokens[0], mask, tokens[1], mask)
+    construction.collect_statistics(shares, torch.ones(pairs, dtype=torch.bool), torch.arange(pairs))
     construction.collect_columns(
         prototypes.columns(tokens[0], mask, "image"), prototypes.columns(tokens[1], mask, "text")
     )
@@ -175,7 +175,7 @@ def test_collected_statistics_are_sums_of_sign_agreement(make):
     for _ in range(3):
         shares = torch.rand(2, 4, 2, DIM, generator=generator) / 2
         valid, ids = torch.tensor([True, True, False, True]), torch.tensor([0, 1, 2, 0])
-        construction.collect_statistics(*shares, valid, ids)
+        construction.collect_statistics(torch.cat(list(shares), dim=1), valid, ids)
         expected = [total + part for total, part in zip(expected, sign_agreement(*shares, valid, ids), strict=True)]
     prototypes = construction.prototypes
     torch.testing.assert_close(
