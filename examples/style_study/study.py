@@ -317,16 +317,18 @@ def report(records: list[dict[str, Any]], baseline: str) -> str:
     the seeds that both have, with its 95% interval. A variant with uncertainty has a row for its re-ranked scores;
     with the variant that it started from as the baseline, it shows what re-ranking does to the very same models. The
     areas under its risk-coverage curves follow in a table of their own. Below each table is how well half of the
-    training would have ranked the variants.
+    training, and a training of fewer epochs in another table, would have ranked the variants.
     """
     groups: dict[str, dict[str, dict[int, dict]]] = defaultdict(lambda: defaultdict(dict))
     of_group: dict[str, list[dict]] = defaultdict(list)
+    settings: dict[str, dict[str, Any]] = {}
     for record in records:
         setting = {**record["setting"], "dataset_name": Path(record["setting"]["dataset_name"]).name}
         name = ", ".join(f"{key}={value}" for key, value in setting.items() if value is not None)
         title = f"{record['setting_name']} ({name})"
         variants = groups[title]
         of_group[title].append(record)
+        settings[title] = {**setting, "setting_name": record["setting_name"]}
         # Scores of a model to which uncertainty was added are those of the model it was added to.
         plain = record.get("options", {}).get("base", record["variant"])
         for row, rsum in ((plain, record["rsum"]), (f"{record['variant']}, re-ranked", record.get("reranked"))):
@@ -346,20 +348,55 @@ def report(records: list[dict[str, Any]], baseline: str) -> str:
         for variant, runs in variants.items():
             cells = [_cell(variant != baseline, runs, base, split) for split in splits]
             lines.append(f"| {variant} | {len(runs)} | {' | '.join(cells)} |")
-        lines += _half_way_ranks(variants, splits) + _areas(of_group[title])
+        lines += _ranks("half-way and end", _halves(variants), splits)
+        setting = settings[title]
+        for other, shorter in settings.items():
+            epochs, own = shorter.get("num_train_epochs", 0), setting.get("num_train_epochs", 0)
+            if {**shorter, "num_train_epochs": own} == setting and epochs < own:
+                pairs = _same_seeds(groups[other], variants)
+                lines += _ranks(f"the ends of {epochs} and {own} epochs", pairs, splits)
+        lines += _areas(of_group[title])
     return "\n".join(lines)
 
 
-def _half_way_ranks(variants: dict[str, dict[int, dict]], splits: list[str]) -> list[str]:
-    """Spearman's correlation of the variants' means half-way and at the end, where three or more have both."""
+Pairs = list[dict[str, list[tuple[float, float]]]]  # for every variant and split, of each seed
+
+
+def _halves(variants: dict[str, dict[int, dict]]) -> Pairs:
+    """Scores half-way and at the end."""
+    pairs: Pairs = []
+    for runs in variants.values():
+        pairs.append(defaultdict(list))
+        for rsum in runs.values():
+            for split, values in rsum.items():
+                if len(values) == 2:
+                    pairs[-1][split].append(tuple(values))
+    return pairs
+
+
+def _same_seeds(first: dict[str, dict[int, dict]], second: dict[str, dict[int, dict]]) -> Pairs:
+    """Scores at the end in two tables."""
+    pairs: Pairs = []
+    for variant, runs in second.items():
+        pairs.append(defaultdict(list))
+        for seed, rsum in runs.items():
+            other = first.get(variant, {}).get(seed, {})
+            for split in rsum.keys() & other.keys():
+                pairs[-1][split].append((other[split][-1], rsum[split][-1]))
+    return pairs
+
+
+def _ranks(what: str, pairs: Pairs, splits: list[str]) -> list[str]:
+    """Spearman's correlation of the variants' means, by split, where three variants or more have any."""
     found = []
     for split in splits:
-        runs = [[rsum[split] for rsum in of.values() if len(rsum.get(split, ())) == 2] for of in variants.values()]
-        means = [[statistics.fmean(values) for values in zip(*pairs, strict=True)] for pairs in runs if pairs]
+        means = [
+            [statistics.fmean(values) for values in zip(*of[split], strict=True)] for of in pairs if of.get(split)
+        ]
         if len(means) > 2:
             ranks = [[sorted(values).index(value) for value in values] for values in zip(*means, strict=True)]
             found.append(f"{split} {statistics.correlation(*ranks):.2f} ({len(means)} variants)")
-    return [f"\nRank correlation of half-way and end: {', '.join(found)}"] if found else []
+    return [f"\nRank correlation of {what}: {', '.join(found)}"] if found else []
 
 
 def _areas(records: list[dict[str, Any]]) -> list[str]:

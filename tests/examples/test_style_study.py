@@ -351,6 +351,20 @@ def test_report_says_whether_half_of_the_training_ranks_the_variants_alike(study
     assert "later 0" not in study.report(rows, "a")
 
 
+def test_report_says_whether_fewer_epochs_rank_the_variants_alike(study):
+    def result(variant, seed, end, epochs, width=8):
+        setting = {"dataset_name": "data", "num_train_epochs": epochs, "width": width}
+        rsum = {"v": [end]}
+        return {"setting_name": "s", "setting": setting, "variant": variant, "seed": seed, "rsum": rsum}
+
+    short = [result("a", 0, 5.0, 2), result("b", 0, 6.0, 2), result("c", 0, 7.0, 2), result("c", 1, 0.0, 2)]
+    # Ranks 0, 1, 2 and 1, 0, 2 by the seeds that both have: 1 - 6 * 2 / (3 * 8).
+    rows = [*short, result("b", 0, 5.0, 6), result("a", 0, 6.0, 6), result("c", 0, 9.0, 6), result("d", 0, 1.0, 6)]
+    text = study.report([*rows, *(result(name, 0, 3.0, 4, width=16) for name in "abc")], "a")
+    assert text.count("Rank correlation") == 1
+    assert text.index("num_train_epochs=6") < text.index("of the ends of 2 and 6 epochs: v 0.50 (3 variants)")
+
+
 def test_the_page_of_the_study_shows_the_tables_of_its_results(study):
     page = (FOLDER.parents[1] / "model_cards" / "style_study.md").read_text()
     readme = (FOLDER.parents[1] / "README.md").read_text()
