@@ -71,7 +71,8 @@ def sign_shares(tokens: torch.Tensor, mask: torch.Tensor, by_magnitude: bool = F
     Shares of a sample's real tokens at which each feature is positive, and at which it is negative.
 
     Args:
-        tokens (`torch.Tensor` of shape `(batch, tokens, dim)`): Token embeddings; only their signs matter.
+        tokens (`torch.Tensor` of shape `(batch, tokens, dim)`):
+            Token embeddings; only their signs matter, unless `by_magnitude`.
         mask (`torch.Tensor` of shape `(batch, tokens)`): True at real tokens.
         by_magnitude (`bool`, *optional*, defaults to `False`):
             Whether tokens count by the feature's absolute value, so that the shares are those of its sum *(ours)*.
@@ -98,7 +99,7 @@ def best_aligned_agreement(
     r"""
     Share of positive products `v_id * t_jd` over the best-aligned patches and words of matched pairs alone *(ours)*:
     the mean over patches, each with its most similar word, and that over words, each with its most similar patch,
-    half each. These are the products of which the pair score consists.
+    half each. These are the products of which the score of unweighted tokens consists.
 
     Args:
         image_tokens (`torch.Tensor` of shape `(batch, patches, dim)`): Token embeddings of the images.
@@ -131,7 +132,8 @@ def sign_agreement(
     Sums, over the pairs of a batch, of the share of positive products `v_id * t_jd`.
 
     The share of one pair is `1/(nv*nt) * sum_ij [v_id * t_jd > 0]` (PICO). It equals `a+ b+ + a- b-` with the shares
-    of positive and negative values on either side, so no `(patches, words, dim)` tensor is needed. Row `i` of both
+    of positive and negative values on either side, so no `(patches, words, dim)` tensor is needed. With shares by
+    magnitude it is the share that positive products have in the sum of absolute ones. Row `i` of both
     sides is a matched pair; every image with every text of another id is a mismatched one *(ours)*.
 
     Args:
@@ -270,8 +272,8 @@ class StylePrototypes(nn.Module):
         pseudo_semantic_probability `(D,)`: of each feature column, from the last construction.
         stage, num_constructions (int64): stage, and how many constructions went into the prototypes.
         feedback_log_sum: log of the sum of `exp(gain / kappa)` over these constructions.
-        matched_sum, mismatched_sum `(D,)`, matched_count, mismatched_count: sign statistics since the
-            last construction.
+        matched_sum, mismatched_sum `(D,)`, matched_count, mismatched_count: statistics of pairs since the
+            last construction (`probability_estimator="best_aligned"` leaves those of mismatched pairs at 0).
     """
 
     visual_prototypes: torch.Tensor
@@ -449,7 +451,7 @@ class StylePrototypes(nn.Module):
 
     @torch.no_grad()
     def reset_statistics(self) -> None:
-        """Starts a new collection of sign statistics."""
+        """Starts a new collection of statistics of pairs."""
         for name in ("matched_sum", "mismatched_sum", "matched_count", "mismatched_count"):
             getattr(self, name).zero_()
 

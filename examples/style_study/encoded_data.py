@@ -91,8 +91,9 @@ class FrozenLowerLayers(nn.Module):
     """
     A pretrained BERT-class tower whose lower layers are frozen, so that their outputs are computed once a caption.
 
-    Stands in for a text tower of which only the last `num_trained_layers` are trained, with `num_hidden_layers` more
-    on top of each word; takes the number of a caption for each of its words instead of token ids.
+    Stands in for a text tower of which only the last `num_trained_layers` (none of them, if 0) are trained, with
+    `num_hidden_layers` new ones on top of each word; takes the number of a caption for each of its words instead of
+    token ids.
     """
 
     def __init__(
@@ -118,15 +119,17 @@ class FrozenLowerLayers(nn.Module):
         model.encoder.layer = model.encoder.layer[:num_frozen]
         encoded = tokenizer(captions, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
         self.lengths = encoded["attention_mask"].sum(dim=1)
-        name = hashlib.sha256(json.dumps([str(name_or_path), num_frozen, max_length, captions]).encode()).hexdigest()
-        cached = folder / f"texts-{name[:16]}.pt"
+        # What the states follow from, wherever the model lies.
+        sums = [float(parameter.detach().double().sum()) for parameter in model.parameters()]
+        identity = hashlib.sha256(json.dumps([sums, encoded["input_ids"].tolist()]).encode())
+        cached = folder / f"texts-{identity.hexdigest()[:16]}.pt"
         if not cached.exists():
             states = []
             with torch.no_grad():
                 for start in range(0, len(captions), 256):
                     part = {name: values[start : start + 256] for name, values in encoded.items()}
                     states.append(model(**part).last_hidden_state.half())
-            _save_whole(torch.cat(states), cached)
+            _save_atomically(torch.cat(states), cached)
         # A tuple keeps the table out of the state and of every checkpoint.
         self.table = (torch.load(cached, weights_only=True),)
 
@@ -202,11 +205,11 @@ def _rows(setting: dict[str, Any], split: str, size: int, folder: Path) -> dict[
         "ids": [str(value) for value in data["image_id"]],
         "styles": list(data["style"]) if "style" in data.column_names else ["-"] * len(data),
     }
-    _save_whole(rows, cached)
+    _save_atomically(rows, cached)
     return rows
 
 
-def _save_whole(content: Any, path: Path) -> None:
+def _save_atomically(content: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Renamed when complete: other trainings that run at the same time may look for it.
     partial = path.with_suffix(f".{os.getpid()}")

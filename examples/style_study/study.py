@@ -53,7 +53,7 @@ def train(
         options (`dict`): The variant: `method`, options of `PicoConfig`, and under `args` of `PicoTrainingArguments`.
         seed (`int`): Initial weights, order of batches and captions.
         splits (`list[str]`): Splits to evaluate on; `"seen"` for held-out training images.
-        cache (`Path`): Keeps decoded images between trainings.
+        cache (`Path`): Keeps decoded images, and the outputs of frozen layers, between trainings.
         weights (`Path`): Safetensors file that keeps the trained weights.
         base_weights (`Path`, *optional*): Trained weights of which nothing changes but that uncertainty is added.
 
@@ -188,7 +188,7 @@ def build_model(setting: dict[str, Any], options: dict[str, Any], data: Any, cac
             split.input_ids = torch.arange(len(data.captions))[:, None].expand(-1, width)
             split.lengths = text_model.lengths
         text_config = text_model.config
-        # Their weights are pretrained and must not be drawn anew.
+        # The weights are pretrained, but for hidden layers, which are drawn already; none must be drawn anew.
         for module in text_model.modules():
             module._is_hf_initialized = True
     else:
@@ -395,6 +395,8 @@ def _ranks(what: str, pairs: Pairs, splits: list[str]) -> list[str]:
         ]
         if len(means) > 2:
             ranks = [[sorted(values).index(value) for value in values] for values in zip(*means, strict=True)]
+            if any(len(set(values)) == 1 for values in ranks):
+                continue
             found.append(f"{split} {statistics.correlation(*ranks):.2f} ({len(means)} variants)")
     return [f"\nRank correlation of {what}: {', '.join(found)}"] if found else []
 

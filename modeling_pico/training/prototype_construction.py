@@ -153,7 +153,7 @@ def construct_prototypes(
     generator: torch.Generator | None = None,
 ) -> PrototypeState:
     r"""
-    Builds pseudo-style prototypes from a reservoir of columns and the sign statistics held in `prototypes`.
+    Builds pseudo-style prototypes from a reservoir of columns and the statistics of pairs held in `prototypes`.
 
     The first construction starts by k-means++; later ones start from the prototypes in use, so that identities
     persist. The unit of each coordinate is its standard deviation over the first reservoir and stays *(ours)*.

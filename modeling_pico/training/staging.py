@@ -24,8 +24,8 @@ STATE_FILE = "prototype_construction.safetensors"
 
 class PrototypeConstruction:
     r"""
-    Collects columns and sign statistics in the ordinary training pass, proposes prototypes, and holds a proposal until
-    it may come into use.
+    Collects columns and statistics of pairs in the ordinary training pass, proposes prototypes, and holds a proposal
+    until it may come into use.
 
     A proposal that follows from an evaluation waits in `pending`: it is applied at the start of the next training
     step, after the checkpoint of that evaluation was written with the prototypes the evaluation measured. All state

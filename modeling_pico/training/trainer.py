@@ -380,7 +380,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
 
     @torch.no_grad()
     def _collect(self, construction: PrototypeConstruction, outputs: PicoOutput, ids: torch.Tensor) -> None:
-        """Hands the construction what it needs of this batch: nothing, sign shares, or sign shares and columns."""
+        """Hands the construction what it needs of this batch: nothing, shares, or shares and columns."""
         step = self.state.global_step
         if not construction.needs_statistics(step):
             return
