@@ -87,7 +87,7 @@ def sign_shares(tokens: torch.Tensor, mask: torch.Tensor, by_magnitude: bool = F
         values = tokens.detach().sign().float()
     # Positive minus negative, and positive plus negative: two products instead of four passes over the tokens.
     difference = real @ values
-    total = real @ values.abs()
+    total = real @ values.abs_()  # a copy of the tokens in either case
     parts = torch.cat([total + difference, total - difference], dim=1) / 2
     # Of a sample that is not finite, or of zeros alone, nothing is positive or negative.
     return (parts / total).nan_to_num(0.0) if by_magnitude else parts / real.sum(dim=2, keepdim=True).clamp(min=1)

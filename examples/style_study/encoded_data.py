@@ -111,6 +111,11 @@ class FrozenLowerLayers(nn.Module):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         self.config = model.config
         num_frozen = len(model.encoder.layer) - num_trained_layers
+        if num_trained_layers < 0 or num_frozen < 0 or num_hidden_layers < 0:
+            raise ValueError(
+                f"text_num_trained_layers must be from 0 to {len(model.encoder.layer)} and text_num_hidden_layers at "
+                f"least 0, but got {num_trained_layers} and {num_hidden_layers}."
+            )
         self.layers = model.encoder.layer[num_frozen:]
         width = model.config.hidden_size
         self.hidden = nn.Sequential()

@@ -319,28 +319,15 @@ def report(records: list[dict[str, Any]], baseline: str) -> str:
     areas under its risk-coverage curves follow in a table of their own. Below each table is how well half of the
     training, and a training of fewer epochs in another table, would have ranked the variants.
     """
-    groups: dict[str, dict[str, dict[int, dict]]] = defaultdict(lambda: defaultdict(dict))
-    of_group: dict[str, list[dict]] = defaultdict(list)
-    settings: dict[str, dict[str, Any]] = {}
+    of_setting: dict[str, list[dict]] = defaultdict(list)
     for record in records:
-        setting = {**record["setting"], "dataset_name": Path(record["setting"]["dataset_name"]).name}
-        name = ", ".join(f"{key}={value}" for key, value in setting.items() if value is not None)
-        title = f"{record['setting_name']} ({name})"
-        variants = groups[title]
-        of_group[title].append(record)
-        settings[title] = {**setting, "setting_name": record["setting_name"]}
-        # Scores of a model to which uncertainty was added are those of the model it was added to.
-        plain = record.get("options", {}).get("base", record["variant"])
-        for row, rsum in ((plain, record["rsum"]), (f"{record['variant']}, re-ranked", record.get("reranked"))):
-            if rsum:
-                known = variants[row].setdefault(record["seed"], {})
-                for split, values in rsum.items():
-                    known.setdefault(split, values)  # what is there has its half-way value
-    if not any(baseline in variants for variants in groups.values()):
-        names = sorted({variant for variants in groups.values() for variant in variants})
+        of_setting[_title(record)].append(record)
+    tables = {title: _runs(own) for title, own in of_setting.items()}
+    if not any(baseline in variants for variants in tables.values()):
+        names = sorted({variant for variants in tables.values() for variant in variants})
         raise SystemExit(f"the table holds no training of the baseline {baseline!r}, but of {names}")
     lines = []
-    for title, variants in groups.items():
+    for title, variants in tables.items():
         splits = list(dict.fromkeys(split for runs in variants.values() for rsum in runs.values() for split in rsum))
         lines += [f"\n{title}\n", f"| variant | seeds | {' | '.join(splits)} |"]
         lines.append("| --- | ---: |" + " ---: |" * len(splits))
@@ -348,56 +335,66 @@ def report(records: list[dict[str, Any]], baseline: str) -> str:
         for variant, runs in variants.items():
             cells = [_cell(variant != baseline, runs, base, split) for split in splits]
             lines.append(f"| {variant} | {len(runs)} | {' | '.join(cells)} |")
-        lines += _ranks("half-way and end", _halves(variants), splits)
-        setting = settings[title]
-        for other, shorter in settings.items():
-            epochs, own = shorter.get("num_train_epochs", 0), setting.get("num_train_epochs", 0)
-            if {**shorter, "num_train_epochs": own} == setting and epochs < own:
-                pairs = _same_seeds(groups[other], variants)
-                lines += _ranks(f"the ends of {epochs} and {own} epochs", pairs, splits)
-        lines += _areas(of_group[title])
+        half_way = {
+            variant: {
+                seed: {split: values[:1] for split, values in rsum.items() if len(values) == 2}
+                for seed, rsum in runs.items()
+            }
+            for variant, runs in variants.items()
+        }
+        lines += _ranks("half-way and end", half_way, variants, splits)
+        epochs = of_setting[title][0]["setting"].get("num_train_epochs", 0)
+        for other, shorter in tables.items():
+            record = of_setting[other][0]
+            fewer = record["setting"].get("num_train_epochs", 0)
+            if fewer < epochs and _title(record, num_train_epochs=epochs) == title:
+                lines += _ranks(f"the ends of {fewer} and {epochs} epochs", shorter, variants, splits)
+        lines += _areas(of_setting[title])
     return "\n".join(lines)
 
 
-Pairs = list[dict[str, list[tuple[float, float]]]]  # for every variant and split, of each seed
+def _title(record: dict[str, Any], **changed: Any) -> str:
+    """Setting of a training, as the heading of its table; with other values than its own where `changed` says so."""
+    setting = {**record["setting"], "dataset_name": Path(record["setting"]["dataset_name"]).name, **changed}
+    name = ", ".join(f"{key}={value}" for key, value in setting.items() if value is not None)
+    return f"{record['setting_name']} ({name})"
 
 
-def _halves(variants: dict[str, dict[int, dict]]) -> Pairs:
-    """Scores half-way and at the end."""
-    pairs: Pairs = []
-    for runs in variants.values():
-        pairs.append(defaultdict(list))
-        for rsum in runs.values():
-            for split, values in rsum.items():
-                if len(values) == 2:
-                    pairs[-1][split].append(tuple(values))
-    return pairs
+# Scores by variant, seed and split: half-way and at the end, or the last alone.
+Runs = dict[str, dict[int, dict[str, list[float]]]]
 
 
-def _same_seeds(first: dict[str, dict[int, dict]], second: dict[str, dict[int, dict]]) -> Pairs:
-    """Scores at the end in two tables."""
-    pairs: Pairs = []
-    for variant, runs in second.items():
-        pairs.append(defaultdict(list))
-        for seed, rsum in runs.items():
-            other = first.get(variant, {}).get(seed, {})
-            for split in rsum.keys() & other.keys():
-                pairs[-1][split].append((other[split][-1], rsum[split][-1]))
-    return pairs
+def _runs(records: list[dict[str, Any]]) -> Runs:
+    """The scores of the trainings of one setting, re-ranked ones as variants of their own."""
+    runs: Runs = defaultdict(dict)
+    for record in records:
+        # Scores of a model to which uncertainty was added are those of the model it was added to.
+        plain = record.get("options", {}).get("base", record["variant"])
+        for row, rsum in ((plain, record["rsum"]), (f"{record['variant']}, re-ranked", record.get("reranked"))):
+            if rsum:
+                known = runs[row].setdefault(record["seed"], {})
+                for split, values in rsum.items():
+                    known.setdefault(split, values)  # what is there has its half-way value
+    return runs
 
 
-def _ranks(what: str, pairs: Pairs, splits: list[str]) -> list[str]:
-    """Spearman's correlation of the variants' means, by split, where three variants or more have any."""
+def _ranks(what: str, first: Runs, second: Runs, splits: list[str]) -> list[str]:
+    """
+    Spearman's correlation, by split, of the variants' means in two tables, each over the seeds that both have, where
+    three variants or more have any.
+    """
     found = []
     for split in splits:
-        means = [
-            [statistics.fmean(values) for values in zip(*of[split], strict=True)] for of in pairs if of.get(split)
-        ]
+        means = []
+        for variant, runs in second.items():
+            others = first.get(variant, {})
+            seeds = [seed for seed, rsum in runs.items() if split in rsum and split in others.get(seed, {})]
+            if seeds:
+                means.append([statistics.fmean(of[seed][split][-1] for seed in seeds) for of in (others, runs)])
         if len(means) > 2:
             ranks = [[sorted(values).index(value) for value in values] for values in zip(*means, strict=True)]
-            if any(len(set(values)) == 1 for values in ranks):
-                continue
-            found.append(f"{split} {statistics.correlation(*ranks):.2f} ({len(means)} variants)")
+            if all(len(set(values)) > 1 for values in ranks):
+                found.append(f"{split} {statistics.correlation(*ranks):.2f} ({len(means)} variants)")
     return [f"\nRank correlation of {what}: {', '.join(found)}"] if found else []
 
 

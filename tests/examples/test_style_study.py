@@ -121,6 +121,9 @@ def test_pretrained_text_tower_is_frozen_but_for_its_last_layers(study, setting,
     real = batch["attention_mask"].bool()
     # The frozen part is kept in half precision.
     torch.testing.assert_close(states[real], expected[real], atol=5e-3, rtol=0)
+    for wrong in ({"text_num_trained_layers": 3}, {"text_num_hidden_layers": -1}):
+        with pytest.raises(ValueError, match="must be from 0 to 2 and text_num_hidden_layers at least 0, but got"):
+            study.build_model({**setting, **own, **wrong}, {"method": "fine_grained"}, data, tmp_path)
     (kept,) = tmp_path.glob("texts-*.pt")
     time_of_first = kept.stat().st_mtime_ns
     result = study.train(
