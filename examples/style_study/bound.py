@@ -147,9 +147,7 @@ def bounds(
             del model.alignment_head.weight
             gains.append((measured[own] - plain[own], measured[1 - own] - plain[1 - own]))
         found[kind] = tuple(sum(values) / 2 for values in zip(*gains, strict=True))
-    seen = data.splits["train"]
-    # Every other image is plenty for means, spreads and shares.
-    trained = evaluator.encode(model, seen.subset(torch.arange(0, len(seen), 2)).batches(256))
+    trained = evaluator.encode(model, data.splits["train"].batches(256))
     shares = column_weights(meaning_share(trained.image_tokens, trained.image_mask, trained.image_ids)[None])
     for kind in WITHOUT_CAPTIONS:
         gain = 0.0

@@ -157,8 +157,8 @@ class StudyData(NamedTuple):
 
 def load_splits(setting: dict[str, Any], names: list[str], folder: Path) -> StudyData:
     """
-    Loads and encodes the training split and the named ones. `"seen"` are `num_seen` images held out of the training
-    split at random: new images in the styles of training.
+    Loads and encodes the training split and the named ones. `"seen"`, which is there in any case, are `num_seen`
+    images held out of the training split at random: new images in the styles of training.
 
     Args:
         setting (`dict`): What the YAML file of a setting holds.
@@ -185,12 +185,11 @@ def load_splits(setting: dict[str, Any], names: list[str], folder: Path) -> Stud
             torch.tensor([codes.setdefault(value, len(codes)) for value in split["ids"]]),
             split["styles"],
         )
-    if "seen" in names:
-        whole = splits["train"]
-        # The same images for every seed of a training.
-        order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
-        splits["seen"] = whole.subset(order[: setting["num_seen"]])
-        splits["train"] = whole.subset(order[setting["num_seen"] :].sort().values)
+    whole = splits["train"]
+    # The same images for every seed of a training, held out whatever splits are named.
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
+    splits["seen"] = whole.subset(order[: setting["num_seen"]])
+    splits["train"] = whole.subset(order[setting["num_seen"] :].sort().values)
     return StudyData(splits, captions, tokenizer)
 
 

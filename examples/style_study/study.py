@@ -50,7 +50,9 @@ def train(
 
     Args:
         setting (`dict`): Data, towers and schedule, alike for all variants.
-        options (`dict`): The variant: `method`, options of `PicoConfig`, and under `args` of `PicoTrainingArguments`.
+        options (`dict`): The variant: `method`, options of `PicoConfig`, and under `args` of `PicoTrainingArguments`;
+            `weight_ramp` is the number of epochs after `prototype_start` in which the power of the weights
+            (`sharpness`) grows from nothing to what it is.
         seed (`int`): Initial weights, order of batches and captions.
         splits (`list[str]`): Splits to evaluate on; `"seen"` for held-out training images.
         cache (`Path`): Keeps decoded images, and the outputs of frozen layers, between trainings.
@@ -92,6 +94,14 @@ def train(
             if round(state.epoch) == args.num_train_epochs // 2:
                 evaluate()
 
+    sharpness = model.config.sharpness
+
+    class RampWeights(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            share = (state.epoch - args.prototype_start) / options["weight_ramp"]
+            # A power of zero is no sharpness; this one gives weights of one to three digits and more.
+            model.config.sharpness = sharpness * min(max(share, 1e-3), 1.0)
+
     with tempfile.TemporaryDirectory() as folder:
         args = PicoTrainingArguments(folder, **{**training_options(setting, seed), **options.get("args", {})})
         trainer = PicoTrainer(
@@ -101,7 +111,8 @@ def train(
             eval_dataset=data.splits["validation"],
             data_collator=lambda batch: batch,
             # Scores do not change while uncertainty alone is trained.
-            callbacks=[EvaluateHalfWay()] if base_weights is None else [],
+            callbacks=([EvaluateHalfWay()] if base_weights is None else [])
+            + ([RampWeights()] if options.get("weight_ramp") else []),
         )
         found: dict[str, Any] = {}
         if weights.exists():
@@ -197,7 +208,7 @@ def build_model(setting: dict[str, Any], options: dict[str, Any], data: Any, cac
         text_config.hidden_dropout_prob = text_config.attention_probs_dropout_prob = 0.0
         text_config.hidden_act = "relu"
     vision_config.hidden_act = "relu"
-    head = {name: value for name, value in options.items() if name not in ("method", "args", "base")}
+    head = {name: value for name, value in options.items() if name not in ("method", "args", "base", "weight_ramp")}
     method = options.get("method", "pico")
     model_class = CddsModel if method in CddsModel.config_class.alignment_heads else PicoModel
     config = model_class.config_class(

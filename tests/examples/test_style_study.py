@@ -68,6 +68,9 @@ def test_trains_a_variant_the_same_twice_and_never_the_held_out_images(study, se
 
     data = load_splits(setting, splits, tmp_path)
     assert (len(data.splits["train"]), len(data.splits["seen"]), len(data.splits["validation"])) == (12, 4, 8)
+    # What is trained on does not hang on the splits that are asked for.
+    other = load_splits(setting, ["validation"], tmp_path).splits["train"]
+    assert torch.equal(other.pixels, data.splits["train"].pixels)
     # Colour and style tell images apart.
     name = [
         (tuple(image[:, 0, 0].tolist()), style)
@@ -78,6 +81,25 @@ def test_trains_a_variant_the_same_twice_and_never_the_held_out_images(study, se
     assert set(data.splits["validation"].styles) == {"12"}
     # One concept is one identity in every split.
     assert set(data.splits["validation"].ids.tolist()) == set(range(8))
+
+
+def test_weights_come_in_over_the_epochs_of_their_ramp(study, setting, tmp_path, monkeypatch):
+    from modeling_pico import prototypes_pico
+
+    powers = []
+
+    def column_weights(probability, sharpness):
+        powers.append(sharpness)
+        return probability / probability.mean(dim=-1, keepdim=True)
+
+    monkeypatch.setattr(prototypes_pico, "column_weights", column_weights)
+    options = {"sharpness": 2.0, "style_probability": "global", "weight_ramp": 2}
+    options["args"] = {"prototype_start": 1.0, "num_train_epochs": 4}
+    study.train(setting, options, 3, ["validation"], tmp_path, tmp_path / "kept.safetensors")
+    # Three steps an epoch: nothing in the first, then evenly to the full power, which the evaluation at the end has.
+    sharpness = list(dict.fromkeys(powers))
+    assert sharpness == pytest.approx([2e-3, *(2 * step / 6 for step in range(1, 7))])
+    assert powers[-1] == 2.0
 
 
 def test_every_variant_is_a_model_of_its_method(study, setting, tmp_path):
