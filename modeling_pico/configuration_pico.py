@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 ALIGNMENT_HEADS = ("pico", "fine_grained", "instance_norm", "clip_style")
 POOLINGS = ("mean", "class_token")
 COLUMN_MODES = ("moments", "statistics", "quantile", "position")
-PROBABILITY_ESTIMATORS = ("matched", "chance_corrected", "magnitude", "best_aligned")
+PROBABILITY_ESTIMATORS = ("matched", "chance_corrected", "magnitude", "best_aligned", "meaning_share")
 STYLE_PROBABILITIES = ("learned", "purity", "nearest", "cosine", "global")
 COMPARATORS = ("style_rates", "network", "free_gate")
 PROBABILITY_COMBINATIONS = ("product", "image", "text")
@@ -110,7 +110,8 @@ class PicoConfig(PreTrainedConfig):
             Pseudo-semantic probability of a column: share of positive products over matched pairs (`"matched"`, the
             paper's); *(ours)* that share corrected for the share over mismatched pairs (`"chance_corrected"`), with
             products counted by their size (`"magnitude"`), or over each patch with its most similar word and each
-            word with its most similar patch alone (`"best_aligned"`).
+            word with its most similar patch alone (`"best_aligned"`); or, where meanings repeat, the share of
+            a column's variance over samples that lies between meanings (`"meaning_share"`, for each side its own).
         style_probability (`str`, *optional*, defaults to `"learned"`):
             How a column's style probability follows from the prototypes *(all ours)*: `"learned"` (see `comparator`),
             `"purity"` (soft assignment times the prototypes' style rates), `"nearest"` (Gaussian of the distance to

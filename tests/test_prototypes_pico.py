@@ -13,14 +13,17 @@ from modeling_pico.prototypes_pico import (
     ColumnComparator,
     StylePrototypes,
     StyleRates,
-    best_aligned_agreement,
     column_weights,
     feature_columns,
+    squared_distances,
+    style_probability,
+)
+from modeling_pico.pseudo_probability_pico import (
+    best_aligned_agreement,
+    meaning_share,
     pseudo_semantic_probability,
     sign_agreement,
     sign_shares,
-    squared_distances,
-    style_probability,
 )
 from modeling_pico.scoring_pico import pair_scores
 
@@ -278,6 +281,34 @@ def test_pairs_of_one_meaning_are_not_mismatched():
     assert (mismatched.tolist(), float(num_mismatched)) == ([4.0, 4.0], 4.0)
 
 
+def test_share_of_a_column_that_lies_between_meanings_by_hand():
+    # Two values a column. Sums of squares within meanings 0, 8 and 4, with 2 degrees of freedom; in all 16, 8 and 20,
+    # with 3.
+    columns = torch.tensor(
+        [
+            [[0.0, 0.0], [0.0, 5.0], [0.0, 1.0]],
+            [[0.0, 0.0], [2.0, 7.0], [2.0, 1.0]],
+            [[4.0, 0.0], [0.0, 5.0], [4.0, 1.0]],
+            [[4.0, 0.0], [2.0, 7.0], [6.0, 1.0]],
+        ]
+    )
+    share = meaning_share(columns, torch.tensor([7, 7, 3, 3]))
+    assert torch.allclose(share, torch.tensor([1.0, 0.0, 1 - (4 / 2) / (20 / 3)]))
+    # Constant columns say nothing of style.
+    assert meaning_share(torch.ones(3, 1, 2), torch.tensor([1, 1, 2])).tolist() == [1.0]
+    with pytest.raises(ValueError, match="No two of the 4 samples are of one meaning"):
+        meaning_share(columns, torch.arange(4))
+
+
+def test_share_of_a_column_is_the_part_of_its_variance_that_lies_between_meanings():
+    generator = torch.Generator().manual_seed(0)
+    # Meanings that repeat twice and once; variances of meaning 1, 4 and 0 beside one of style.
+    ids = torch.cat([torch.arange(1000).repeat_interleave(2), torch.arange(1000, 1500)])
+    meaning = torch.randn(1500, 3, 2, generator=generator)[ids] * torch.tensor([1.0, 2.0, 0.0])[:, None]
+    share = meaning_share(100 + meaning + torch.randn(2500, 3, 2, generator=generator), ids)
+    torch.testing.assert_close(share, torch.tensor([0.5, 0.8, 0.0]), atol=0.03, rtol=0)
+
+
 # Probabilities
 
 
@@ -286,11 +317,9 @@ def test_pseudo_semantic_probability_by_hand():
     assert torch.equal(pseudo_semantic_probability(matched, mismatched), matched)
     corrected = pseudo_semantic_probability(matched, mismatched, "chance_corrected")
     torch.testing.assert_close(corrected, torch.tensor([0.0, 0.5, 0.0, 0.0]))
-    for estimator in ("magnitude", "best_aligned"):
+    for estimator in ("magnitude", "best_aligned", "meaning_share"):
         assert torch.equal(pseudo_semantic_probability(matched, mismatched, estimator), matched)
-    with pytest.raises(
-        ValueError, match="'matched', 'chance_corrected', 'magnitude', 'best_aligned', but got 'kappa'"
-    ):
+    with pytest.raises(ValueError, match="'magnitude', 'best_aligned', 'meaning_share', but got 'kappa'"):
         pseudo_semantic_probability(matched, mismatched, "kappa")
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from ..prototypes_pico import StylePrototypes, squared_distances
+from ..pseudo_probability_pico import meaning_share
 
 
 @dataclass
@@ -149,6 +150,7 @@ def construct_prototypes(
     prototypes: StylePrototypes,
     visual_columns: torch.Tensor,
     textual_columns: torch.Tensor,
+    ids: torch.Tensor | None = None,
     *,
     generator: torch.Generator | None = None,
 ) -> PrototypeState:
@@ -162,18 +164,34 @@ def construct_prototypes(
         prototypes ([`StylePrototypes`]): Prototypes in use and statistics. Not changed.
         visual_columns (`torch.Tensor` of shape `(pairs, dim, length)`): Image columns of matched pairs.
         textual_columns (`torch.Tensor` of shape `(pairs, dim, length)`): Text columns of the same pairs.
+        ids (`torch.Tensor` of shape `(pairs,)`, *optional*):
+            Identity of the meaning, which `probability_estimator="meaning_share"` needs. It gives each side a
+            probability of its own, and their mean as that of both.
         generator (`torch.Generator`, *optional*): Generator of the first start.
 
     Returns:
         [`PrototypeState`]
+
+    Raises:
+        ValueError: There are no columns, or no meaning repeats among them and the estimator compares such.
     """
     if len(visual_columns) == 0:
         raise ValueError("No columns were collected before the construction of prototypes; train for a step first.")
-    semantic = prototypes.pseudo_probability()
-    state = {"pseudo_semantic_probability": semantic}
-    for side, columns in (("visual", visual_columns), ("textual", textual_columns)):
+    sides = {"visual": visual_columns, "textual": textual_columns}
+    if prototypes.config.probability_estimator != "meaning_share":
+        semantic = dict.fromkeys(sides, prototypes.pseudo_probability())
+    elif ids is not None and len(ids.unique()) < len(ids):
+        semantic = {side: meaning_share(columns, ids) for side, columns in sides.items()}
+    else:
+        raise ValueError(
+            "probability_estimator='meaning_share' compares samples of one meaning, but no image id repeats among the "
+            f"{len(visual_columns)} pairs whose columns were collected. Raise `reservoir_pairs`, name the column that "
+            "identifies the meaning (id_column), or choose another estimator."
+        )
+    state = {"pseudo_semantic_probability": torch.stack([*semantic.values()]).mean(dim=0)}
+    for side, columns in sides.items():
         points = columns.reshape(-1, columns.shape[-1]).float()
-        style = (1 - semantic).expand(len(columns), -1).reshape(-1)
+        style = (1 - semantic[side]).expand(len(columns), -1).reshape(-1)
         first = bool(prototypes.num_constructions == 0)
         if first:
             spread = points.std(dim=0, unbiased=False)

@@ -74,7 +74,7 @@ class ModelArguments:
     column_mode: str | None = field(default=None, metadata={"help": "moments, statistics, quantile or position."})
     column_length: int | None = field(default=None, metadata={"help": "Points of a quantile or position column."})
     probability_estimator: str | None = field(
-        default=None, metadata={"help": "matched, chance_corrected, magnitude or best_aligned."}
+        default=None, metadata={"help": "matched, chance_corrected, magnitude, best_aligned or meaning_share."}
     )
     style_probability: str | None = field(default=None, metadata={"help": "learned, purity, nearest, cosine, global."})
     comparator: str | None = field(default=None, metadata={"help": "style_rates, network or free_gate, for learned."})

@@ -43,7 +43,7 @@ class PrototypeConstruction:
         self.pending: PrototypeState | None = None
         self.pending_log_sum = -math.inf
         self.previous_rsum = math.nan
-        self._columns: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._columns: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         # The buffer may live on an accelerator, and the schedule asks at every step.
         self._num_constructions = int(prototypes.num_constructions)
         self._steps_per_epoch = 0
@@ -117,24 +117,24 @@ class PrototypeConstruction:
         self.prototypes.add_pair_shares(shares, valid, ids)
 
     @torch.no_grad()
-    def collect_columns(self, image_columns: torch.Tensor, text_columns: torch.Tensor) -> None:
-        """Adds columns `(pairs, dim, length)` of matched pairs and keeps the last `reservoir_pairs`."""
-        self._columns.append((image_columns, text_columns))
-        surplus = sum(len(images) for images, _ in self._columns) - self.args.reservoir_pairs
+    def collect_columns(self, image_columns: torch.Tensor, text_columns: torch.Tensor, ids: torch.Tensor) -> None:
+        """Adds columns `(pairs, dim, length)` of matched pairs with their ids and keeps the last `reservoir_pairs`."""
+        self._columns.append((image_columns, text_columns, ids))
+        surplus = sum(len(batch_ids) for *_, batch_ids in self._columns) - self.args.reservoir_pairs
         while surplus >= len(self._columns[0][0]):
             surplus -= len(self._columns.pop(0)[0])
         if surplus > 0:
-            images, texts = self._columns[0]
-            self._columns[0] = (images[surplus:], texts[surplus:])
+            images, texts, first_ids = self._columns[0]
+            self._columns[0] = (images[surplus:], texts[surplus:], first_ids[surplus:])
 
-    def reservoir(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image and text columns `(pairs, dim, length)` collected since the last construction."""
+    def reservoir(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Image and text columns `(pairs, dim, length)` collected since the last construction, and the pairs' ids."""
         if not self._columns:
             raise ValueError(
                 "No columns were collected before the construction of prototypes; train for a step first."
             )
-        images, texts = zip(*self._columns, strict=True)
-        return torch.cat(images), torch.cat(texts)
+        images, texts, ids = zip(*self._columns, strict=True)
+        return torch.cat(images), torch.cat(texts), torch.cat(ids)
 
     @torch.no_grad()
     def propose(self, rsum: float | None = None, score: Callable[[], float] | None = None) -> dict[str, float]:
@@ -237,7 +237,7 @@ class PrototypeConstruction:
             "pending_log_sum": torch.tensor(self.pending_log_sum, dtype=torch.float64),
         }
         if self._columns:
-            tensors["visual_columns"], tensors["textual_columns"] = self.reservoir()
+            tensors["visual_columns"], tensors["textual_columns"], tensors["ids"] = self.reservoir()
         if self.pending is not None:
             tensors.update({f"pending.{name}": tensor for name, tensor in self.pending.tensors().items()})
         safetensors.torch.save_file(
@@ -258,7 +258,7 @@ class PrototypeConstruction:
         device = self.prototypes.visual_prototypes.device
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         if "visual_columns" in tensors:
-            self._columns = [(tensors["visual_columns"], tensors["textual_columns"])]
+            self._columns = [(tensors["visual_columns"], tensors["textual_columns"], tensors["ids"])]
         pending = {name.removeprefix("pending."): tensors[name] for name in tensors if name.startswith("pending.")}
         if pending:
             self.pending = PrototypeState(**pending)

@@ -251,6 +251,13 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
                 f"feedback={self.args.feedback!r} weighs prototypes by validation retrieval and needs an "
                 "`eval_dataset`. Give one, or choose `feedback` from 'ema', 'uniform', 'latest'."
             )
+        ids = self.train_dataset.ids
+        if self._pico_model().config.probability_estimator == "meaning_share" and len(ids.unique()) == len(ids):
+            raise ValueError(
+                f"probability_estimator='meaning_share' compares images of one meaning, but the {len(ids)} training "
+                "images all have ids of their own. Name the column that identifies the meaning (id_column), or choose "
+                "another estimator."
+            )
         self._check_adapter("style prototypes", "alignment_head", self._pico_model().alignment_head)
 
     def _check_adapter(self, what: str, name: str, module: nn.Module | None) -> None:
@@ -392,13 +399,15 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         prototypes = construction.prototypes
         shares = prototypes.pair_shares(image_tokens, image_mask, text_tokens, text_mask)
         all_valid, all_ids = gather_rows(torch.stack([valid.to(ids), ids], dim=1)).unbind(dim=1)
-        construction.collect_statistics(gather_rows(shares), all_valid.bool(), all_ids)
+        all_valid = all_valid.bool()
+        construction.collect_statistics(gather_rows(shares), all_valid, all_ids)
         # Not `len(ids)`: shorter last batches may differ between processes, which must decide alike.
         pairs_per_step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         if construction.needs_columns(step, pairs_per_step):
             construction.collect_columns(
                 gather_rows(prototypes.columns(image_tokens, image_mask, "image")[valid]),
                 gather_rows(prototypes.columns(text_tokens, text_mask, "text")[valid]),
+                all_ids[all_valid],
             )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

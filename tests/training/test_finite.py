@@ -105,8 +105,8 @@ def test_what_a_skipped_step_saw_stays_out_of_the_prototypes(tmp_path):
     # Of 12 pairs the one with the spoilt pixel is left out; the others of its batch may be counted.
     assert made.model.style_prototypes.matched_count == 11
     # The reservoir of 10 pairs takes the last two of three batches.
-    images, texts = made.construction.reservoir()
-    assert len(images) == len(texts) == 5 and images.isfinite().all() and texts.isfinite().all()
+    images, texts, ids = made.construction.reservoir()
+    assert len(images) == len(texts) == len(ids.unique()) == 5 and images.isfinite().all() and texts.isfinite().all()
 
 
 def test_accumulated_micro_batches_are_skipped_together(tmp_path):

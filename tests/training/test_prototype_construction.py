@@ -224,6 +224,22 @@ def test_construction_by_hand(make_prototypes):
         assert torch.equal(buffer, buffers[name]), name
 
 
+def test_repeated_meanings_give_each_side_a_probability_of_its_own(make_prototypes):
+    prototypes = make_prototypes(num_style_prototypes=1, probability_estimator="meaning_share")
+    visual = torch.zeros(4, 2, 4)
+    # Of images, the first feature varies within meanings alone and the second between them; of texts the reverse.
+    visual[1::2, 0], visual[2:, 1] = 2.0, 6.0
+    ids = torch.tensor([3, 3, 8, 8])
+    state = construct_prototypes(prototypes, visual, visual.flip(1), ids, generator=seeded())
+    assert state.pseudo_semantic_probability.tolist() == [0.5, 0.5]
+    # What counts is the column of style alone, on either side.
+    assert state.visual_prototypes.tolist() == state.textual_prototypes.tolist() == [[1.0] * 4]
+    assert state.visual_style_rate.tolist() == state.textual_style_rate.tolist() == [0.5]
+    for wrong in (None, torch.arange(4)):
+        with pytest.raises(ValueError, match="no image id repeats among the 4 pairs .* Raise `reservoir_pairs`, name"):
+            construct_prototypes(prototypes, visual, visual, wrong)
+
+
 def test_style_rates_are_means_over_clusters_with_a_fallback_for_empty_ones(make_prototypes):
     prototypes = make_prototypes((0.1, 0.3, 0.8), num_style_prototypes=3)
     prototypes.num_constructions.fill_(1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling_pico.alignment_heads_pico import PicoHead
-from modeling_pico.prototypes_pico import sign_agreement
+from modeling_pico.pseudo_probability_pico import sign_agreement
 from modeling_pico.training import PicoTrainingArguments, PrototypeConstruction, PrototypeState, staging
 from modeling_pico.training.arguments import FEEDBACKS
 
@@ -42,7 +42,7 @@ def collect(construction: PrototypeConstruction, seed: int = 0, pairs: int = 8) 
     shares = prototypes.pair_shares(tokens[0], mask, tokens[1], mask)
     construction.collect_statistics(shares, torch.ones(pairs, dtype=torch.bool), torch.arange(pairs))
     construction.collect_columns(
-        prototypes.columns(tokens[0], mask, "image"), prototypes.columns(tokens[1], mask, "text")
+        prototypes.columns(tokens[0], mask, "image"), prototypes.columns(tokens[1], mask, "text"), torch.arange(pairs)
     )
 
 
@@ -153,11 +153,13 @@ def test_the_reservoir_keeps_the_last_pairs(make, sizes):
     images = torch.arange(sum(sizes), dtype=torch.float32)[:, None, None].expand(-1, DIM, 4)
     start = 0
     for size in sizes:
-        construction.collect_columns(images[start : start + size], -images[start : start + size])
+        part = slice(start, start + size)
+        construction.collect_columns(images[part], -images[part], torch.arange(sum(sizes))[part])
         start += size
-    kept_images, kept_texts = construction.reservoir()
+    kept_images, kept_texts, kept_ids = construction.reservoir()
     assert torch.equal(kept_images, images[-5:])
     assert torch.equal(kept_texts, -images[-5:])
+    assert torch.equal(kept_ids, torch.arange(sum(sizes))[-5:])
 
 
 def test_an_empty_reservoir_is_refused(make):

@@ -211,6 +211,23 @@ def test_feedback_without_validation(tmp_path, feedback, weights):
     assert not any("prototype_feedback_gain" in entry for entry in prototype_log(made))
 
 
+def test_repeated_meanings_estimate_what_is_semantic(tmp_path):
+    options = {"probability_estimator": "meaning_share", "style_probability": "global"}
+    made = trainer(
+        tmp_path / "repeated",
+        data=CountedDataset(rows(20, repeats=10)),
+        model_options=options,
+        reservoir_pairs=18,
+        num_train_epochs=4,
+    )
+    made.train()
+    assert len(prototype_log(made)) == 2
+    probability = made.model.style_prototypes.pseudo_semantic_probability
+    assert 0 <= probability.min() < probability.max() <= 1
+    with pytest.raises(ValueError, match="the 12 training images all have ids of their own. Name the column"):
+        trainer(tmp_path / "unique", data=CountedDataset(rows(12)), model_options=options).train()
+
+
 def test_the_first_of_several_validation_sets_gives_the_feedback(tmp_path):
     sets = {"own": CountedDataset(rows(9, seed=1)), "other": CountedDataset(rows(7, seed=2))}
     made = trainer(tmp_path, eval_data=sets, num_train_epochs=2, save_strategy="no", model_options=PURITY)
