@@ -24,7 +24,7 @@ from .scoring_pico import pair_scores
 
 if TYPE_CHECKING:
     from .data import CaptionedImageDataset, PicoDataCollator, load_captioned_images, styled_shapes
-    from .evaluation import ImageTextRecall, RetrievalEvaluator, StyleReport, measure_styles
+    from .evaluation import ImageTextRecall, RetrievalEvaluator, StyleReport, match_moments, measure_styles
     from .plots import save_plots
     from .training import PicoTrainer, PicoTrainingArguments
 
@@ -39,6 +39,7 @@ _LAZY = {
     "ImageTextRecall": "evaluation",
     "RetrievalEvaluator": "evaluation",
     "StyleReport": "evaluation",
+    "match_moments": "evaluation",
     "measure_styles": "evaluation",
     "save_plots": "plots",
     "PicoTrainer": "training",
@@ -64,6 +65,7 @@ __all__ = [
     "StyleReport",
     "image_text_loss",
     "load_captioned_images",
+    "match_moments",
     "measure_styles",
     "pair_scores",
     "save_plots",

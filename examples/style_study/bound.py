@@ -31,7 +31,7 @@ from encoded_data import load_splits
 from safetensors.torch import load_file
 from torch import nn
 
-from modeling_pico import RetrievalEvaluator, image_text_loss, pair_scores
+from modeling_pico import RetrievalEvaluator, image_text_loss, match_moments, pair_scores
 from modeling_pico.evaluation.evaluator import EncodedRetrieval
 from modeling_pico.feature_columns_pico import column_weights, feature_columns
 
@@ -89,16 +89,6 @@ def halves(encoded: EncodedRetrieval) -> list[EncodedRetrieval]:
     chosen = meanings[torch.randperm(len(meanings), generator=torch.Generator().manual_seed(0))[: len(meanings) // 2]]
     own = torch.isin(encoded.image_ids, chosen)
     return [encoded.subset(rows.nonzero().squeeze(1)) for rows in (own, ~own)]
-
-
-def match_moments(
-    tokens: torch.Tensor, mask: torch.Tensor, reference: torch.Tensor, reference_mask: torch.Tensor
-) -> torch.Tensor:
-    """Token embeddings with each feature's mean and spread over all real tokens those of a reference, unit again."""
-    spread, mean = torch.std_mean(tokens[mask], dim=0)
-    other_spread, other_mean = torch.std_mean(reference[reference_mask], dim=0)
-    moved = (tokens - mean) / spread * other_spread + other_mean
-    return nn.functional.normalize(moved, dim=-1) * mask.unsqueeze(-1)
 
 
 def meaning_share(tokens: torch.Tensor, mask: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

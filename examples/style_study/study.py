@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def train(
     cache: Path,
     weights: Path,
     base_weights: Path | None = None,
+    aligned: bool = False,
 ) -> dict:
     """
     Trains one variant with one seed, or only evaluates it where `weights` are there from before.
@@ -58,11 +60,14 @@ def train(
         cache (`Path`): Keeps decoded images, and the outputs of frozen layers, between trainings.
         weights (`Path`): Safetensors file that keeps the trained weights.
         base_weights (`Path`, *optional*): Trained weights of which nothing changes but that uncertainty is added.
+        aligned (`bool`, *optional*, defaults to `False`):
+            Whether the splits are also evaluated after [`~modeling_pico.match_moments`] has given the features of
+            their images the moments of `seen`.
 
     Returns:
         `dict` with `rsum` per split (half-way, end; from kept weights the end alone) and, of a training, the log of
         constructions, loss, parameters and seconds; with uncertainty also `reranked`, the rSum per split re-ranked by
-        weights learned on `validation`, and `aurc`.
+        weights learned on `validation`, and `aurc`; with `aligned` the rSum per split under that name.
     """
     # Imported here, since the command that starts the processes and the report need none of it.
     import torch
@@ -70,7 +75,7 @@ def train(
     from safetensors.torch import load_file, save_file
     from transformers import TrainerCallback, set_seed
 
-    from modeling_pico import PicoTrainer, PicoTrainingArguments, RetrievalEvaluator
+    from modeling_pico import PicoTrainer, PicoTrainingArguments, RetrievalEvaluator, match_moments
     from modeling_pico.evaluation import UncertaintyReranking
 
     torch.set_num_threads(1)
@@ -144,6 +149,14 @@ def train(
             name: {side: [of[f"{side}_aurc"], 100 - of[f"{side}_recall_at_1"]] for side in sides}
             for name, of in metrics.items()
         }
+    if aligned:
+        known = evaluator.encode(model, data.splits["seen"].batches(256))
+        found["aligned"] = {}
+        for name in splits:
+            encoded = evaluator.encode(model, data.splits[name].batches(256))
+            tokens = match_moments(encoded.image_tokens, encoded.image_mask, known.image_tokens, known.image_mask)
+            moved = replace(encoded, image_tokens=tokens)
+            found["aligned"][name] = [evaluator.retrieval_metrics(model, moved)["rsum"]]
     return {**found, "rsum": dict(history)}
 
 
@@ -238,7 +251,7 @@ def run_study(options: argparse.Namespace) -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     done: dict[str, set[str]] = defaultdict(set)
     for record in read_table(options.output) if options.output.exists() else []:
-        done[record["key"]] |= set(record["rsum"])
+        done[record["key"]] |= set(record.get("aligned", ()) if options.aligned else record["rsum"])
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
     jobs = []
     for seed in options.seeds:
@@ -246,7 +259,8 @@ def run_study(options: argparse.Namespace) -> None:
             job = _describe_job(options.setting.stem, setting, variants, name, seed)
             splits = [split for split in options.splits if split not in done[job["key"]]]
             if splits:
-                jobs.append({**job, "splits": splits, "commit": commit.stdout.strip()})
+                job["splits"], job["commit"] = splits, commit.stdout.strip()
+                jobs.append({**job, "align": True} if options.aligned else job)
     failed = 0
     with ThreadPoolExecutor(options.jobs) as pool:
         # What others start from comes first.
@@ -294,7 +308,8 @@ def _train_job(options: argparse.Namespace) -> None:
             f"{job['variant']} starts from {job['options']['base']}, seed {job['seed']}: train that first"
         )
     weights = folder / f"{job['key']}.safetensors"
-    result = train(job["setting"], job["options"], job["seed"], job["splits"], options.cache, weights, base)
+    aligned = job.pop("align", False)
+    result = train(job["setting"], job["options"], job["seed"], job["splits"], options.cache, weights, base, aligned)
     # One write of one line: processes that append at the same time do not tear each other's.
     with open(options.output, "a") as table:
         table.write(json.dumps({**job, **result}) + "\n")
@@ -325,9 +340,9 @@ def difference(values: list[float]) -> str:
 def report(records: list[dict[str, Any]], baseline: str) -> str:
     """
     Markdown tables, one per setting: mean rSum at the end, and in brackets the mean difference to the baseline over
-    the seeds that both have, with its 95% interval. A variant with uncertainty has a row for its re-ranked scores;
-    with the variant that it started from as the baseline, it shows what re-ranking does to the very same models. The
-    areas under its risk-coverage curves follow in a table of their own. Below each table is how well half of the
+    the seeds that both have, with its 95% interval. Aligned and re-ranked scores have rows of their own; with the
+    variant itself as the baseline, or the one that it started from, these show what that does to the very same models.
+    The areas under risk-coverage curves follow in a table of their own. Below each table is how well half of the
     training, and a training of fewer epochs in another table, would have ranked the variants.
     """
     of_setting: dict[str, list[dict]] = defaultdict(list)
@@ -376,12 +391,14 @@ Runs = dict[str, dict[int, dict[str, list[float]]]]
 
 
 def _runs(records: list[dict[str, Any]]) -> Runs:
-    """The scores of the trainings of one setting, re-ranked ones as variants of their own."""
+    """The scores of the trainings of one setting, re-ranked and aligned ones as variants of their own."""
     runs: Runs = defaultdict(dict)
     for record in records:
         # Scores of a model to which uncertainty was added are those of the model it was added to.
         plain = record.get("options", {}).get("base", record["variant"])
-        for row, rsum in ((plain, record["rsum"]), (f"{record['variant']}, re-ranked", record.get("reranked"))):
+        name = record["variant"]
+        rows = {plain: record["rsum"], f"{name}, re-ranked": record.get("reranked")}
+        for row, rsum in {**rows, f"{name}, aligned": record.get("aligned")}.items():
             if rsum:
                 known = runs[row].setdefault(record["seed"], {})
                 for split, values in rsum.items():
@@ -398,6 +415,8 @@ def _ranks(what: str, first: Runs, second: Runs, splits: list[str]) -> list[str]
     for split in splits:
         means = []
         for variant, runs in second.items():
+            if ", " in variant:  # the same training, measured in another way
+                continue
             others = first.get(variant, {})
             seeds = [seed for seed, rsum in runs.items() if split in rsum and split in others.get(seed, {})]
             if seeds:
@@ -451,6 +470,11 @@ def main(arguments: list[str] | None = None) -> None:
     run.add_argument("--variants", nargs="+", help="names in the file of variants; all by default")
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     run.add_argument("--splits", nargs="+", default=["seen", "validation"])
+    run.add_argument(
+        "--aligned",
+        action="store_true",
+        help="also evaluate with the images' features moved to the mean and spread of 'seen'",
+    )
     run.add_argument("--dataset_name", help="overrides the setting's")
     run.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=VALUE", help="overrides other values of the setting"

@@ -13,6 +13,7 @@ from .retrieval_metrics import (
     retrieval_metrics,
     retrieval_ranks,
 )
+from .style_alignment import match_moments
 from .uncertainty_reranking import RiskCoverage, UncertaintyReranking, learn_reranking, risk_coverage
 
 
@@ -32,6 +33,7 @@ __all__ = [
     "chance_rsum",
     "folded_retrieval_metrics",
     "learn_reranking",
+    "match_moments",
     "measure_styles",
     "recall_at_k",
     "retrieval_metrics",

@@ -17,6 +17,7 @@ from ..processing_pico import PicoProcessor
 from ..scoring_pico import pair_scores
 from .evaluator import EncodedRetrieval, RetrievalEvaluator, gather_rows, own_rows, score_ready
 from .retrieval_metrics import RECALL_LEVELS, chance_rsum, retrieval_metrics
+from .style_alignment import match_moments
 from .style_probe import StyleProbe, probe_styles
 
 
@@ -41,6 +42,8 @@ class StyleRetrieval:
         chance_rsum (`float`): rSum of a random ranking of them.
         equal_rsum (`float`): Expected rSum with as few wrong answers as the smallest gallery has, see [`StyleReport`].
         gap (`float`, *optional*): Mean `equal_rsum` of the seen styles minus this one's, for a style not seen.
+        aligned_rsum (`float`, *optional*):
+            rSum after [`match_moments`] has moved the images to the features of the seen styles, for a style not seen.
         gallery_share (`float`): Share of the style in the gallery that mixes all styles.
         top_shares (`dict[str, float]`): Its share of the first place (`"1"`) and of the first ten (`"10"`) there.
         first_right_share (`float`, *optional*):
@@ -56,6 +59,7 @@ class StyleRetrieval:
     chance_rsum: float
     equal_rsum: float
     gap: float | None
+    aligned_rsum: float | None
     gallery_share: float
     top_shares: dict[str, float]
     first_right_share: float | None
@@ -151,10 +155,12 @@ class StyleReport:
                     for k in RECALL_LEVELS
                 ),
                 gap=None,
+                aligned_rsum=None,
                 gallery_share=100 * int(images.sum()) / len(images),
                 **mixed.of_style(code),
             )
         report._measure_gaps()
+        report._measure_alignment(model, encoded, image_styles, text_styles)
         return report
 
     def _measure_gaps(self) -> None:
@@ -169,6 +175,33 @@ class StyleReport:
                 "about that size, in which recall is high by chance alone. Leave it out for gaps that say more."
             )
 
+    def _measure_alignment(
+        self, model: PicoModel, encoded: EncodedRetrieval, image_styles: Tensor, text_styles: Tensor
+    ) -> None:
+        seen = [code for code, result in enumerate(self.styles.values()) if result.seen]
+        if not seen:
+            return
+        known = torch.isin(image_styles, torch.tensor(seen, device=image_styles.device))
+        reference = encoded.image_tokens[known], encoded.image_mask[known]
+        for code, result in enumerate(self.styles.values()):
+            if result.seen:
+                continue
+            images, texts = image_styles == code, text_styles == code
+            tokens, mask = encoded.image_tokens[images], encoded.image_mask[images]
+            aligned = EncodedRetrieval(
+                image_tokens=match_moments(tokens, mask, *reference).to(tokens.dtype),
+                image_mask=mask,
+                text_tokens=encoded.text_tokens[texts],
+                text_mask=encoded.text_mask[texts],
+                image_ids=encoded.image_ids[images],
+                text_ids=encoded.text_ids[texts],
+            )
+            one_style = torch.zeros_like(aligned.image_ids), torch.zeros_like(aligned.text_ids)
+            to_text, _ = _rank_texts(model, aligned, *one_style)
+            weights = torch.ones_like(aligned.text_ids, dtype=torch.float32)
+            to_image, _, _ = _rank_images(model, aligned, *one_style, weights, 1)
+            result.aligned_rsum = retrieval_metrics(to_text, to_image)["rsum"]
+
     def metrics(self) -> dict[str, float]:
         """The main numbers under flat names: `style_{name}_rsum`, `style_{name}_gap`, `style_gap` (the mean), ..."""
         metrics = {}
@@ -177,6 +210,8 @@ class StyleReport:
             metrics[f"style_{name}_chance_rsum"] = result.chance_rsum
             if result.gap is not None:
                 metrics[f"style_{name}_gap"] = result.gap
+            if result.aligned_rsum is not None:
+                metrics[f"style_{name}_aligned_rsum"] = result.aligned_rsum
         gaps = [result.gap for result in self.styles.values() if result.gap is not None]
         if gaps:
             metrics["style_gap"] = sum(gaps) / len(gaps)
@@ -202,11 +237,22 @@ class StyleReport:
                 f"{result.chance_rsum:.1f}",
                 f"{result.equal_rsum:.1f}",
                 _number(result.gap, "+.1f"),
+                _number(result.aligned_rsum),
             ]
             for name, result in self.styles.items()
         ]
         recalls = [f"{arrow} R@{k}" for arrow in ("i→t", "t→i") for k in RECALL_LEVELS]
-        headers = ["Style", "Seen", "Images", *recalls, "rSum", "Chance", "rSum, equal galleries", "Gap"]
+        headers = [
+            "Style",
+            "Seen",
+            "Images",
+            *recalls,
+            "rSum",
+            "Chance",
+            "rSum, equal galleries",
+            "Gap",
+            "rSum, aligned",
+        ]
         mixed = [
             [
                 _escape(name),
@@ -223,7 +269,8 @@ class StyleReport:
             "# Style report",
             "Recall in percent, each style's images against the captions of these images. Equal galleries leave each "
             f"caption {self.equal_wrong_images:,} wrong images and each image {self.equal_wrong_texts:,} wrong "
-            "captions; the gap is the mean of the seen styles there minus an unseen one.",
+            "captions; the gap is the mean of the seen styles there minus an unseen one. Aligned: the rSum after the "
+            "features of an unseen style's images have been given mean and spread of those of the seen styles.",
             _table(headers, by_style),
             "Share of each style in percent when captions are ranked against the images of all styles:",
             _table(mixed_headers, mixed),

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 import tiny
 
 import modeling_pico
-from modeling_pico import RetrievalEvaluator, StyleReport, measure_styles
+from modeling_pico import RetrievalEvaluator, StyleReport, match_moments, measure_styles
 from modeling_pico.data import CaptionedImageDataset, PicoDataCollator
 from modeling_pico.evaluation import EncodedRetrieval, style_report
 from modeling_pico.evaluation.style_probe import probe_accuracy
@@ -86,6 +86,32 @@ def test_by_hand():
     assert (ink.first_right_share, oil.first_right_share) == pytest.approx((75, 25))
     assert (ink.first_right_expected, oil.first_right_expected) == pytest.approx((50, 50))
     assert report.metrics()["style_oil_gap"] == report.metrics()["style_gap"] == pytest.approx(100)
+
+
+def test_alignment_undoes_what_a_style_does_to_all_features():
+    generator = torch.Generator().manual_seed(0)
+    meaning = torch.nn.functional.normalize(torch.randn(8, 1, 6, generator=generator), dim=-1)
+    # The unseen style draws the same meanings, with its own offset and scale on every feature.
+    unseen = torch.nn.functional.normalize(
+        meaning * torch.linspace(0.2, 2, 6) + torch.tensor([0, 0, 3.0, 0, 0, -2]), dim=-1
+    )
+    images, texts, mask = torch.cat([meaning, unseen]), meaning.repeat(2, 1, 1), torch.ones(16, 1, dtype=torch.bool)
+    ids = torch.arange(8).repeat(2)
+    encoded = EncodedRetrieval(images, mask, texts, mask, ids, ids)
+    styles, captions = ["ink"] * 8 + ["neon"] * 8, torch.ones(16, dtype=torch.int64)
+    report = StyleReport.from_encoded(model_of(), encoded, styles, captions, ["ink"])
+    ink, neon = report.styles["ink"], report.styles["neon"]
+    assert ink.aligned_rsum is None and ink.retrieval["rsum"] == 600
+    assert neon.aligned_rsum > neon.retrieval["rsum"] + 50
+    assert report.metrics()["style_neon_aligned_rsum"] == neon.aligned_rsum
+    assert "style_ink_aligned_rsum" not in report.metrics()
+    aligned = EncodedRetrieval(
+        match_moments(unseen, mask[:8], meaning, mask[:8]), mask[:8], texts[:8], mask[:8], ids[:8], ids[:8]
+    )
+    assert neon.aligned_rsum == RetrievalEvaluator().retrieval_metrics(model_of(), aligned)["rsum"]
+    # Where no style is known to be seen, there is nothing to align to.
+    report = StyleReport.from_encoded(model_of(), encoded, styles, captions)
+    assert report.styles["neon"].aligned_rsum is None and "aligned" not in " ".join(report.metrics())
 
 
 def test_captions_of_an_image_count_as_one_query():
@@ -258,7 +284,7 @@ def test_report_as_json_and_markdown(data):
     lines = report.to_markdown().splitlines()
     rows = [line for line in lines if line.startswith("|")]
     assert len(rows) == 2 * 4
-    assert {line.count("|") for line in rows[:4]} == {14} and {line.count("|") for line in rows[4:]} == {7}
+    assert {line.count("|") for line in rows[:4]} == {15} and {line.count("|") for line in rows[4:]} == {7}
     assert rows[2].startswith("| oil | yes | 16 |") and rows[2].endswith("| – |")
     assert f"| {report.styles['ink'].gap:+.1f} |" in rows[3]
     assert any(line.startswith("A linear probe reads the style in") for line in lines)

@@ -263,9 +263,18 @@ def test_trains_what_the_table_lacks_and_reports_it(study, setting, tmp_path, ca
     assert "must be one of 'pico'" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"unknown variants \['other'\].*\['broken', 'plain'\]"):
         study.main([*command, "--variants", "other"])
+    study.main([*command, "--variants", "plain", "--seeds", "0", "--aligned"])
+    study.main([*command, "--variants", "plain", "--seeds", "0", "--aligned"])
+    record, later, aligned = study.read_table(table)
+    assert set(aligned["aligned"]) == {"seen", "validation"}
+    assert {name: ends[-1:] for name, ends in record["rsum"].items()} == aligned["rsum"]
+    # What gives the moments stays where it is.
+    assert aligned["aligned"]["seen"] == aligned["rsum"]["seen"]
     study.main(["report", str(table), "--baseline", "plain"])
     ends = (record["rsum"]["seen"][-1], record["rsum"]["validation"][-1], later["rsum"]["train"][-1])
-    assert f"| plain | 1 | {' | '.join(f'{end:.1f}' for end in ends)} |" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"| plain | 1 | {' | '.join(f'{end:.1f}' for end in ends)} |" in text
+    assert f"| plain, aligned | 1 | {ends[0]:.1f} (+0.0) | " in text
 
 
 def test_bound_measures_gates_on_the_meanings_they_were_not_fitted_to(study, setting, tmp_path, capsys):
@@ -311,20 +320,6 @@ def test_a_gate_that_is_fitted_learns_and_is_then_used(study):
         bound.fit(gate, encoded, 10.0, 60, 16)
         _, weights = gate(images, mask, "image")
         assert weights[:, :8].mean() > weights[:, 8:].mean() + 0.1, kind
-
-
-def test_moments_of_columns_are_those_of_the_reference(study):
-    import bound
-
-    generator = torch.Generator().manual_seed(0)
-    reference = torch.nn.functional.normalize(torch.randn(6, 4, 8, generator=generator), dim=-1)
-    mask = torch.arange(4) < torch.tensor([4, 3, 2, 4, 1, 4])[:, None]
-    shifted = reference * torch.linspace(0.5, 3, 8) + torch.linspace(-1, 1, 8)
-    expected = reference * mask.unsqueeze(-1)
-    assert torch.allclose(bound.match_moments(shifted, mask, reference, mask), expected, atol=1e-6)
-    # Padding has no part in the moments.
-    shifted[~mask] = 100.0
-    assert torch.allclose(bound.match_moments(shifted, mask, reference, mask), expected, atol=1e-6)
 
 
 def test_share_of_a_feature_that_lies_between_meanings(study):
