@@ -46,7 +46,8 @@ class PicoTrainingArguments(TrainingArguments):
         prototype_interval (`float`, *optional*, defaults to 1.0):
             Epochs between updates. Statistics are collected over this long before each construction.
         reservoir_pairs (`int`, *optional*, defaults to 256):
-            Matched pairs whose columns are clustered: the last ones before a construction.
+            Matched pairs whose columns are clustered: the last ones before a construction. Among them meanings must
+            repeat for `probability_estimator="meaning_share"`, which wants some thousands.
         feedback (`str`, *optional*, defaults to `"counterfactual"`):
             Gain that weights an update: validation rSum with the new prototypes minus with the old, same network
             (`"counterfactual"`); rSum of this evaluation minus the one before (`"epoch_delta"`). Without validation:

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modeling_pico import match_moments
+from modeling_pico import RetrievalEvaluator, match_moments, pair_scores
+from modeling_pico.evaluation import EncodedRetrieval
 
 
 def some_images(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,6 +48,22 @@ def test_features_that_never_vary_take_the_mean_of_the_reference():
     torch.testing.assert_close(match_moments(tokens, mask, reference, mask), reference)
     # Of half precision the moments are taken in float32.
     assert match_moments(tokens.half(), mask, reference.half(), mask).dtype == torch.float32
+
+
+def test_aligned_pictures_are_scored_as_the_evaluation_scores_them(tiny_model, use_prototypes, batch):
+    model = use_prototypes(tiny_model()).eval()
+    pixels, words = batch["pixel_values"], {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        # As the README shows it.
+        gallery, known = model(pixel_values=pixels * 2 + 1), model(pixel_values=pixels)
+        tokens = match_moments(gallery.image_tokens, gallery.image_mask, known.image_tokens, known.image_mask)
+        embeds, _ = model.alignment_head.weight(tokens, gallery.image_mask, "image")
+        texts = model(**words)
+        scores = pair_scores(embeds, texts.text_embeds, gallery.image_mask, texts.text_mask)
+    ids = torch.arange(len(pixels))
+    encoded = EncodedRetrieval(tokens, gallery.image_mask, texts.text_tokens, texts.text_mask, ids, ids)
+    torch.testing.assert_close(scores, RetrievalEvaluator().score(model, encoded))
+    assert not torch.allclose(embeds, gallery.image_embeds)
 
 
 def test_what_has_no_moments_is_refused():
