@@ -111,7 +111,8 @@ class PicoConfig(PreTrainedConfig):
             paper's); *(ours)* that share corrected for the share over mismatched pairs (`"chance_corrected"`), with
             products counted by their size (`"magnitude"`), or over each patch with its most similar word and each
             word with its most similar patch alone (`"best_aligned"`); or, where meanings repeat, the share of
-            a column's variance over samples that lies between meanings (`"meaning_share"`, for each side its own).
+            a column's variance over samples that lies between meanings (`"meaning_share"`: each side its own, their
+            mean for `style_probability="global"`; needs thousands of `reservoir_pairs`).
         style_probability (`str`, *optional*, defaults to `"learned"`):
             How a column's style probability follows from the prototypes *(all ours)*: `"learned"` (see `comparator`),
             `"purity"` (soft assignment times the prototypes' style rates), `"nearest"` (Gaussian of the distance to

@@ -161,7 +161,8 @@ class StylePrototypes(nn.Module):
         stage, num_constructions (int64): stage, and how many constructions went into the prototypes.
         feedback_log_sum: log of the sum of `exp(gain / kappa)` over these constructions.
         matched_sum, mismatched_sum `(D,)`, matched_count, mismatched_count: statistics of pairs since the
-            last construction (`probability_estimator="best_aligned"` leaves those of mismatched pairs at 0).
+            last construction (`probability_estimator="best_aligned"` leaves those of mismatched pairs at 0, and
+            `"meaning_share"`, which reads columns alone, all of them).
     """
 
     visual_prototypes: torch.Tensor
@@ -330,10 +331,7 @@ class StylePrototypes(nn.Module):
             getattr(self, name).add_(value)
 
     def pseudo_probability(self) -> torch.Tensor:
-        """
-        Pseudo-semantic probability `(dim,)` of the statistics of pairs collected since the last construction; of
-        matched pairs also where the estimator reads none of them (`"meaning_share"`).
-        """
+        """Pseudo-semantic probability `(dim,)` of the statistics collected since the last construction."""
         return pseudo_semantic_probability(
             self.matched_sum / self.matched_count.clamp(min=1),
             self.mismatched_sum / self.mismatched_count.clamp(min=1),

@@ -106,7 +106,8 @@ def meaning_share(columns: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
     Where a meaning repeats, drawn and worded by several hands, what differs within it is style. With `n` samples of
     `m` meanings, the variance within is the sum of squares around the means of the meanings over `n - m`; the share is
-    one minus that variance over the variance of all samples, clipped at 0 (the intraclass correlation).
+    one minus that variance over the variance of all samples, clipped at 0 (the intraclass correlation). Every sample
+    counts as a drawing of its own: one that is there twice makes the share too large.
 
     Args:
         columns (`torch.Tensor` of shape `(samples, dim, length)`): Feature columns; squares are summed over `length`.
@@ -142,17 +143,16 @@ def pseudo_semantic_probability(
             `"matched"`: the matched rate (PICO). `"chance_corrected"`: `(p - p0) / (1 - p0)`, clipped at 0, the form
             of Cohen's kappa *(ours)*: a column of fixed sign agrees on any pair, which is bias and not meaning.
             `"magnitude"` and `"best_aligned"`: the matched rate, of which the shares were counted otherwise.
-            `"meaning_share"`: the matched rate, which that estimator does not use (see [`meaning_share`]).
+            (`"meaning_share"` has no rates of products: see [`meaning_share`].)
 
     Returns:
         `torch.Tensor` of shape `(dim,)`, values in [0, 1].
     """
     if estimator == "chance_corrected":
         return ((matched_rate - mismatched_rate) / (1 - mismatched_rate).clamp(min=MIN_PROBABILITY)).clamp(0, 1)
-    if estimator not in PROBABILITY_ESTIMATORS:
-        raise ValueError(
-            f"estimator must be one of {', '.join(map(repr, PROBABILITY_ESTIMATORS))}, but got {estimator!r}."
-        )
+    of_products = [name for name in PROBABILITY_ESTIMATORS if name != "meaning_share"]
+    if estimator not in of_products:
+        raise ValueError(f"estimator must be one of {', '.join(map(repr, of_products))}, but got {estimator!r}.")
     return matched_rate
 
 

@@ -34,6 +34,7 @@ from torch import nn
 from modeling_pico import RetrievalEvaluator, image_text_loss, match_moments, pair_scores
 from modeling_pico.evaluation.evaluator import EncodedRetrieval
 from modeling_pico.feature_columns_pico import column_weights, feature_columns
+from modeling_pico.pseudo_probability_pico import meaning_share
 
 
 GATES = ("constant", "linear")
@@ -91,16 +92,6 @@ def halves(encoded: EncodedRetrieval) -> list[EncodedRetrieval]:
     return [encoded.subset(rows.nonzero().squeeze(1)) for rows in (own, ~own)]
 
 
-def meaning_share(tokens: torch.Tensor, mask: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Share of the variance of each feature's mean over an image that lies between meanings, `(dim,)`, from 0.01."""
-    means = (tokens * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True)
-    _, row, count = ids.unique(return_inverse=True, return_counts=True)
-    of_meaning = torch.zeros(len(count), tokens.shape[-1]).index_add_(0, row, means) / count[:, None]
-    # A meaning drawn n times has n - 1 degrees of freedom.
-    within = (means - of_meaning[row]).square().sum(dim=0) / (count - 1).sum()
-    return (1 - within / means.var(dim=0)).clamp(min=0.01)
-
-
 def bounds(
     record: dict[str, Any], weights: Path, split: str, steps: int, cache: Path
 ) -> dict[str, tuple[float, float]]:
@@ -138,7 +129,10 @@ def bounds(
             gains.append((measured[own] - plain[own], measured[1 - own] - plain[1 - own]))
         found[kind] = tuple(sum(values) / 2 for values in zip(*gains, strict=True))
     trained = evaluator.encode(model, data.splits["train"].batches(256))
-    shares = column_weights(meaning_share(trained.image_tokens, trained.image_mask, trained.image_ids)[None])
+    means = (trained.image_tokens * trained.image_mask.unsqueeze(-1)).sum(dim=1) / trained.image_mask.sum(dim=1)[
+        :, None
+    ]
+    shares = column_weights(meaning_share(means.unsqueeze(-1), trained.image_ids).clamp(min=0.01)[None])
     for kind in WITHOUT_CAPTIONS:
         gain = 0.0
         for part, before in zip(parts, plain, strict=True):

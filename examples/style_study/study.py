@@ -130,6 +130,7 @@ def train(
                 model.train_uncertainty_only()
             start = time.perf_counter()
             trainer.train()
+            model.config.sharpness = sharpness  # what the kept weights are evaluated with, however short the training
             found["seconds"] = time.perf_counter() - start
             weights.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: value.contiguous() for name, value in model.state_dict().items()}, weights)
@@ -473,7 +474,7 @@ def main(arguments: list[str] | None = None) -> None:
     run.add_argument(
         "--aligned",
         action="store_true",
-        help="also evaluate with the images' features moved to the mean and spread of 'seen'",
+        help="also evaluate with the features of each split's images moved to the mean and spread of 'seen'",
     )
     run.add_argument("--dataset_name", help="overrides the setting's")
     run.add_argument(

@@ -29,7 +29,7 @@ def match_moments(tokens: Tensor, mask: Tensor, reference_tokens: Tensor, refere
         `torch.Tensor` of shape `(images, patches, dim)` in float32. Tokens keep their lengths; masked ones are zero.
 
     Raises:
-        `ValueError`: if either side has no real token, or they differ in the number of features.
+        `ValueError`: if either side has no real token, a mask does not fit, or the numbers of features differ.
 
     Example:
 
@@ -39,6 +39,9 @@ def match_moments(tokens: Tensor, mask: Tensor, reference_tokens: Tensor, refere
     >>> embeds, _ = model.alignment_head.weight(tokens, gallery.image_mask, "image")  # score-ready
     ```
     """
+    for values, valid in ((tokens, mask), (reference_tokens, reference_mask)):
+        if values.shape[:-1] != valid.shape:
+            raise ValueError(f"A mask must have the shape {tuple(values.shape[:-1])}, but has {tuple(valid.shape)}.")
     if tokens.shape[-1] != reference_tokens.shape[-1]:
         raise ValueError(
             f"Gallery and reference must have the same features, but have {tokens.shape[-1]} and "
@@ -53,7 +56,8 @@ def match_moments(tokens: Tensor, mask: Tensor, reference_tokens: Tensor, refere
     # A feature that never varies has only a mean.
     moved = (values - mean) * (reference_spread / spread.clamp(min=1e-6)) + reference_mean
     lengths = values.norm(dim=-1, keepdim=True)
-    return nn.functional.normalize(moved, dim=-1) * lengths * mask.unsqueeze(-1)
+    aligned = nn.functional.normalize(moved, dim=-1) * lengths
+    return aligned.masked_fill(~mask.unsqueeze(-1), 0.0)
 
 
 __all__ = ["match_moments"]

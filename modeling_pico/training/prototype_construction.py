@@ -12,9 +12,16 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
+from transformers.utils import logging
 
 from ..prototypes_pico import StylePrototypes, squared_distances
 from ..pseudo_probability_pico import meaning_share
+
+
+logger = logging.get_logger(__name__)
+
+# With fewer repetitions of meanings than this an estimate of their variance is mostly noise.
+FEW_REPEATS = 100
 
 
 @dataclass
@@ -173,26 +180,17 @@ def construct_prototypes(
         [`PrototypeState`]
 
     Raises:
-        ValueError: There are no columns, or no meaning repeats among them and the estimator compares such.
+        ValueError: There are no columns, or the first construction compares samples of one meaning and has none.
     """
     if len(visual_columns) == 0:
         raise ValueError("No columns were collected before the construction of prototypes; train for a step first.")
     sides = {"visual": visual_columns, "textual": textual_columns}
-    if prototypes.config.probability_estimator != "meaning_share":
-        semantic = dict.fromkeys(sides, prototypes.pseudo_probability())
-    elif ids is not None and len(ids.unique()) < len(ids):
-        semantic = {side: meaning_share(columns, ids) for side, columns in sides.items()}
-    else:
-        raise ValueError(
-            "probability_estimator='meaning_share' compares samples of one meaning, but no image id repeats among the "
-            f"{len(visual_columns)} pairs whose columns were collected. Raise `reservoir_pairs`, name the column that "
-            "identifies the meaning (id_column), or choose another estimator."
-        )
+    first = bool(prototypes.num_constructions == 0)
+    semantic = _semantic_probabilities(prototypes, sides, ids, first)
     state = {"pseudo_semantic_probability": torch.stack([*semantic.values()]).mean(dim=0)}
     for side, columns in sides.items():
         points = columns.reshape(-1, columns.shape[-1]).float()
         style = (1 - semantic[side]).expand(len(columns), -1).reshape(-1)
-        first = bool(prototypes.num_constructions == 0)
         if first:
             spread = points.std(dim=0, unbiased=False)
             # A coordinate that never varies says nothing; a unit of one keeps it harmless.
@@ -213,6 +211,29 @@ def construct_prototypes(
         nearest = squared_distances(points, centroids, scale).amin(dim=1).mean()
         state[f"{side}_temperature"] = nearest.clamp(min=1e-6)
     return PrototypeState(**state)
+
+
+def _semantic_probabilities(
+    prototypes: StylePrototypes, sides: dict[str, torch.Tensor], ids: torch.Tensor | None, first: bool
+) -> dict[str, torch.Tensor]:
+    """Pseudo-semantic probability `(dim,)` of the columns of each side."""
+    if prototypes.config.probability_estimator != "meaning_share":
+        return dict.fromkeys(sides, prototypes.pseudo_probability())
+    pairs = len(sides["visual"])
+    repeats = 0 if ids is None else pairs - len(ids.unique())
+    if repeats < FEW_REPEATS:
+        message = (
+            f"probability_estimator='meaning_share' compares samples of one meaning, but {repeats or 'no'} image ids "
+            f"repeat among the {pairs} pairs whose columns were collected"
+        )
+        remedy = "Raise `reservoir_pairs`, name the column that identifies the meaning (id_column), or choose another"
+        if not repeats and first:
+            raise ValueError(f"{message}. {remedy} estimator.")
+        logger.warning(f"{message}: {'the estimate in use stays' if not repeats else 'a noisy estimate'}. {remedy}.")
+    if not repeats:
+        return dict.fromkeys(sides, prototypes.pseudo_semantic_probability.clone())
+    assert ids is not None
+    return {side: meaning_share(columns, ids) for side, columns in sides.items()}
 
 
 def _cluster_means(

@@ -258,7 +258,9 @@ class PrototypeConstruction:
         device = self.prototypes.visual_prototypes.device
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         if "visual_columns" in tensors:
-            self._columns = [(tensors["visual_columns"], tensors["textual_columns"], tensors["ids"])]
+            images, texts = tensors["visual_columns"], tensors["textual_columns"]
+            # Files from before ids were kept: no estimator of that time reads them.
+            self._columns = [(images, texts, tensors.get("ids", torch.arange(len(images), device=device)))]
         pending = {name.removeprefix("pending."): tensors[name] for name in tensors if name.startswith("pending.")}
         if pending:
             self.pending = PrototypeState(**pending)

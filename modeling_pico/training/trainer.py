@@ -251,14 +251,30 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
                 f"feedback={self.args.feedback!r} weighs prototypes by validation retrieval and needs an "
                 "`eval_dataset`. Give one, or choose `feedback` from 'ema', 'uniform', 'latest'."
             )
-        ids = self.train_dataset.ids
-        if self._pico_model().config.probability_estimator == "meaning_share" and len(ids.unique()) == len(ids):
+        if self._pico_model().config.probability_estimator == "meaning_share":
+            self._check_repeated_meanings()
+        self._check_adapter("style prototypes", "alignment_head", self._pico_model().alignment_head)
+
+    def _check_repeated_meanings(self) -> None:
+        args, ids = self.args, self.train_dataset.ids
+        batch = self._train_batch_size * args.world_size
+        wrong = None
+        if len(ids.unique()) == len(ids):
+            wrong = (
+                f"the {len(ids)} training images all have ids of their own. Name the column of meanings (id_column)"
+            )
+        elif args.caption_sampling == "all":
+            wrong = "caption_sampling='all' shows an image with each of its captions. Choose 'random'"
+        elif args.reservoir_pairs <= batch:
+            wrong = (
+                f"columns are kept of reservoir_pairs={args.reservoir_pairs} pairs, and no batch of {batch} holds a "
+                "meaning twice. Keep more"
+            )
+        if wrong is not None:
             raise ValueError(
-                f"probability_estimator='meaning_share' compares images of one meaning, but the {len(ids)} training "
-                "images all have ids of their own. Name the column that identifies the meaning (id_column), or choose "
+                f"probability_estimator='meaning_share' compares images of one meaning, but {wrong}, or choose "
                 "another estimator."
             )
-        self._check_adapter("style prototypes", "alignment_head", self._pico_model().alignment_head)
 
     def _check_adapter(self, what: str, name: str, module: nn.Module | None) -> None:
         adapted = self.accelerator.unwrap_model(self.model) is not self._pico_model()
@@ -397,10 +413,11 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         # What a step that is left out saw must not reach the prototypes either.
         valid &= image_tokens.flatten(1).sum(dim=1).isfinite() & text_tokens.flatten(1).sum(dim=1).isfinite()
         prototypes = construction.prototypes
-        shares = prototypes.pair_shares(image_tokens, image_mask, text_tokens, text_mask)
         all_valid, all_ids = gather_rows(torch.stack([valid.to(ids), ids], dim=1)).unbind(dim=1)
         all_valid = all_valid.bool()
-        construction.collect_statistics(gather_rows(shares), all_valid, all_ids)
+        if prototypes.config.probability_estimator != "meaning_share":
+            shares = prototypes.pair_shares(image_tokens, image_mask, text_tokens, text_mask)
+            construction.collect_statistics(gather_rows(shares), all_valid, all_ids)
         # Not `len(ids)`: shorter last batches may differ between processes, which must decide alike.
         pairs_per_step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         if construction.needs_columns(step, pairs_per_step):

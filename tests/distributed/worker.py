@@ -229,6 +229,14 @@ def many(folder: Path) -> dict:
         "resumed": run(
             folder / "resumed", PURITY, checkpoint=str(folder / "infonce" / "checkpoint-2"), **EPOCHS, measure=False
         ),
+        "repeated": run(
+            folder / "repeated",
+            {**PURITY, "probability_estimator": "meaning_share"},
+            data=CountedDataset(rows(20, repeats=10)),
+            reservoir_pairs=16,
+            **EPOCHS,
+            measure=False,
+        ),
         "subset": run(folder / "subset", PURITY, feedback_images=4, **EPOCHS, measure=False),
         # 20 images and shorter batches at the end, which the processes share.
         "hinge": run(

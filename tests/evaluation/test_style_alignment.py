@@ -20,7 +20,7 @@ def test_a_shift_and_a_scale_of_features_are_undone():
     expected = tokens * shifted.norm(dim=-1, keepdim=True) * mask.unsqueeze(-1)
     torch.testing.assert_close(match_moments(shifted, mask, tokens, mask), expected)
     # Padding has no part in the moments.
-    shifted[~mask] = 100.0
+    shifted[~mask] = torch.nan
     tokens = tokens.masked_fill(~mask.unsqueeze(-1), -7.0)
     torch.testing.assert_close(match_moments(shifted, mask.int(), tokens, mask), expected)
 
@@ -70,6 +70,8 @@ def test_what_has_no_moments_is_refused():
     tokens, mask = some_images()
     with pytest.raises(ValueError, match="the same features, but have 8 and 5"):
         match_moments(tokens, mask, tokens[..., :5], mask)
+    with pytest.raises(ValueError, match=r"must have the shape \(6, 4\), but has \(6, 3\)"):
+        match_moments(tokens, mask, tokens, mask[:, :3])
     for masks in ((mask, torch.zeros_like(mask)), (torch.zeros_like(mask), mask)):
         with pytest.raises(ValueError, match="the gallery or the reference has none"):
             match_moments(tokens, masks[0], tokens, masks[1])

@@ -322,24 +322,6 @@ def test_a_gate_that_is_fitted_learns_and_is_then_used(study):
         assert weights[:, :8].mean() > weights[:, 8:].mean() + 0.1, kind
 
 
-def test_share_of_a_feature_that_lies_between_meanings(study):
-    import bound
-
-    # Two meanings, each drawn twice. Means over the real tokens of the first feature: 0, 0, 4, 4; of the second: 0, 2,
-    # 0, 2; of the third: 0, 2, 4, 6, with a variance of 2 within and of 20 / 3 in all.
-    tokens = torch.tensor(
-        [
-            [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]],
-            [[0.0, 2.0, 2.0], [9.0, 9.0, 9.0]],
-            [[3.0, 0.0, 4.0], [5.0, 0.0, 4.0]],
-            [[4.0, 1.0, 6.0], [4.0, 3.0, 6.0]],
-        ]
-    )
-    mask = torch.tensor([[True, True], [True, False], [True, True], [True, True]])
-    share = bound.meaning_share(tokens, mask, torch.tensor([7, 7, 3, 3]))
-    assert torch.allclose(share, torch.tensor([1.0, 0.01, 0.7]))
-
-
 def test_differences_are_paired_by_seed(study):
     def result(variant, seed, rsum):
         setting = {"dataset_name": "/somewhere/data", "epochs": 1}

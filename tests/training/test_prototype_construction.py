@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from modeling_pico.alignment_heads_pico import PicoHead
 from modeling_pico.prototypes_pico import StylePrototypes
-from modeling_pico.training import PrototypeState, construct_prototypes, feedback_weight, weighted_kmeans
+from modeling_pico.training import (
+    PrototypeState,
+    construct_prototypes,
+    feedback_weight,
+    prototype_construction,
+    weighted_kmeans,
+)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -236,8 +242,25 @@ def test_repeated_meanings_give_each_side_a_probability_of_its_own(make_prototyp
     assert state.visual_prototypes.tolist() == state.textual_prototypes.tolist() == [[1.0] * 4]
     assert state.visual_style_rate.tolist() == state.textual_style_rate.tolist() == [0.5]
     for wrong in (None, torch.arange(4)):
-        with pytest.raises(ValueError, match="no image id repeats among the 4 pairs .* Raise `reservoir_pairs`, name"):
+        with pytest.raises(ValueError, match="no image ids repeat among the 4 pairs .* Raise `reservoir_pairs`, name"):
             construct_prototypes(prototypes, visual, visual, wrong)
+
+
+def test_meanings_that_hardly_repeat_are_warned_of_and_end_no_training(make_prototypes, monkeypatch):
+    messages: list[str] = []
+    monkeypatch.setattr(prototype_construction.logger, "warning", messages.append)
+    prototypes = make_prototypes(num_style_prototypes=1, probability_estimator="meaning_share")
+    columns = torch.randn(4, 2, 4, generator=seeded())
+    construct_prototypes(prototypes, columns, columns, torch.tensor([0, 1, 2, 0]), generator=seeded())
+    assert "1 image ids repeat among the 4 pairs" in messages[0] and "a noisy estimate" in messages[0]
+    prototypes.num_constructions.fill_(1)
+    prototypes.pseudo_semantic_probability.copy_(torch.tensor([0.25, 0.75]))
+    state = construct_prototypes(prototypes, columns, columns, torch.arange(4))
+    assert state.pseudo_semantic_probability.tolist() == [0.25, 0.75]
+    assert "the estimate in use stays" in messages[1]
+    many = torch.randn(202, 2, 4, generator=seeded())
+    construct_prototypes(prototypes, many, many, torch.arange(202) // 2)
+    assert len(messages) == 2
 
 
 def test_style_rates_are_means_over_clusters_with_a_fallback_for_empty_ones(make_prototypes):

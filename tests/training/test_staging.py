@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from modeling_pico.alignment_heads_pico import PicoHead
 from modeling_pico.pseudo_probability_pico import sign_agreement
@@ -441,6 +442,18 @@ def test_a_fresh_construction_survives_disk(make, tmp_path):
     assert again.pending is None
     with pytest.raises(ValueError, match="No columns"):
         again.reservoir()
+
+
+def test_columns_saved_without_ids_are_resumed(make, tmp_path):
+    construction = make()
+    collect(construction)
+    construction.save(str(tmp_path))
+    file = tmp_path / staging.STATE_FILE
+    tensors = load_file(file)
+    save_file({name: tensor for name, tensor in tensors.items() if name != "ids"}, file)
+    images, texts, ids = resumed(make, construction, str(tmp_path)).reservoir()
+    assert torch.equal(images, tensors["visual_columns"]) and torch.equal(texts, tensors["textual_columns"])
+    assert len(ids.unique()) == len(ids) == len(images)
 
 
 def test_a_checkpoint_without_the_file_warns_and_starts_a_fresh_collection(make, tmp_path, monkeypatch):

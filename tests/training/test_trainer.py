@@ -224,8 +224,15 @@ def test_repeated_meanings_estimate_what_is_semantic(tmp_path):
     assert len(prototype_log(made)) == 2
     probability = made.model.style_prototypes.pseudo_semantic_probability
     assert 0 <= probability.min() < probability.max() <= 1
-    with pytest.raises(ValueError, match="the 12 training images all have ids of their own. Name the column"):
-        trainer(tmp_path / "unique", data=CountedDataset(rows(12)), model_options=options).train()
+    assert not made.model.style_prototypes.matched_count  # it reads no products
+    wrong = {
+        "the 12 training images all have ids of their own. Name the column": {"data": CountedDataset(rows(12))},
+        "caption_sampling='all' shows an image with each of its captions": {"caption_sampling": "all"},
+        "kept of reservoir_pairs=6 pairs, and no batch of 6 holds a meaning twice": {"reservoir_pairs": 6},
+    }
+    for words, change in wrong.items():
+        with pytest.raises(ValueError, match=words):
+            trainer(tmp_path / "wrong", model_options=options, **change).train()
 
 
 def test_the_first_of_several_validation_sets_gives_the_feedback(tmp_path):
