@@ -129,10 +129,8 @@ def bounds(
             gains.append((measured[own] - plain[own], measured[1 - own] - plain[1 - own]))
         found[kind] = tuple(sum(values) / 2 for values in zip(*gains, strict=True))
     trained = evaluator.encode(model, data.splits["train"].batches(256))
-    means = (trained.image_tokens * trained.image_mask.unsqueeze(-1)).sum(dim=1) / trained.image_mask.sum(dim=1)[
-        :, None
-    ]
-    shares = column_weights(meaning_share(means.unsqueeze(-1), trained.image_ids).clamp(min=0.01)[None])
+    means = feature_columns(trained.image_tokens, trained.image_mask)[..., :1]
+    shares = column_weights(meaning_share(means, trained.image_ids).clamp(min=0.01)[None])
     for kind in WITHOUT_CAPTIONS:
         gain = 0.0
         for part, before in zip(parts, plain, strict=True):

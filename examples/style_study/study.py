@@ -76,7 +76,7 @@ def train(
     from transformers import TrainerCallback, set_seed
 
     from modeling_pico import PicoTrainer, PicoTrainingArguments, RetrievalEvaluator, match_moments
-    from modeling_pico.evaluation import UncertaintyReranking
+    from modeling_pico.evaluation import EncodedRetrieval, UncertaintyReranking
 
     torch.set_num_threads(1)
     # Feedback comes from `validation`, whatever is reported.
@@ -84,12 +84,16 @@ def train(
     set_seed(seed)
     model = build_model(setting, options, data, cache)
     evaluator, history = RetrievalEvaluator(), defaultdict(list)
+    encoded: dict[str, EncodedRetrieval] = {}  # of the last evaluation
+
+    def encode(name: str) -> EncodedRetrieval:
+        return evaluator.encode(model, data.splits[name].batches(256))
 
     def evaluate() -> dict[str, dict[str, float]]:
         metrics = {}
         for name in splits:
-            encoded = evaluator.encode(model, data.splits[name].batches(256))
-            metrics[name] = evaluator.metrics(model, encoded)
+            encoded[name] = encode(name)
+            metrics[name] = evaluator.metrics(model, encoded[name])
             history[name].append(metrics[name]["rsum"])
         model.train()
         return metrics
@@ -99,11 +103,13 @@ def train(
             if round(state.epoch) == args.num_train_epochs // 2:
                 evaluate()
 
-    sharpness = model.config.sharpness
+    sharpness, ramp = model.config.sharpness, options.get("weight_ramp")
+    if ramp is not None and not ramp > 0:
+        raise ValueError(f"`weight_ramp` must be a number of epochs greater than 0, but got {ramp!r}.")
 
     class RampWeights(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            share = (state.epoch - args.prototype_start) / options["weight_ramp"]
+            share = (state.epoch - args.prototype_start) / ramp
             # A power of zero is no sharpness; this one gives weights of one to three digits and more.
             model.config.sharpness = sharpness * min(max(share, 1e-3), 1.0)
 
@@ -117,7 +123,7 @@ def train(
             data_collator=lambda batch: batch,
             # Scores do not change while uncertainty alone is trained.
             callbacks=([EvaluateHalfWay()] if base_weights is None else [])
-            + ([RampWeights()] if options.get("weight_ramp") else []),
+            + ([RampWeights()] if ramp is not None else []),
         )
         found: dict[str, Any] = {}
         if weights.exists():
@@ -151,12 +157,12 @@ def train(
             for name, of in metrics.items()
         }
     if aligned:
-        known = evaluator.encode(model, data.splits["seen"].batches(256))
+        known = encoded["seen"] if "seen" in encoded else encode("seen")
         found["aligned"] = {}
         for name in splits:
-            encoded = evaluator.encode(model, data.splits[name].batches(256))
-            tokens = match_moments(encoded.image_tokens, encoded.image_mask, known.image_tokens, known.image_mask)
-            moved = replace(encoded, image_tokens=tokens)
+            images, mask = encoded[name].image_tokens, encoded[name].image_mask
+            tokens = match_moments(images, mask, known.image_tokens, known.image_mask)
+            moved = replace(encoded[name], image_tokens=tokens)
             found["aligned"][name] = [evaluator.retrieval_metrics(model, moved)["rsum"]]
     return {**found, "rsum": dict(history)}
 
@@ -398,8 +404,8 @@ def _runs(records: list[dict[str, Any]]) -> Runs:
         # Scores of a model to which uncertainty was added are those of the model it was added to.
         plain = record.get("options", {}).get("base", record["variant"])
         name = record["variant"]
-        rows = {plain: record["rsum"], f"{name}, re-ranked": record.get("reranked")}
-        for row, rsum in {**rows, f"{name}, aligned": record.get("aligned")}.items():
+        again = {f"{name}, re-ranked": record.get("reranked"), f"{name}, aligned": record.get("aligned")}
+        for row, rsum in {plain: record["rsum"], **again}.items():
             if rsum:
                 known = runs[row].setdefault(record["seed"], {})
                 for split, values in rsum.items():

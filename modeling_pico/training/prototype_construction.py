@@ -221,18 +221,18 @@ def _semantic_probabilities(
         return dict.fromkeys(sides, prototypes.pseudo_probability())
     pairs = len(sides["visual"])
     repeats = 0 if ids is None else pairs - len(ids.unique())
-    if repeats < FEW_REPEATS:
-        message = (
-            f"probability_estimator='meaning_share' compares samples of one meaning, but {repeats or 'no'} image ids "
-            f"repeat among the {pairs} pairs whose columns were collected"
-        )
-        remedy = "Raise `reservoir_pairs`, name the column that identifies the meaning (id_column), or choose another"
-        if not repeats and first:
-            raise ValueError(f"{message}. {remedy} estimator.")
-        logger.warning(f"{message}: {'the estimate in use stays' if not repeats else 'a noisy estimate'}. {remedy}.")
-    if not repeats:
+    found = (
+        f"probability_estimator='meaning_share' compares samples of one meaning, but {repeats or 'no'} image ids "
+        f"repeat among the {pairs} pairs whose columns were collected"
+    )
+    remedy = "Raise `reservoir_pairs`, name the column of meanings (id_column), or choose another estimator."
+    if ids is None or not repeats:
+        if first:
+            raise ValueError(f"{found}. {remedy}")
+        logger.warning(f"{found}: the estimate in use stays. {remedy}")
         return dict.fromkeys(sides, prototypes.pseudo_semantic_probability.clone())
-    assert ids is not None
+    if repeats < FEW_REPEATS:
+        logger.warning(f"{found}: a noisy estimate. {remedy}")
     return {side: meaning_share(columns, ids) for side, columns in sides.items()}
 
 

@@ -100,6 +100,10 @@ def test_weights_come_in_over_the_epochs_of_their_ramp(study, setting, tmp_path,
     sharpness = list(dict.fromkeys(powers))
     assert sharpness == pytest.approx([2e-3, *(2 * step / 6 for step in range(1, 7))])
     assert powers[-1] == 2.0
+    for wrong in (0, -1.0):
+        options["weight_ramp"] = wrong
+        with pytest.raises(ValueError, match=f"number of epochs greater than 0, but got {wrong}"):
+            study.train(setting, options, 3, ["validation"], tmp_path, tmp_path / "new.safetensors")
 
 
 def test_every_variant_is_a_model_of_its_method(study, setting, tmp_path):
