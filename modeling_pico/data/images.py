@@ -315,12 +315,14 @@ def _check_batch(batch: dict[str, list[Any]]) -> dict[str, list[str]]:
     return {"problem": [_find_problem(value) for value in batch["image"]]}
 
 
-def _file_state(path: str | None) -> tuple[int, int]:
+def file_state(path: str | None) -> tuple[int, int, int]:
+    """Size and times of a file, which change whenever another file takes its place; -1 for one that is not there."""
     try:
         state = os.stat(path) if path else None
     except (OSError, ValueError):  # the latter for a name that holds a zero byte
         state = None
-    return (state.st_size, state.st_mtime_ns) if state else (-1, -1)
+    # The time of the last change of state as well: a file that is moved or copied here may keep its time.
+    return (state.st_size, state.st_mtime_ns, state.st_ctime_ns) if state else (-1, -1, -1)
 
 
 def _find_problems(dataset: datasets.Dataset, num_proc: int | None) -> list[str]:
@@ -329,7 +331,7 @@ def _find_problems(dataset: datasets.Dataset, num_proc: int | None) -> list[str]
     images = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
     # Bytes are part of the data's fingerprint; files are not, and may be replaced without the data set noticing.
     paths = [path for chunk in iter_encoded(images) for path in chunk.field("path").to_pylist()]
-    fingerprint = Hasher.hash((CHECK_VERSION, dataset._fingerprint, [_file_state(path) for path in paths]))
+    fingerprint = Hasher.hash((CHECK_VERSION, dataset._fingerprint, [file_state(path) for path in paths]))
     cache_file = None
     if datasets.is_caching_enabled():
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "pico_checked_images"
