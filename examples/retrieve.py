@@ -113,9 +113,7 @@ def search(
     tokens = processor.tokenizer([query], truncation=True, return_tensors="pt").to(model.device)
     text = model.get_text_features(**tokens)
     images = [embeds.float() for embeds in gallery.values()]
-    found = processor.retrieve(
-        text.embeds, images, text.mask, k=k, batch_size=1024, negative_slope=model.config.negative_slope
-    )
+    found = processor.retrieve(text.embeds, images, text.mask, k=k, batch_size=1024)
     names = list(gallery)
     scores, indices = (tensor[0].tolist() for tensor in found)
     return [(names[index], score) for score, index in zip(scores, indices, strict=True)]

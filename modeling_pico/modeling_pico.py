@@ -438,13 +438,7 @@ class PicoModel(PicoPreTrainedModel):
         auxiliary_loss = torch.stack([*auxiliary.values()]).sum() if auxiliary else None
         loss = logits = None
         if return_logits or return_loss:
-            scores = pair_scores(
-                image["embeds"],
-                text["embeds"],
-                image["mask"],
-                text["mask"],
-                negative_slope=self.config.negative_slope,
-            )
+            scores = pair_scores(image["embeds"], text["embeds"], image["mask"], text["mask"])
             logits = scores * logit_scale if return_logits else None
             if return_loss:
                 loss = image_text_loss(

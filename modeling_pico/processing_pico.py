@@ -58,7 +58,6 @@ class PicoProcessor(ProcessorMixin):
         image_mask: torch.Tensor | None = None,
         text_mask: torch.Tensor | None = None,
         *,
-        negative_slope: float = 1.0,
         output_device: str | torch.device = "cpu",
     ) -> torch.Tensor:
         r"""
@@ -73,7 +72,6 @@ class PicoProcessor(ProcessorMixin):
             image_mask (`torch.Tensor` of shape `(images, patches)`, *optional*):
                 True at tokens that take part; all by default. Not used with a list.
             text_mask (`torch.Tensor` of shape `(texts, words)`, *optional*): Likewise for texts.
-            negative_slope (`float`, *optional*, defaults to 1.0): The model's `config.negative_slope`.
             output_device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Device of the result.
 
         Returns:
@@ -81,7 +79,7 @@ class PicoProcessor(ProcessorMixin):
         """
         image_embeds, image_mask = _padded(image_embeds, image_mask)
         text_embeds, text_mask = _padded(text_embeds, text_mask)
-        scores = pair_scores(image_embeds, text_embeds, image_mask, text_mask, negative_slope=negative_slope)
+        scores = pair_scores(image_embeds, text_embeds, image_mask, text_mask)
         return scores.to(output_device)
 
     @torch.no_grad()
@@ -94,7 +92,6 @@ class PicoProcessor(ProcessorMixin):
         *,
         k: int = 10,
         batch_size: int = 256,
-        negative_slope: float = 1.0,
         output_device: str | torch.device = "cpu",
     ) -> tuple[torch.Tensor, torch.Tensor]:
         r"""
@@ -112,7 +109,6 @@ class PicoProcessor(ProcessorMixin):
             gallery_mask (`torch.Tensor` of shape `(items, tokens)`, *optional*): Likewise for the gallery.
             k (`int`, *optional*, defaults to 10): Matches of each query; a smaller gallery is returned whole.
             batch_size (`int`, *optional*, defaults to 256): Queries and items scored at a time.
-            negative_slope (`float`, *optional*, defaults to 1.0): The model's `config.negative_slope`.
             output_device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Device of the result.
 
         Returns:
@@ -132,7 +128,7 @@ class PicoProcessor(ProcessorMixin):
         for start, query, mask in _batches(query_embeds, query_mask, batch_size):
             gallery = _batches(gallery_embeds, gallery_mask, batch_size)
             rows = slice(start, start + len(query))
-            scores[rows], indices[rows] = _best_of_gallery(query, mask, gallery, k, negative_slope)
+            scores[rows], indices[rows] = _best_of_gallery(query, mask, gallery, k)
         return scores, indices
 
 
@@ -183,13 +179,13 @@ def _batches(embeds: torch.Tensor | list[torch.Tensor], mask: torch.Tensor | Non
 
 
 def _best_of_gallery(
-    query: torch.Tensor, query_mask: torch.Tensor | None, gallery: _Batches, k: int, negative_slope: float
+    query: torch.Tensor, query_mask: torch.Tensor | None, gallery: _Batches, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     scores = torch.empty(len(query), 0, device=query.device)
     indices = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
     for start, items, mask in gallery:
         items, mask = items.to(query.device), None if mask is None else mask.to(query.device)
-        new_scores = _symmetric_scores(query, items, query_mask, mask, negative_slope)
+        new_scores = _symmetric_scores(query, items, query_mask, mask)
         new_indices = torch.arange(start, start + len(items), device=query.device).expand_as(new_scores)
         # The sort is stable and what was found earlier stands first, so that of equal scores the lower index wins.
         scores, order = torch.cat([scores, new_scores], dim=1).sort(dim=1, descending=True, stable=True)
@@ -203,12 +199,11 @@ def _symmetric_scores(
     items: torch.Tensor,
     query_mask: torch.Tensor | None,
     item_mask: torch.Tensor | None,
-    negative_slope: float,
 ) -> torch.Tensor:
     # The score is symmetric; it is computed faster with the longer samples in the place of images.
     if query.shape[1] < items.shape[1]:
-        return pair_scores(items, query, item_mask, query_mask, negative_slope=negative_slope).T
-    return pair_scores(query, items, query_mask, item_mask, negative_slope=negative_slope)
+        return pair_scores(items, query, item_mask, query_mask).T
+    return pair_scores(query, items, query_mask, item_mask)
 
 
 def _padded(

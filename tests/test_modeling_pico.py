@@ -267,7 +267,7 @@ def test_pooled_heads(tiny_model, batch):
 
 @pytest.mark.parametrize("head", ALIGNMENT_HEADS)
 def test_features_agree_with_forward_and_give_its_scores(tiny_model, use_prototypes, head, batch):
-    model = tiny_model(alignment_head=head, negative_slope=0.1)
+    model = tiny_model(alignment_head=head)
     if head == "pico":
         use_prototypes(model)
     with torch.no_grad():
@@ -281,7 +281,7 @@ def test_features_agree_with_forward_and_give_its_scores(tiny_model, use_prototy
     for features in (image, text):
         torch.testing.assert_close(features.pooler_output.norm(dim=-1), torch.ones(3))
         assert (features.semantic_probability is not None) == (head == "pico")
-    scores = pair_scores(image.embeds, text.embeds, image.mask, text.mask, negative_slope=0.1)
+    scores = pair_scores(image.embeds, text.embeds, image.mask, text.mask)
     torch.testing.assert_close(outputs.logits_per_image, scores * outputs.logit_scale)
     assert torch.equal(outputs.logits_per_text, outputs.logits_per_image.T)
     assert outputs.logit_scale.item() == pytest.approx(14.285, rel=1e-3)

@@ -209,7 +209,6 @@ def test_a_data_set_with_a_script_runs_nothing(tmp_path):
         (None, "num_style_prototypes", -1, "`num_style_prototypes` must be at least 1, but got -1"),
         (None, "num_style_prototypes", "many", "'num_style_prototypes' expected int, got str"),
         (None, "sharpness", float("nan"), "`sharpness` must be greater than 0.0, but got nan"),
-        (None, "negative_slope", float("inf"), "`negative_slope` must be at most"),
         (None, "logit_scale_init_value", float("nan"), "`logit_scale_init_value` must be a number, but got nan"),
         (None, "uncertainty_reranking", {"floor": float("nan")}, r"reranking\['floor'\]` must be a finite .* got nan"),
         (None, "uncertainty_reranking", {"text_center": "x"}, r"`uncertainty_reranking\['text_center'\]` .* got 'x'"),

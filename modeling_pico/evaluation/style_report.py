@@ -433,14 +433,13 @@ def _rank_images(
 
 def _scores(model: PicoModel, encoded: EncodedRetrieval, images: Tensor, texts: Tensor) -> Tensor:
     """Scores `(images, texts)` of some rows of both sides."""
-    slope = model.config.negative_slope
     rows = []
     for some_images in images.split(_IMAGE_CHUNK):
         image_embeds, image_mask = score_ready(model, encoded, "image", some_images)
         tiles = []
         for some_texts in texts.split(_TEXT_CHUNK):
             text_embeds, text_mask = score_ready(model, encoded, "text", some_texts)
-            tiles.append(pair_scores(image_embeds, text_embeds, image_mask, text_mask, negative_slope=slope))
+            tiles.append(pair_scores(image_embeds, text_embeds, image_mask, text_mask))
         rows.append(torch.cat(tiles, dim=1))
     scores = torch.cat(rows)
     if not torch.isfinite(scores).all():

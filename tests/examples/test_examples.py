@@ -72,7 +72,7 @@ def retrieve():
 @pytest.fixture
 def search(retrieve, tiny_model, use_prototypes, tiny_processor, tmp_path):
     """Runs the example on a folder of five pictures, one of them broken."""
-    use_prototypes(tiny_model(negative_slope=0.1)).save_pretrained(tmp_path / "model")
+    use_prototypes(tiny_model()).save_pretrained(tmp_path / "model")
     tiny_processor.save_pretrained(tmp_path / "model")
     folder = tmp_path / "pictures"
     (folder / "more").mkdir(parents=True)
