@@ -155,10 +155,11 @@ def test_retrieve_equals_sorting_all_scores_in_both_directions(tiny_processor, k
     images = torch.randint(-1, 2, (23, 4, 3), generator=generator).float()
     texts = torch.randint(-1, 2, (9, 2, 3), generator=generator).float()
     image_mask = torch.arange(4) < torch.tensor([0, 1, 2, 4])[torch.randint(4, (23, 1), generator=generator)]
+    text_mask = torch.ones(9, 2, dtype=torch.bool)
     matrix = pair_scores(images, texts, image_mask)
     for query, gallery, masks, expected in (
-        (texts, images, {"gallery_mask": image_mask}, matrix.T),
-        (images, texts, {"query_mask": image_mask}, matrix),
+        (texts, images, {"query_mask": text_mask, "gallery_mask": image_mask}, matrix.T),
+        (images, texts, {"query_mask": image_mask, "gallery_mask": text_mask}, matrix),
     ):
         best, order = expected.sort(dim=1, descending=True, stable=True)
         assert any(len(row.unique()) < len(row) for row in best[:, :k]) or k == 1

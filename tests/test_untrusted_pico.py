@@ -13,10 +13,10 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoProcessor, CLIPVisionConfig
+from transformers import AutoModel, AutoProcessor
 
 from modeling_pico import CddsConfig, PicoConfig, PicoModel, PicoProcessor
-from modeling_pico.backbones_pico import load_backbone, max_text_length
+from modeling_pico.backbones_pico import load_backbone
 from modeling_pico.checkpoint_pico import check_prototypes, check_tensors
 from modeling_pico.data import load_captioned_images
 from modeling_pico.training import PicoTrainer, PicoTrainingArguments
@@ -264,13 +264,6 @@ def test_a_configuration_that_is_no_object(folder):
         (folder / "config.json").write_text(text)
         with pytest.raises(error, match=message):
             PicoModel.from_pretrained(folder)
-
-
-def test_texts_have_no_more_tokens_than_the_tower_has_positions(tiny_text_config):
-    assert max_text_length(tiny_text_config("bert")) == 32
-    config = tiny_text_config("roberta")
-    assert max_text_length(config) == 34 - config.pad_token_id - 1
-    assert max_text_length(CLIPVisionConfig()) is None
 
 
 def test_image_sizes_that_would_exhaust_memory(folder):

@@ -287,7 +287,6 @@ def measure_styles(
     seen_styles: Sequence[str] | None = None,
     *,
     batch_size: int = 64,
-    max_length: int | None = None,
 ) -> StyleReport:
     r"""
     Encodes a set that shows several styles and measures how retrieval depends on them.
@@ -299,7 +298,6 @@ def measure_styles(
         seen_styles (`Sequence[str]`, *optional*):
             Those of the styles that training has shown. Without it there are no gaps.
         batch_size (`int`, *optional*, defaults to 64): Images encoded at a time.
-        max_length (`int`, *optional*): Longer captions are cut to this number of tokens, see [`PicoDataCollator`].
 
     Returns:
         [`StyleReport`]
@@ -320,7 +318,7 @@ def measure_styles(
         dataset,
         sampler=own_rows(len(dataset)),
         batch_size=batch_size,
-        collate_fn=PicoDataCollator(processor, max_length),
+        collate_fn=PicoDataCollator(processor),
         generator=torch.Generator(),  # else the loader draws from the global one
     )
     encoded = RetrievalEvaluator().encode(model, loader)

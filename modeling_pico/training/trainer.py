@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import BestRun, TrainOutput
 from transformers.utils import logging
 
+from ..backbones_pico import limit_text_length
 from ..data import CaptionedImageDataset, PicoDataCollator, UniqueIdBatchSampler
 from ..evaluation.evaluator import RetrievalEvaluator, gather_rows, own_rows
 from ..loss_pico import image_text_loss
@@ -99,6 +100,8 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if processing_class is not None:
+            limit_text_length(processing_class.tokenizer, self._pico_model().text_model)
         self.evaluator = RetrievalEvaluator(args.eval_num_folds, loss_batch_size=args.per_device_eval_batch_size)
         self.add_callback(LogitScaleCallback)
         self._finite_loss = FiniteLossCallback(args.non_finite_loss, self.train_dataset, self.log)

@@ -128,7 +128,7 @@ def test_bad_files_are_named(bad_files):
 def test_bad_values_are_named():
     with pytest.raises(BadImageError, match="an empty image entry"):
         decode_image({"path": None, "bytes": None})
-    with pytest.raises(BadImageError, match="7 bytes in the data set is not an image"):
+    with pytest.raises(BadImageError, match="7 bytes is not an image"):
         decode_bytes(b"nothing")
     with pytest.raises(BadImageError, match="object of type NoneType"):
         decode_image(None)
