@@ -58,7 +58,8 @@ class PicoModel(PicoPreTrainedModel):
 
     >>> model = PicoModel.from_pretrained("path/to/checkpoint").eval()
     >>> processor = PicoProcessor.from_pretrained("path/to/checkpoint")
-    >>> inputs = processor(images=images, text=["a red circle", "a blue star"], return_tensors="pt", padding=True)
+    >>> texts = ["a red circle", "a blue star"]
+    >>> inputs = processor(images=["a.png", "b.png"], text=texts, return_tensors="pt", padding=True)
     >>> scores = model(**inputs).logits_per_image  # (images, texts)
     ```
     """
