@@ -5,6 +5,7 @@ from .dataset import CaptionedImageDataset, RandomCropFlip, SampleKey
 from .images import BadImageError, check_images, decode_image
 from .sampler import UniqueIdBatchSampler
 from .sources import load_captioned_images
+from .splits import check_distinct
 from .styled_shapes import styled_shapes
 
 
@@ -15,6 +16,7 @@ __all__ = [
     "RandomCropFlip",
     "SampleKey",
     "UniqueIdBatchSampler",
+    "check_distinct",
     "check_images",
     "count_truncated",
     "decode_image",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,6 +34,12 @@ PIL would take what is left of a damaged file.
 # A smallest side of 224 pixels, which many image processors make, would turn a line of pixels into gigabytes.
 MAX_ASPECT_RATIO = 200
 
+MAX_DECODED_PIXELS = 2**22
+"""
+Larger images are reduced to this number of pixels (2,048 x 2,048), so that a batch holds at most so many times its
+number of images, whatever their sizes. Image processors go on from there to a few hundred pixels a side.
+"""
+
 # Share of the rows that may be left out without an error.
 MAX_SKIPPED = 0.5
 
@@ -57,7 +65,8 @@ def decode_image(value: Mapping[str, Any] | str | os.PathLike | Image.Image | np
 
     EXIF orientation is applied, transparency is laid on white, 16-bit channels are scaled (not clipped) to 8 bits, and
     of an animation (GIF, WebP, APNG) or a file of several pages the first image is taken. What a file holds decides
-    and not its name; the formats are those of [`FORMATS`]. Colour profiles are not applied.
+    and not its name; the formats are those of [`FORMATS`]. Colour profiles are not applied. An image of more than
+    [`MAX_DECODED_PIXELS`] pixels is reduced to that number by averaging.
 
     Refused are images of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels (set that higher for larger ones), images of
     which one side is more than 200 times the other, and numbers without a known white (32-bit integers beyond 16
@@ -80,7 +89,7 @@ def decode_image(value: Mapping[str, Any] | str | os.PathLike | Image.Image | np
         _check_size(value, describe_image(value))
         return _to_rgb(value, describe_image(value))
     with _open(value) as image:
-        return _to_rgb(image, describe_image(value))
+        return _to_rgb(image, describe_image(value), is_own=True)
 
 
 def check_images(
@@ -174,6 +183,24 @@ def iter_encoded(images: datasets.Dataset) -> Iterator[pa.StructArray]:
         yield from batch["image"].chunks
 
 
+def image_keys(images: datasets.Dataset, read_files: bool = False) -> Iterator[tuple[str, Any]]:
+    """
+    What makes two images of the not decoded column `image` the same: their bytes if they are in the data, else their
+    path, or with `read_files` the bytes of the file.
+    """
+    row = 0
+    for chunk in iter_encoded(images):
+        for content, path in zip(chunk.field("bytes"), chunk.field("path").to_pylist(), strict=True):
+            if content.is_valid:
+                yield "bytes", hashlib.blake2b(content.as_buffer(), digest_size=16).digest()
+            elif read_files and path is not None and os.path.isfile(path):
+                yield "bytes", hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
+            else:
+                # Rows without any image are never the same: each is reported as a bad image of its own.
+                yield ("path", path) if path is not None else ("row", row)
+            row += 1
+
+
 @functools.cache
 def _readable_formats() -> list[str]:
     Image.init()
@@ -228,15 +255,30 @@ def _check_size(image: Image.Image, source: str) -> None:
         )
 
 
-def _to_rgb(image: Image.Image, source: str) -> Image.Image:
+def _to_rgb(image: Image.Image, source: str, is_own: bool = False) -> Image.Image:
+    """`is_own`: nobody else sees the image, so that it may be decoded at another size."""
+    size = _bounded_size(image)
     try:
+        if is_own and size != image.size:
+            # A large JPEG becomes a half, a quarter or an eighth as large while it is decoded, never below `size`.
+            image.draft(None, size)
         image.load()
     except Exception as error:
         raise BadImageError(f"The image {source} is truncated or damaged: {error}") from error
     try:
-        return _convert(_upright(image))
+        upright = _upright(image)
+        return _convert(upright, size if upright.size == image.size else size[::-1])
     except Exception as error:
         raise BadImageError(f"The image {source} cannot be converted to RGB: {error}") from error
+
+
+def _bounded_size(image: Image.Image) -> tuple[int, int]:
+    share = math.sqrt(MAX_DECODED_PIXELS / (image.width * image.height))
+    return image.size if share >= 1 else (max(1, int(image.width * share)), max(1, int(image.height * share)))
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else image.resize(size, Image.Resampling.BOX)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -251,15 +293,15 @@ def _upright(image: Image.Image) -> Image.Image:
     return turned
 
 
-def _convert(image: Image.Image) -> Image.Image:
+def _convert(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_levels(image)
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        image = image.convert("RGBA")
+        image = _resized(image if image.mode == "RGBA" else image.convert("RGBA"), size)
         canvas = Image.new("RGBA", image.size, "white")
         canvas.alpha_composite(image)
         image = canvas
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return _resized(image if image.mode == "RGB" else image.convert("RGB"), size)
 
 
 def _to_levels(image: Image.Image) -> Image.Image:
