@@ -582,6 +582,35 @@ def test_bad_value_stops_before_training(data, tmp_path, options, words):
     assert not list(tmp_path.glob("**/*.safetensors"))
 
 
+def test_no_row_is_training_and_test_data(finished, data, tmp_path):
+    rows = datasets.load_from_disk(data)["train"]
+    path = str(tmp_path / "rows.parquet")
+    rows.to_parquet(path)
+    for options in ({"do_eval": True}, {"do_eval": None, "do_predict": True}):
+        with pytest.raises(ValueError, match=r"rows.parquet' has no split '(validation|test)'; it has \['train'\]"):
+            train(tmp_path / "run", path, **options)
+    folder = tmp_path / "twice"
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(folder)
+    # Not the same number of rows: every one of them is nevertheless one of training.
+    options = {"do_predict": True, "eval_split": "train", "max_eval_samples": 5}
+    with pytest.raises(ValueError, match="The splits 'train' and 'test' hold the same data"):
+        train(tmp_path / "run", folder, **options)
+    assert not list((tmp_path / "run").glob("**/*.safetensors"))
+    # Looking at the rows of training on purpose is something else.
+    options = {"model_name_or_path": finished.folder, "do_eval": None, "do_predict": True, "test_split": "train"}
+    assert "train_rsum" in evaluate(tmp_path / "seen", path, **options)
+
+
+def test_a_column_of_a_file_says_which_rows_are_a_split(finished, data, tmp_path):
+    parts, words = datasets.load_from_disk(data), {"train": "train", "validation": "val", "test": "test"}
+    named = [parts[name].add_column("split", [word] * len(parts[name])) for name, word in words.items()]
+    datasets.concatenate_datasets(named).to_parquet(str(tmp_path / "rows.parquet"))
+    options = {"model_name_or_path": finished.folder, "do_predict": True}
+    evaluate(tmp_path / "out", str(tmp_path / "rows.parquet"), **options)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert {name: split["images"] for name, split in record["data"].items()} == {"validation": 9, "test": 7}
+
+
 def test_nothing_to_do_and_nothing_to_evaluate(data, tmp_path):
     with pytest.raises(ValueError, match="Nothing to do: give --do_train, --do_eval or --do_predict"):
         train_pico.main(flags(output_dir=tmp_path, dataset_name=data, use_cpu=True))

@@ -58,8 +58,8 @@ def choose_split(splits: Mapping[str, datasets.Dataset], split: str, source: str
         splits, source = _by_column(rows, source), f"The column {SPLIT_COLUMN!r} of {source}"
     elif len(splits) == 1:
         hint = (
-            " Its rows are not told apart, and so serve one purpose. Give a folder with a file for each split (train.csv, "
-            f"validation.csv, test.csv) or add a column {SPLIT_COLUMN!r} that names the split of each row. "
+            " Its rows are not told apart, and so serve one purpose. Give a folder with a file for each split "
+            f"(train.csv, validation.csv, test.csv), or add a column {SPLIT_COLUMN!r} that says it of each row. "
             f"To use all of its rows, ask for the split {next(iter(splits))!r}."
         )
     try:
