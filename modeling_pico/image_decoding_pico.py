@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,12 @@ PIL would take what is left of a damaged file.
 
 # A smallest side of 224 pixels, which many image processors make, would turn a line of pixels into gigabytes.
 MAX_ASPECT_RATIO = 200
+
+MAX_DECODED_PIXELS = 2**22
+"""
+Larger images are reduced to this number of pixels (2,048 x 2,048), so that a batch holds at most so many times its
+number of images, whatever their sizes. Image processors go on from there to a few hundred pixels a side.
+"""
 
 # What a stored image has to go through to stand upright, by its EXIF orientation.
 _TURNS = {
@@ -44,7 +51,8 @@ def decode_image(value: Mapping[str, Any] | str | os.PathLike | bytes | Image.Im
 
     EXIF orientation is applied, transparency is laid on white, 16-bit channels are scaled (not clipped) to 8 bits, and
     of an animation (GIF, WebP, APNG) or a file of several pages the first image is taken. What a file holds decides
-    and not its name; the formats are those of [`FORMATS`]. Colour profiles are not applied.
+    and not its name; the formats are those of [`FORMATS`]. Colour profiles are not applied. An image of more than
+    [`MAX_DECODED_PIXELS`] pixels is reduced to that number by averaging.
 
     Refused are images of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels (set that higher for larger ones), images of
     which one side is more than 200 times the other, and numbers without a known white (32-bit integers beyond 16
@@ -70,7 +78,7 @@ def decode_image(value: Mapping[str, Any] | str | os.PathLike | bytes | Image.Im
     if isinstance(value, bytes):
         value = {"bytes": value}
     with open_image(value) as image:
-        return to_rgb(image, describe_image(value))
+        return to_rgb(image, describe_image(value), is_own=True)
 
 
 def describe_image(value: Any) -> str:
@@ -150,16 +158,33 @@ def _check_size(image: Image.Image, source: str) -> None:
         )
 
 
-def to_rgb(image: Image.Image, source: str) -> Image.Image:
-    """An opened image as [`decode_image`] returns it; `source` is its name in messages."""
+def to_rgb(image: Image.Image, source: str, is_own: bool = False) -> Image.Image:
+    """
+    An opened image as [`decode_image`] returns it; `source` is its name in messages. `is_own`: nobody else sees the
+    image, so that it may be decoded at another size.
+    """
+    size = _bounded_size(image)
     try:
+        if is_own and size != image.size:
+            # A large JPEG becomes a half, a quarter or an eighth as large while it is decoded, never below `size`.
+            image.draft(None, size)
         image.load()
     except Exception as error:
         raise BadImageError(f"The image {source} is truncated or damaged: {error}") from error
     try:
-        return _convert(_upright(image))
+        upright = _upright(image)
+        return _convert(upright, size if upright.size == image.size else size[::-1])
     except Exception as error:
         raise BadImageError(f"The image {source} cannot be converted to RGB: {error}") from error
+
+
+def _bounded_size(image: Image.Image) -> tuple[int, int]:
+    share = math.sqrt(MAX_DECODED_PIXELS / (image.width * image.height))
+    return image.size if share >= 1 else (max(1, int(image.width * share)), max(1, int(image.height * share)))
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else image.resize(size, Image.Resampling.BOX)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -174,15 +199,15 @@ def _upright(image: Image.Image) -> Image.Image:
     return turned
 
 
-def _convert(image: Image.Image) -> Image.Image:
+def _convert(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_levels(image)
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        image = image.convert("RGBA")
+        image = _resized(image if image.mode == "RGBA" else image.convert("RGBA"), size)
         canvas = Image.new("RGBA", image.size, "white")
         canvas.alpha_composite(image)
         image = canvas
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return _resized(image if image.mode == "RGB" else image.convert("RGB"), size)
 
 
 def _to_levels(image: Image.Image) -> Image.Image:

@@ -6,6 +6,7 @@ from .dataset import CaptionedImageDataset, RandomCropFlip, SampleKey
 from .images import check_images
 from .sampler import UniqueIdBatchSampler
 from .sources import load_captioned_images
+from .splits import check_distinct
 from .styled_shapes import styled_shapes
 
 
@@ -16,6 +17,7 @@ __all__ = [
     "RandomCropFlip",
     "SampleKey",
     "UniqueIdBatchSampler",
+    "check_distinct",
     "check_images",
     "count_truncated",
     "decode_image",

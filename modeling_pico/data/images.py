@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,24 @@ def iter_encoded(images: datasets.Dataset) -> Iterator[pa.StructArray]:
     """Yields the not decoded column `image` piece by piece, as arrays with the fields `bytes` and `path`."""
     for batch in images.with_format("arrow").iter(batch_size=256):
         yield from batch["image"].chunks
+
+
+def image_keys(images: datasets.Dataset, read_files: bool = False) -> Iterator[tuple[str, Any]]:
+    """
+    What makes two images of the not decoded column `image` the same: their bytes if they are in the data, else their
+    path, or with `read_files` the bytes of the file.
+    """
+    row = 0
+    for chunk in iter_encoded(images):
+        for content, path in zip(chunk.field("bytes"), chunk.field("path").to_pylist(), strict=True):
+            if content.is_valid:
+                yield "bytes", hashlib.blake2b(content.as_buffer(), digest_size=16).digest()
+            elif read_files and path is not None and os.path.isfile(path):
+                yield "bytes", hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
+            else:
+                # Rows without any image are never the same: each is reported as a bad image of its own.
+                yield ("path", path) if path is not None else ("row", row)
+            row += 1
 
 
 def _find_problem(value: Any) -> str:
