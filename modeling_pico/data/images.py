@@ -14,6 +14,7 @@ from datasets.fingerprint import Hasher
 from transformers.utils import logging
 
 from ..image_decoding_pico import BadImageError, describe_image, open_image, to_rgb
+from .paths import OutsideError, check_mark
 
 
 logger = logging.get_logger(__name__)
@@ -107,7 +108,7 @@ def image_keys(images: datasets.Dataset, read_files: bool = False) -> Iterator[t
                 yield "bytes", hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
             else:
                 # Rows without any image are never the same: each is reported as a bad image of its own.
-                yield ("path", path) if path is not None else ("row", row)
+                yield ("path", os.path.normpath(path)) if path is not None else ("row", row)
             row += 1
 
 
@@ -115,6 +116,7 @@ def _find_problem(value: Any) -> str:
     """Why an image cannot be used, or an empty string; reads all its data but computes as few pixels as possible."""
     source = describe_image(value)
     try:
+        check_mark(value["path"])
         with open_image(value) as image:
             if image.format == "PNG":
                 image.verify()  # which leaves an image behind that cannot be read any more
@@ -122,7 +124,7 @@ def _find_problem(value: Any) -> str:
             # A JPEG is decoded at an eighth of its size: all of the file is still read, most of the work is not done.
             image.draft(None, (1, 1))
             to_rgb(image, source)
-    except BadImageError as error:
+    except (BadImageError, OutsideError) as error:
         return str(error)
     except Exception as error:
         return f"The image {source} is truncated or damaged: {error}"

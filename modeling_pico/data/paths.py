@@ -16,6 +16,9 @@ from datasets.utils.file_utils import is_relative_path
 from huggingface_hub import DatasetCard
 
 
+_MARK = f"{os.sep}.{os.sep}"
+
+
 class OutsideError(ValueError):
     """A path leads out of the folder of the data."""
 
@@ -35,6 +38,13 @@ class Fence:
 
     def holds(self, path: str) -> bool:
         """Whether an absolute path, resolved, lies in one of the folders. One that cannot exist counts as inside."""
+        return self.mark(path) is not None
+
+    def mark(self, path: str) -> str | None:
+        """
+        An absolute path with `/./` behind the folder that it lies in, as rsync writes it; None for one outside.
+        [`check_mark`] tells whether it still does.
+        """
         parent, name = os.path.split(path)
         try:
             # Many images share few folders, and resolving asks the file system about every part of a path.
@@ -43,8 +53,21 @@ class Fence:
             direct = name not in (".", "..") and not os.path.islink(path)
             real = os.path.join(self._real_parents[parent], name) if direct else os.path.realpath(path)
         except ValueError:  # a zero byte
-            return True
-        return real.startswith(self._inside)
+            return path
+        for folder, inside in zip(self.folders, self._inside, strict=True):
+            start = os.path.join(folder, "")
+            if path.startswith(start) and real.startswith(inside):
+                return f"{folder}{_MARK}{path[len(start) :]}"
+        return next(
+            (f"{inside[:-1]}{_MARK}{real[len(inside) :]}" for inside in self._inside if real.startswith(inside)), None
+        )
+
+
+def check_mark(path: str | None) -> None:
+    """OutsideError if a path that [`Fence.mark`] has marked leads out of the folder by now."""
+    folder, mark, _ = (path or "").partition(_MARK)
+    if mark and path and os.path.isfile(path) and not Fence([folder]).holds(path):
+        raise OutsideError(f"The image {path!r} has become a link that leads out of {folder!r} since it was loaded.")
 
 
 def place_paths(paths: Sequence[str | None], start: Path | None, fence: Fence | None) -> list[str | None]:
@@ -57,7 +80,7 @@ def place_paths(paths: Sequence[str | None], start: Path | None, fence: Fence | 
         fence ([`Fence`], *optional*): The folders that they may lead to; no limit for paths that are never opened.
 
     Returns:
-        `list[str | None]`: absolute paths.
+        `list[str | None]`: absolute paths, marked by [`Fence.mark`] if there is a fence.
 
     Raises:
         OutsideError: if a path leads out of the folders; names the number of such paths and the first of them.
@@ -70,7 +93,8 @@ def place_paths(paths: Sequence[str | None], start: Path | None, fence: Fence | 
     placed = [str((start or Path("/")) / path) if path else None for path in paths]
     if fence is None:
         return placed
-    outside = [row for row, path in enumerate(placed) if path is not None and not fence.holds(path)]
+    marked = [None if path is None else fence.mark(path) for path in placed]
+    outside = [row for row, path in enumerate(placed) if path is not None and marked[row] is None]
     if outside:
         first = "; ".join(f"row {row}: {str(paths[row])[:200]!r}" for row in outside[:5])
         allowed = ", ".join(repr(str(folder)) for folder in fence.folders) or "a folder, which is not given"
@@ -79,7 +103,7 @@ def place_paths(paths: Sequence[str | None], start: Path | None, fence: Fence | 
             f"lie in {allowed}, also behind symbolic links. If these paths are to be trusted, name the folder that "
             "holds their images with `image_dir`."
         )
-    return placed
+    return marked
 
 
 def check_files(files: Sequence[str | os.PathLike], fence: Fence, source: str) -> None:

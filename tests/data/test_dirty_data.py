@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from test_images import decode_bytes, encode
 
-from modeling_pico.data import BadImageError, check_images, decode_image, load_captioned_images
+from modeling_pico.data import BadImageError, CaptionedImageDataset, check_images, decode_image, load_captioned_images
 from modeling_pico.data.paths import Fence
 
 
@@ -50,7 +50,7 @@ def test_the_judge_sees_that_the_fence_is_off(tmp_path, monkeypatch):
         return {dirty_data.run_table(name, "csv", rng, tmp_path / folder / name) for name in names}
 
     assert outcomes("on") == {"refused"}
-    monkeypatch.setattr(Fence, "holds", lambda self, path: True)
+    monkeypatch.setattr(Fence, "mark", lambda self, path: path)
     assert outcomes("off") == {"WRONG: it was not refused"}
 
 
@@ -313,6 +313,21 @@ def test_paths_cannot_leave_the_folder(source, path, folder):
         load_captioned_images(str(name), split="train")
     trusted = load_captioned_images(str(name), split="train", with_images=False)
     assert len(trusted) == 2
+
+
+def test_a_picture_that_becomes_a_link_is_not_followed(folder):
+    (folder / "images" / "inner.png").symlink_to(folder / "images" / "a.png")
+    (folder / "data.csv").write_text("image,caption\nimages/a.png,x\nimages/inner.png,y\n")
+    rows = load_captioned_images(str(folder / "data.csv"), split="train")
+    data = CaptionedImageDataset(check_images(rows))
+    assert data[0]["image"].size == data[1]["image"].size == (4, 4)
+    (folder / "images" / "a.png").unlink()
+    (folder / "images" / "a.png").symlink_to(folder.parent / "secret" / "s.png")
+    for row in (0, 1):
+        with pytest.raises(ValueError, match="a link that leads out of .*data' since it was loaded"):
+            data[row]
+    with pytest.raises(BadImageError, match="2 of 2 images cannot be read.*\n.*a link that leads out"):
+        check_images(rows)
 
 
 def test_a_folder_of_images_cannot_be_left(folder):

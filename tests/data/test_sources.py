@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -147,7 +148,7 @@ def test_layouts_of_well_known_data(tmp_path):
     )
     loaded = load_captioned_images(str(tmp_path / "results.csv"), split="train")
     assert loaded["captions"][:] == [['Two "young" guys, one "old" .', '"Hi" , he said']]
-    assert loaded[0]["image"]["path"] == str(tmp_path / "1.jpg")
+    assert Path(loaded[0]["image"]["path"]) == tmp_path / "1.jpg"
     for name in ("captions.txt", "CAPTIONS.CSV"):
         (tmp_path / name).write_text('image,caption\n1.jpg,A child .\n2.jpg,"A dog , running"\n')
         loaded = load_captioned_images(str(tmp_path / name), split="train")
@@ -172,7 +173,7 @@ def test_captions_of_coco(tmp_path):
     loaded = load_captioned_images(str(file), split="validation")
     check_canonical(loaded)
     assert loaded["captions"][:] == [["a1"], ["b1", "b2"]]
-    assert [image["path"] for image in loaded["image"][:]] == [str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")]
+    assert [Path(image["path"]) for image in loaded["image"]] == [tmp_path / "a.jpg", tmp_path / "b.jpg"]
     with pytest.raises(ValueError, match=r"no split 'train'; it has \['validation'\]"):
         load_captioned_images(str(file), split="train")
     for change in ({"annotations": [{"image_id": 5, "caption": "x"}]}, {"annotations": [{"image_id": 9, "id": 1}]}):
@@ -245,7 +246,7 @@ def test_saved_to_disk(tmp_path, make_images):
     datasets.DatasetDict(train=dataset).save_to_disk(str(tmp_path / "splits"))
     loaded = load_captioned_images(str(tmp_path / "splits"), split="train", image_dir=str(tmp_path))
     check_canonical(loaded)
-    assert loaded[0]["image"]["path"] == str(one)
+    assert Path(loaded[0]["image"]["path"]) == one
     with pytest.raises(ValueError, match="no split 'test'; it has \\['train'\\]"):
         load_captioned_images(str(tmp_path / "splits"), split="test")
     datasets.Dataset.from_dict(dataset[:], split="dev").save_to_disk(str(tmp_path / "single"))
@@ -259,10 +260,10 @@ def test_csv_file_with_relative_paths(tmp_path, make_images):
     (tmp_path / "data.csv").write_text("image,caption\npictures/one.png,hello\n")
     cache = str(tmp_path / "cache")
     loaded = load_captioned_images(str(tmp_path / "data.csv"), split="train", cache_dir=cache)
-    assert loaded[0]["image"]["path"] == str(one)
+    assert Path(loaded[0]["image"]["path"]) == one
     (tmp_path / "data.csv").write_text("image,caption\none.png,hello\n")
     options = {"split": "train", "cache_dir": cache, "image_dir": str(tmp_path / "pictures")}
-    assert load_captioned_images(str(tmp_path / "data.csv"), **options)[0]["image"]["path"] == str(one)
+    assert Path(load_captioned_images(str(tmp_path / "data.csv"), **options)[0]["image"]["path"]) == one
 
 
 KARPATHY = [
@@ -286,12 +287,12 @@ def test_karpathy_json(tmp_path):
     check_canonical(loaded)
     assert loaded["captions"][:] == [["a1", "a2"], ["b1"]]
     assert known_ids(loaded) == ["7", "3"]
-    assert [i["path"] for i in loaded["image"][:]] == [
-        str(tmp_path / "images/val2014/a.jpg"),
-        str(tmp_path / "images/b.jpg"),
+    assert [Path(i["path"]) for i in loaded["image"]] == [
+        tmp_path / "images/val2014/a.jpg",
+        tmp_path / "images/b.jpg",
     ]
     # Without `image_dir` the images lie beside the file; a folder `filepath` that does not exist is left out.
-    assert load_captioned_images(str(file), split="train")[0]["image"]["path"] == str(tmp_path / "a.jpg")
+    assert Path(load_captioned_images(str(file), split="train")[0]["image"]["path"]) == tmp_path / "a.jpg"
     assert load_captioned_images(str(file), split="test", with_images=False)[0]["image"] is None
     with pytest.raises(ValueError, match="no split 'val'; it has \\['test', 'train'\\]"):
         load_captioned_images(str(file), split="val")
@@ -311,7 +312,7 @@ def test_caption_files_one_id_a_caption(tmp_path):
     check_canonical(loaded)
     assert loaded["captions"][:] == [["a1", "a2 still a2"], ["b1"]]
     assert known_ids(loaded) == ["10", "11"]
-    assert loaded[0]["image"]["path"] == str(tmp_path / "x/a.jpg")
+    assert Path(loaded[0]["image"]["path"]) == tmp_path / "x/a.jpg"
     assert load_captioned_images(str(tmp_path / "f30k"), split="test")["image"][:] == loaded["image"][:]
 
 
@@ -495,7 +496,7 @@ def test_benchmark_captions(shared_data, name, split, images):
         assert len(set(loaded["image_id"])) == images
     if name == "f30k":
         with_paths = load_captioned_images(str(source), split=split, image_dir=str(shared_data))
-        assert with_paths[0]["image"]["path"] == str(shared_data / "1007129816.jpg")
+        assert Path(with_paths[0]["image"]["path"]) == shared_data / "1007129816.jpg"
 
 
 @pytest.mark.shared
