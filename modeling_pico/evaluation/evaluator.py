@@ -15,6 +15,7 @@ from ..loss_pico import image_text_loss
 from ..modeling_pico import PicoModel
 from ..scoring_pico import pair_scores
 from .retrieval_metrics import (
+    TIE_TOLERANCE,
     RetrievalRanks,
     chance_rsum,
     fold_members,
@@ -106,6 +107,8 @@ class RetrievalEvaluator:
 
     Knows nothing of the alignment head: it keeps token embeddings before weighting and asks the head for score-ready
     ones when it scores.
+
+    Scores that differ by no more than `TIE_TOLERANCE` tie, and a tie never counts in favour of the right answer.
 
     Metrics need ranks alone, so no score matrix is held. Images and texts are scored in tiles, in the order of their
     identities, where only the tiles along the diagonal hold right pairs. These come first and are kept until all
@@ -288,7 +291,8 @@ class RetrievalEvaluator:
                 tile = scores if self.num_folds == 1 else scores[images].index_select(1, texts.to(scores.device))
                 ids = encoded.image_ids[images], encoded.text_ids[texts]
                 ranks = {
-                    name: retrieval_ranks(see(slice(None), slice(None), tile), *ids) for name, see in views.items()
+                    name: retrieval_ranks(see(slice(None), slice(None), tile), *ids, tie_tolerance=TIE_TOLERANCE)
+                    for name, see in views.items()
                 }
             folds.append(self._fold_metrics(ranks, of_fold))
         return mean_metrics(folds)
@@ -348,7 +352,7 @@ class RetrievalEvaluator:
         own = torch.arange(start, max(start, stop))
         image_blocks = _blocks(encoded.image_ids[own], own - first, own - images.start, self.image_chunk)
         text_blocks = _blocks(text_ids, texts, torch.arange(len(texts)), self.text_chunk)
-        ranks = {name: RetrievalRanks(image_ids, text_ids) for name in views}
+        ranks = {name: RetrievalRanks(image_ids, text_ids, tie_tolerance=TIE_TOLERANCE) for name in views}
         parts = {
             right: [
                 (block, [other for other in text_blocks if block.may_match(other) == right]) for block in image_blocks
@@ -379,7 +383,6 @@ class RetrievalEvaluator:
         self, model: PicoModel, encoded: EncodedRetrieval, parts: Iterable[tuple[_Block, list[_Block]]]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Scores each block of images with its blocks of texts; gives positions of both and scores in float32."""
-        slope = model.config.negative_slope
         for image_block, text_blocks in parts:
             if not text_blocks:
                 continue
@@ -387,7 +390,7 @@ class RetrievalEvaluator:
             # Texts are weighted tile by tile as well: a weighted copy of a large gallery would double its memory.
             for text_block in text_blocks:
                 texts, text_mask = score_ready(model, encoded, "text", text_block.tokens)
-                tile = pair_scores(images, texts, image_mask, text_mask, negative_slope=slope)
+                tile = pair_scores(images, texts, image_mask, text_mask)
                 yield image_block.positions, text_block.positions, tile.float()
 
     def _loss(self, model: PicoModel, encoded: EncodedRetrieval) -> float:
@@ -401,7 +404,7 @@ class RetrievalEvaluator:
             own = slice(max(start, first) - first, min(start + size, end) - first)
             images, image_mask = score_ready(model, encoded, "image", own)
             texts, text_mask = score_ready(model, encoded, "text", captions[start : start + size])
-            block = pair_scores(images, texts, image_mask, text_mask, negative_slope=config.negative_slope)
+            block = pair_scores(images, texts, image_mask, text_mask)
             rows.append(block.float())
         scores = gather_rows(concatenate_padded(rows))
         total = 0.0

@@ -16,7 +16,7 @@ from ..modeling_pico import PicoModel
 from ..processing_pico import PicoProcessor
 from ..scoring_pico import pair_scores
 from .evaluator import EncodedRetrieval, RetrievalEvaluator, gather_rows, own_rows, score_ready
-from .retrieval_metrics import RECALL_LEVELS, chance_rsum, retrieval_metrics
+from .retrieval_metrics import RECALL_LEVELS, TIE_TOLERANCE, chance_rsum, retrieval_metrics
 from .style_alignment import match_moments
 from .style_probe import StyleProbe, probe_styles
 
@@ -287,7 +287,6 @@ def measure_styles(
     seen_styles: Sequence[str] | None = None,
     *,
     batch_size: int = 64,
-    max_length: int | None = None,
 ) -> StyleReport:
     r"""
     Encodes a set that shows several styles and measures how retrieval depends on them.
@@ -299,7 +298,6 @@ def measure_styles(
         seen_styles (`Sequence[str]`, *optional*):
             Those of the styles that training has shown. Without it there are no gaps.
         batch_size (`int`, *optional*, defaults to 64): Images encoded at a time.
-        max_length (`int`, *optional*): Longer captions are cut to this number of tokens, see [`PicoDataCollator`].
 
     Returns:
         [`StyleReport`]
@@ -320,7 +318,7 @@ def measure_styles(
         dataset,
         sampler=own_rows(len(dataset)),
         batch_size=batch_size,
-        collate_fn=PicoDataCollator(processor, max_length),
+        collate_fn=PicoDataCollator(processor),
         generator=torch.Generator(),  # else the loader draws from the global one
     )
     encoded = RetrievalEvaluator().encode(model, loader)
@@ -433,14 +431,13 @@ def _rank_images(
 
 def _scores(model: PicoModel, encoded: EncodedRetrieval, images: Tensor, texts: Tensor) -> Tensor:
     """Scores `(images, texts)` of some rows of both sides."""
-    slope = model.config.negative_slope
     rows = []
     for some_images in images.split(_IMAGE_CHUNK):
         image_embeds, image_mask = score_ready(model, encoded, "image", some_images)
         tiles = []
         for some_texts in texts.split(_TEXT_CHUNK):
             text_embeds, text_mask = score_ready(model, encoded, "text", some_texts)
-            tiles.append(pair_scores(image_embeds, text_embeds, image_mask, text_mask, negative_slope=slope))
+            tiles.append(pair_scores(image_embeds, text_embeds, image_mask, text_mask))
         rows.append(torch.cat(tiles, dim=1))
     scores = torch.cat(rows)
     if not torch.isfinite(scores).all():
@@ -451,14 +448,15 @@ def _scores(model: PicoModel, encoded: EncodedRetrieval, images: Tensor, texts: 
 def _ranks(scores: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
     """Wrong answers that score at least as high as the best right one, `(queries,)`: ties count against it."""
     best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    return (wrong & (scores >= best)).sum(dim=1)
+    return (wrong & (scores >= best - TIE_TOLERANCE)).sum(dim=1)
 
 
 def _places(scores: Tensor, k: int) -> Tensor:
     """Share of the first `k` places that each item of `(queries, items)` holds; equal scores share places evenly."""
     k = min(k, scores.shape[1])
     last = scores.topk(k, dim=1).values[:, -1:]
-    above, tied = scores > last, scores == last
+    tied = (scores - last).abs() <= TIE_TOLERANCE
+    above = (scores > last) & ~tied
     left = k - above.sum(dim=1, keepdim=True)
     return (above + tied * (left / tied.sum(dim=1, keepdim=True))) / k
 
