@@ -14,7 +14,19 @@ from .image_decoding_pico import decode_image
 from .scoring_pico import pair_scores
 
 
+logger = logging.get_logger(__name__)
+
 MAX_IMAGE_SIDE = 2**13
+# Which of the arguments of `from_pretrained` say where files come from.
+_HUB_OPTIONS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
 
 Embeddings = torch.Tensor | np.ndarray | Sequence[torch.Tensor | np.ndarray]
 
@@ -29,6 +41,9 @@ class PicoProcessor(ProcessorMixin):
         image_processor (`BaseImageProcessor`): Any image processor of transformers.
         tokenizer (`PreTrainedTokenizerBase`):
             Any tokenizer of transformers. It is made to pad on the right and to return attention masks.
+        image_backend (`str`, *optional*):
+            `"pil"` or `"torchvision"`: what the image processor computes with. It is saved, since the two round pixels
+            differently (scores by about 1e-3), and [`from_pretrained`] takes the image processor of that backend.
 
     Example:
 
@@ -37,8 +52,9 @@ class PicoProcessor(ProcessorMixin):
     ```
     """
 
-    def __init__(self, image_processor=None, tokenizer=None, **kwargs):
+    def __init__(self, image_processor=None, tokenizer=None, image_backend=None, **kwargs):
         super().__init__(image_processor, tokenizer, **kwargs)
+        self.image_backend = _backend(image_processor) if image_backend is None else image_backend
         _check_image_sizes(self.image_processor)
         # SigLIP's tokenizers leave the mask out, but without it padding would count as words.
         if "attention_mask" not in self.tokenizer.model_input_names:
@@ -52,6 +68,27 @@ class PicoProcessor(ProcessorMixin):
         if "truncation" not in kwargs:
             kwargs["text_kwargs"] = {"truncation": True, **kwargs.get("text_kwargs", {})}
         return super().__call__(images=images, text=text, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> PicoProcessor:
+        """
+        As `ProcessorMixin.from_pretrained`, with the image processor of the backend that was saved. The auto classes
+        of transformers would take torchvision's wherever it is installed. Warns where that backend is missing.
+        """
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        saved = processor.image_backend
+        if saved != _backend(processor.image_processor):
+            given = {name: value for name, value in kwargs.items() if name in _HUB_OPTIONS}
+            processor.image_processor = AutoImageProcessor.from_pretrained(
+                pretrained_model_name_or_path, backend=saved, **given
+            )
+        if saved != _backend(processor.image_processor):
+            logger.warning(
+                f"{pretrained_model_name_or_path} was made with the image processor of {saved!r}, which is not "
+                f"installed; {_backend(processor.image_processor)!r} rounds pixels differently, so that scores change "
+                "by about 1e-3."
+            )
+        return processor
 
     @classmethod
     def from_backbones(cls, vision: str, text: str | None = None, **kwargs) -> PicoProcessor:
@@ -207,6 +244,11 @@ class PicoProcessor(ProcessorMixin):
             # They would be ranked first.
             raise ValueError("Some scores are not numbers: embeddings of the queries or of the gallery hold NaN.")
         return scores, indices
+
+
+def _backend(image_processor: Any) -> str | None:
+    # Image processors with code of their own have one way alone and do not name it.
+    return getattr(image_processor, "backend", None)
 
 
 def _decoded(images: Any) -> Any:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+import logging
 import sys
 
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoImageProcessor, AutoProcessor
+from transformers.utils import is_torchvision_available
 
 from modeling_pico import PicoModel, PicoProcessor, pair_scores
 
@@ -53,10 +56,42 @@ def test_save_and_load(tiny_processor, images, tmp_path):
         assert again.tokenizer.model_max_length == 16
 
 
+def test_a_backend_that_is_missing_is_named(tiny_processor, tmp_path, caplog, monkeypatch):
+    if is_torchvision_available():
+        pytest.skip("torchvision is installed")
+    tiny_processor.save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    config = json.loads(file.read_text())
+    assert config["image_backend"] == "pil"
+    file.write_text(json.dumps({**config, "image_backend": "torchvision"}))
+    monkeypatch.setattr(logging.getLogger("modeling_pico"), "propagate", True)
+    with caplog.at_level("WARNING", logger="modeling_pico"):
+        again = PicoProcessor.from_pretrained(tmp_path)
+    assert "'torchvision', which is not installed; 'pil' rounds pixels differently" in caplog.text
+    assert again.image_backend == "torchvision"  # what the weights have seen stays known
+
+
+def test_each_backend_is_loaded_as_it_was_saved(tiny_processor, tmp_path, images):
+    pytest.importorskip("torchvision", reason="needs torchvision", exc_type=(ImportError, RuntimeError))
+    from transformers import CLIPImageProcessor, CLIPImageProcessorPil
+
+    for kind, backend in ((CLIPImageProcessor, "torchvision"), (CLIPImageProcessorPil, "pil")):
+        options = {"size": {"height": 16, "width": 16}, "do_center_crop": False}
+        made = PicoProcessor(kind(**options), tiny_processor.tokenizer)
+        made.save_pretrained(tmp_path / backend)
+        for again in (PicoProcessor, AutoProcessor):
+            loaded = again.from_pretrained(tmp_path / backend)
+            assert type(loaded.image_processor) is kind
+            pixels = [part(images=images, return_tensors="pt").pixel_values for part in (made, loaded)]
+            assert torch.equal(*pixels)
+
+
 def test_from_backbones(tiny_processor, tiny_clip, images, tmp_path):
     tiny_processor.tokenizer.save_pretrained(tmp_path)
     arguments = {"images": images, "text": ["a red circle", "blue"], "padding": True, "return_tensors": "pt"}
-    expected = tiny_processor(**arguments)
+    # The image processor that transformers takes here: torchvision's where it is installed.
+    image_processor = AutoImageProcessor.from_pretrained(tiny_clip.folder)
+    expected = PicoProcessor(image_processor, tiny_processor.tokenizer)(**arguments)
     for processor in (
         PicoProcessor.from_backbones(tiny_clip.folder),
         PicoProcessor.from_backbones(tiny_clip.folder, str(tmp_path)),
