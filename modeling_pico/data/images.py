@@ -135,14 +135,14 @@ def _check_batch(batch: dict[str, list[Any]]) -> dict[str, list[str]]:
     return {"problem": [_find_problem(value) for value in batch["image"]]}
 
 
-def file_state(path: str | None) -> tuple[int, int, int]:
-    """Size and times of a file, which change whenever another file takes its place; -1 for one that is not there."""
+def file_state(path: str | None) -> tuple[int, ...]:
+    """Size, times and number (inode) of a file, which change when another takes its place; empty without a file."""
     try:
         state = os.stat(path) if path else None
     except (OSError, ValueError):  # the latter for a name that holds a zero byte
         state = None
-    # The time of the last change of state as well: a file that is moved or copied here may keep its time.
-    return (state.st_size, state.st_mtime_ns, state.st_ctime_ns) if state else (-1, -1, -1)
+    # A file that is moved or copied here may keep its size and the time of its content, but not the rest.
+    return (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino) if state else ()
 
 
 def _find_problems(dataset: datasets.Dataset, num_proc: int | None) -> list[str]:

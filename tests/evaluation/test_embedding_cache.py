@@ -109,13 +109,13 @@ def write_images(folder: Path, seed: int) -> None:
 def csv_file(folder: Path) -> dict[str, Any]:
     lines = [f"images/{index}.bmp,{text}" for index, text in enumerate(TEXTS)]
     (folder / "data.csv").write_text("image,caption\n" + "\n".join(lines) + "\n")
-    return {"dataset_name": str(folder / "data.csv")}
+    return {"dataset_name": str(folder / "data.csv"), "split": "train"}
 
 
 def json_lines(folder: Path) -> dict[str, Any]:
     lines = [json.dumps({"image": f"images/{index}.bmp", "caption": text}) for index, text in enumerate(TEXTS)]
     (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
-    return {"dataset_name": str(folder / "data.jsonl")}
+    return {"dataset_name": str(folder / "data.jsonl"), "split": "train"}
 
 
 def karpathy(folder: Path) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def karpathy(folder: Path) -> dict[str, Any]:
         for index, text in enumerate(TEXTS)
     ]
     (folder / "dataset_tiny.json").write_text(json.dumps({"dataset": "tiny", "images": images}))
-    return {"dataset_name": str(folder / "dataset_tiny.json"), "image_dir": str(folder / "images")}
+    return {"dataset_name": str(folder / "dataset_tiny.json"), "image_dir": str(folder / "images"), "split": "test"}
 
 
 def caption_files(folder: Path) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def caption_files(folder: Path) -> dict[str, Any]:
     (folder / "test_ids.txt").write_text("\n".join(map(str, range(len(TEXTS)))) + "\n")
     mapping = {str(index): f"images/{index}.bmp" for index in range(len(TEXTS))}
     (folder / "id_mapping.json").write_text(json.dumps(mapping))
-    return {"dataset_name": str(folder)}
+    return {"dataset_name": str(folder), "split": "test"}
 
 
 @pytest.mark.parametrize("layout", [csv_file, json_lines, karpathy, caption_files])
@@ -143,7 +143,7 @@ def test_pictures_replaced_under_their_names_are_encoded_anew(tmp_path, layout, 
     source = layout(data)
 
     def evaluated(folder: Path) -> dict[str, float]:
-        return results(made(folder, load_captioned_images(split="test", **source)).evaluate())
+        return results(made(folder, load_captioned_images(**source)).evaluate())
 
     before = evaluated(tmp_path)
     write_images(data / "images", 1)
@@ -154,7 +154,7 @@ def test_pictures_replaced_under_their_names_are_encoded_anew(tmp_path, layout, 
 
 def test_a_file_with_the_size_and_time_of_another_is_told_from_it(tmp_path, own_cache):
     write_images(tmp_path / "images", 0)
-    rows_of_files = load_captioned_images(split="test", **csv_file(tmp_path))
+    rows_of_files = load_captioned_images(**csv_file(tmp_path))
     first = made(tmp_path, rows_of_files)
     files = [tmp_path / "images" / f"{index}.bmp" for index in range(2)]
     for file in files:
@@ -225,7 +225,7 @@ def left_padding(made: PicoTrainer) -> None:
 
 
 def shorter_texts(made: PicoTrainer) -> None:
-    made.data_collator.max_length = 4
+    made.data_collator.processor.tokenizer.model_max_length = 4
 
 
 def whole_model_in_bfloat16(made: PicoTrainer) -> None:
