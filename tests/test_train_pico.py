@@ -324,6 +324,15 @@ def test_joint_checkpoint_is_fine_tuned_and_reloads(tiny_clip, data, tmp_path):
     assert tiny_clip.folder in (tmp_path / "run" / "README.md").read_text()
 
 
+def test_the_length_of_texts_stays_with_the_model(tiny_clip, data, tmp_path):
+    options = {"model_name_or_path": tiny_clip.folder, "max_steps": 2, "do_eval": True, **dict.fromkeys(TOWERS)}
+    results = train(tmp_path / "run", data, max_text_length=4, **options)
+    processor = PicoProcessor.from_pretrained(tmp_path / "run")
+    assert processor(text=["red " * 30], return_tensors="pt").input_ids.shape == (1, 4)
+    again = evaluate(tmp_path / "again", data, model_name_or_path=str(tmp_path / "run"))
+    assert again["eval_loss"] == pytest.approx(results["eval_loss"])
+
+
 def test_two_towers_of_their_own_are_fine_tuned_and_one_frozen(data, tmp_path):
     processor = tiny.processor()
     net = tiny.model()

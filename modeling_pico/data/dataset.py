@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from .images import decode_image
+from ..image_decoding_pico import decode_image
 from .paths import check_mark
 
 

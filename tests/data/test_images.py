@@ -13,6 +13,7 @@ from modeling_pico.data import BadImageError, check_images, decode_image
 
 
 images = importlib.import_module("modeling_pico.data.images")
+decoding = importlib.import_module("modeling_pico.image_decoding_pico")
 
 
 def encode(image, kind="PNG", **options):
@@ -128,7 +129,7 @@ def test_bad_files_are_named(bad_files):
 def test_bad_values_are_named():
     with pytest.raises(BadImageError, match="an empty image entry"):
         decode_image({"path": None, "bytes": None})
-    with pytest.raises(BadImageError, match="7 bytes in the data set is not an image"):
+    with pytest.raises(BadImageError, match="7 bytes is not an image"):
         decode_bytes(b"nothing")
     with pytest.raises(BadImageError, match="object of type NoneType"):
         decode_image(None)
@@ -213,7 +214,7 @@ def test_check_images_with_bytes_processes_and_no_rows(make_images):
 )
 def test_large_images_are_reduced_by_averaging(kind, mode, monkeypatch):
     """A batch of the largest allowed images fits into memory."""
-    monkeypatch.setattr(images, "MAX_DECODED_PIXELS", 40 * 30)
+    monkeypatch.setattr(decoding, "MAX_DECODED_PIXELS", 40 * 30)
     ramp = np.linspace(0, 255, 400).astype(np.uint8)
     picture = Image.fromarray(np.broadcast_to(ramp, (300, 400)).copy()).convert("RGB").convert(mode)
     exif = Image.Exif()
@@ -230,9 +231,9 @@ def test_large_images_are_reduced_by_averaging(kind, mode, monkeypatch):
 
 
 def test_a_large_jpeg_is_never_decoded_whole(monkeypatch):
-    monkeypatch.setattr(images, "MAX_DECODED_PIXELS", 40 * 30)
+    monkeypatch.setattr(decoding, "MAX_DECODED_PIXELS", 40 * 30)
     sizes = []
-    convert = images._convert
-    monkeypatch.setattr(images, "_convert", lambda image, size: sizes.append(image.size) or convert(image, size))
+    convert = decoding._convert
+    monkeypatch.setattr(decoding, "_convert", lambda image, size: sizes.append(image.size) or convert(image, size))
     decode_bytes(encode(Image.new("RGB", (400, 300)), "JPEG"))
     assert sizes == [(50, 38)]
