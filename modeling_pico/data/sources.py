@@ -449,9 +449,10 @@ def _made_ids(keys: list[tuple[str, Any]], texts: list[list[str | None]]) -> lis
     An id for each image that no other image of any source has; the same image has the same id in every load. Rows
     without an image are told apart by their number among all the captions of the source.
     """
-    source = hashlib.blake2b(json.dumps(texts).encode()).digest() if any(kind == "row" for kind, _ in keys) else b""
-    digests = (hashlib.blake2b(repr(key).encode(), digest_size=8, key=source) for key in keys)
-    return [digest.hexdigest() for digest in digests]
+    if any(kind == "row" for kind, _ in keys):
+        source = hashlib.blake2b(json.dumps(texts).encode()).digest()
+        keys = [(kind, (source, value) if kind == "row" else value) for kind, value in keys]
+    return [hashlib.blake2b(repr(key).encode(), digest_size=8).hexdigest() for key in keys]
 
 
 def _clean(text: str | None) -> str:
