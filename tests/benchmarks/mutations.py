@@ -215,9 +215,9 @@ FAULTS = (
     Fault(
         "sampler_epoch",
         "every epoch draws the batches and captions of the first",
-        "modeling_pico/training/callbacks.py",
-        "self.sampler.set_epoch(int(state.epoch or 0))",
-        "self.sampler.set_epoch(0)",
+        "modeling_pico/data/sampler.py",
+        "        self.epoch = int(epoch)\n",
+        "",
         ("tests/training/test_workers.py::test_every_epoch_has_batches_of_its_own_also_after_a_resume",),
     ),
     Fault(
