@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from tiny import trainer
 
+import train_pico
 from modeling_pico.training import run_lock
 from modeling_pico.training.run_lock import LOCK_FILE, sole_run
 
@@ -94,6 +95,12 @@ def test_a_training_that_fails_leaves_its_folder(tmp_path):
         made.train(resume_from_checkpoint=True)
     with another_run(tmp_path):
         pass
+
+
+def test_the_script_is_refused_before_it_reads_data(tmp_path):
+    command = ["--dataset_name", "nowhere", "--output_dir", str(tmp_path), "--do_eval", "--use_cpu"]
+    with another_run(tmp_path), pytest.raises(ValueError, match="writing its run into"):
+        train_pico.main(command)
 
 
 def test_the_file_is_not_uploaded():
