@@ -12,12 +12,12 @@ LOSS_TYPES = ("infonce", "hinge")
 
 def exclusion_mask(row_ids: Tensor, column_ids: Tensor, targets: Tensor) -> Tensor:
     """
-    Marks the columns that mean the same as a row without being its partner: five captions of one image, or one
-    meaning drawn in several styles. They are neither pulled nor pushed.
+    Marks the columns that mean the same as a row without being its partner: five captions of one image, one meaning
+    drawn in several styles, or one sentence about several images. They are neither pulled nor pushed.
 
     Args:
-        row_ids (`torch.Tensor`): Identity of each row's meaning, integers of shape `(rows,)`.
-        column_ids (`torch.Tensor`): Identity of each column's meaning, integers of shape `(columns,)`.
+        row_ids (`torch.Tensor`): Identity of each row's meaning (or wording), integers of shape `(rows,)`.
+        column_ids (`torch.Tensor`): Identity of each column's meaning (or wording), integers of shape `(columns,)`.
         targets (`torch.Tensor`): Column of each row's partner, int64 of shape `(rows,)`.
 
     Returns:
@@ -93,7 +93,9 @@ def image_text_loss(
     scores_per_text: Tensor,
     *,
     image_ids: Tensor | None = None,
+    caption_codes: Tensor | None = None,
     all_ids: Tensor | None = None,
+    all_caption_codes: Tensor | None = None,
     offset: int = 0,
     loss_type: str = "infonce",
     logit_scale: Tensor | float | None = None,
@@ -116,9 +118,15 @@ def image_text_loss(
         image_ids (`torch.Tensor`, *optional*):
             Identity of each local pair's meaning, int64 of shape `(local,)`. Defaults to this process's part of
             `all_ids`.
+        caption_codes (`torch.Tensor`, *optional*):
+            Identity of each local pair's caption, int64 of shape `(local,)`: equal for equal sentences, which nothing
+            could tell apart. Defaults to this process's part of `all_caption_codes`.
         all_ids (`torch.Tensor`, *optional*):
             Identity of every pair's meaning, int64 of shape `(all,)`. Pairs of equal identity are not each other's
-            negatives. Defaults to `image_ids`; without either all pairs are distinct.
+            negatives. Defaults to `image_ids`; without either all meanings are distinct.
+        all_caption_codes (`torch.Tensor`, *optional*):
+            Identity of every pair's caption, int64 of shape `(all,)`. Pairs of equal captions are not each other's
+            negatives either. Defaults to `caption_codes`; without either all captions are distinct.
         offset (`int`, *optional*, defaults to 0): First local pair's place in the whole batch, rank times local batch.
         loss_type (`str`, *optional*, defaults to `"infonce"`): `"infonce"` or `"hinge"`.
         logit_scale (`torch.Tensor` or `float`, *optional*):
@@ -144,7 +152,12 @@ def image_text_loss(
     if not 0 <= offset <= columns - rows:
         raise ValueError(f"offset {offset} with {rows} local pairs does not fit into {columns} pairs in all.")
     targets = torch.arange(offset, offset + rows, device=scores_per_image.device)
-    exclude = _pair_exclusion(image_ids, all_ids, targets, columns)
+    masks = [
+        _pair_exclusion(("image_ids", "all_ids"), image_ids, all_ids, targets, columns),
+        _pair_exclusion(("caption_codes", "all_caption_codes"), caption_codes, all_caption_codes, targets, columns),
+    ]
+    given = [mask for mask in masks if mask is not None]
+    exclude = torch.stack(given).any(dim=0) if given else None
     if loss_type == "hinge":
         return hinge_loss(scores_per_image, targets, exclude, margin=margin, hardest=hardest) + hinge_loss(
             scores_per_text, targets, exclude, margin=margin, hardest=hardest
@@ -155,20 +168,22 @@ def image_text_loss(
     return (per_image + per_text) / 2
 
 
-def _pair_exclusion(image_ids: Tensor | None, all_ids: Tensor | None, targets: Tensor, columns: int) -> Tensor | None:
+def _pair_exclusion(
+    names: tuple[str, str], own: Tensor | None, of_all: Tensor | None, targets: Tensor, columns: int
+) -> Tensor | None:
     """The mask both directions share: pair `r` and pair `c` of equal identity exclude each other either way."""
-    column_ids = image_ids if all_ids is None else all_ids
+    column_ids = own if of_all is None else of_all
     if column_ids is None:
         return None
     if column_ids.shape != (columns,):
         raise ValueError(
             f"Ids of all {columns} pairs are needed in the shape ({columns},), got {tuple(column_ids.shape)}. In a "
-            "distributed run, gather the image_ids of all processes and pass them as all_ids."
+            f"distributed run, gather the {names[0]} of all processes and pass them as {names[1]}."
         )
-    row_ids = column_ids[targets] if image_ids is None else image_ids
+    row_ids = column_ids[targets] if own is None else own
     if row_ids.shape != targets.shape:
         raise ValueError(
-            f"image_ids must have the shape {tuple(targets.shape)}, one id per local pair, got {tuple(row_ids.shape)}."
+            f"{names[0]} must have the shape {tuple(targets.shape)}, one per local pair, got {tuple(row_ids.shape)}."
         )
     return exclusion_mask(row_ids, column_ids, targets)
 

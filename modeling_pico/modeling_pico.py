@@ -324,7 +324,11 @@ class PicoModel(PicoPreTrainedModel):
         return outputs, self._features(states, mask, class_state, "text", weighted)
 
     def _auxiliary_losses(
-        self, image: dict[str, Any], text: dict[str, Any], image_ids: torch.Tensor | None
+        self,
+        image: dict[str, Any],
+        text: dict[str, Any],
+        image_ids: torch.Tensor | None,
+        caption_codes: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
         head = self.alignment_head
         # Where only the uncertainty trains, `train` leaves the head in evaluation mode.
@@ -338,7 +342,7 @@ class PicoModel(PicoPreTrainedModel):
             for side, modality in ((image, "image"), (text, "text"))
         )
         scale = self.logit_scale.float().exp()
-        return {**losses, **self.uncertainty_prototypes.losses(images, texts, scale, image_ids)}
+        return {**losses, **self.uncertainty_prototypes.losses(images, texts, scale, image_ids, caption_codes)}
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, weighted: bool = True, **kwargs) -> PicoFeatures:
@@ -410,6 +414,7 @@ class PicoModel(PicoPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         image_ids: torch.LongTensor | None = None,
+        caption_codes: torch.LongTensor | None = None,
         return_loss: bool | None = None,
         return_logits: bool = True,
         interpolate_pos_encoding: bool = False,
@@ -427,6 +432,8 @@ class PicoModel(PicoPreTrainedModel):
             token_type_ids (`torch.LongTensor` of shape `(texts, words)`, *optional*): Segments.
             image_ids (`torch.LongTensor` of shape `(images,)`, *optional*):
                 Identity of each pair's meaning, for the loss: pairs of equal identity are never negatives.
+            caption_codes (`torch.LongTensor` of shape `(texts,)`, *optional*):
+                Identity of each pair's caption, for the loss: pairs of equal captions are never negatives.
             return_loss (`bool`, *optional*):
                 Whether to return the loss over the batch, in which image `i` and text `i` are a pair. For negatives
                 from all processes train with [`PicoTrainer`].
@@ -441,10 +448,12 @@ class PicoModel(PicoPreTrainedModel):
             [`PicoOutput`]
         """
         missing = [name for name, given in (("input_ids", input_ids), ("pixel_values", pixel_values)) if given is None]
-        if len(missing) == 2 or (missing and (return_loss or image_ids is not None)):
+        for_loss = return_loss or image_ids is not None or caption_codes is not None
+        if len(missing) == 2 or (missing and for_loss):
             raise ValueError(
-                f"Missing: {', '.join(missing)}. PicoModel takes images and texts together, or one of them without "
-                "`return_loss` and `image_ids`; see also `get_image_features` and `get_text_features`."
+                f"Missing: {', '.join(missing)}. PicoModel takes images and texts together, or one of them "
+                "without `return_loss`, `image_ids` and `caption_codes`; see also `get_image_features` and "
+                "`get_text_features`."
             )
         # Only where it is asked for, because not every vision backbone knows it.
         image_kwargs = {**kwargs, "interpolate_pos_encoding": True} if interpolate_pos_encoding else kwargs
@@ -457,7 +466,9 @@ class PicoModel(PicoPreTrainedModel):
             return self._one_side_output("image", vision_outputs, image)
         text_outputs, text = self._encode_texts(input_ids, attention_mask, True, **text_kwargs)
         logit_scale = self.logit_scale.float().exp().squeeze()
-        auxiliary = self._auxiliary_losses(image, text, image_ids) if self.training or return_loss else {}
+        auxiliary = {}
+        if self.training or return_loss:
+            auxiliary = self._auxiliary_losses(image, text, image_ids, caption_codes)
         auxiliary_loss = torch.stack([*auxiliary.values()]).sum() if auxiliary else None
         loss = logits = None
         if return_logits or return_loss:
@@ -468,6 +479,7 @@ class PicoModel(PicoPreTrainedModel):
                     scores,
                     scores.T,
                     image_ids=image_ids,
+                    caption_codes=caption_codes,
                     loss_type=self.config.loss_type,
                     logit_scale=logit_scale,
                     margin=self.config.margin,

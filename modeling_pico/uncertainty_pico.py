@@ -112,7 +112,12 @@ class UncertaintyPrototypes(nn.Module):
         return prototype_uncertainty(scale * cosines, self.config.uncertainty_temperature)
 
     def losses(
-        self, images: Tensor, texts: Tensor, scale: Tensor | float, image_ids: Tensor | None = None
+        self,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor | float,
+        image_ids: Tensor | None = None,
+        caption_codes: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """
         Weighted losses of matched pairs: `uncertainty`, which is [`uncertainty_loss`] averaged over both directions
@@ -127,7 +132,9 @@ class UncertaintyPrototypes(nn.Module):
             texts (`torch.Tensor` of shape `(pairs, dim)`): Unit vectors; row `i` belongs to image `i`.
             scale (`torch.Tensor` or `float`): Inverse temperature of the scores.
             image_ids (`torch.Tensor` of shape `(pairs,)`, *optional*):
-                Identity of each pair's meaning; all pairs are distinct by default.
+                Identity of each pair's meaning; all meanings are distinct by default.
+            caption_codes (`torch.Tensor` of shape `(pairs,)`, *optional*):
+                Identity of each pair's caption; all captions are distinct by default.
 
         Returns:
             `dict[str, torch.Tensor]`: Two scalars.
@@ -137,8 +144,10 @@ class UncertaintyPrototypes(nn.Module):
             images, texts = images.detach(), texts.detach()
         if isinstance(scale, Tensor):
             scale = scale.detach()
-        ids = torch.arange(len(images), device=images.device) if image_ids is None else image_ids
-        matching = ids[:, None] == ids[None, :]
+        matching = torch.eye(len(images), dtype=torch.bool, device=images.device)
+        for identity in (image_ids, caption_codes):
+            if identity is not None:
+                matching |= identity[:, None] == identity[None, :]
         with torch.autocast(images.device.type, enabled=False):
             similarity = images.float() @ texts.float().T
             image_side, text_side = (

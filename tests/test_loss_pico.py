@@ -131,6 +131,41 @@ def test_local_ids_may_be_left_out_or_given():
     assert image_text_loss(scores, scores, offset=2) > given_both
 
 
+@pytest.mark.parametrize("options", [{}, {"loss_type": "hinge"}, {"loss_type": "hinge", "hardest": False}])
+def test_equal_captions_are_no_negatives_of_each_other(options):
+    scores = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    scores[1, 2] = scores[2, 1] = 3.0
+    scores[0, 1] = scores[1, 0] = 2.5  # both are the hardest of somebody
+    ids, codes = torch.tensor([0, 1, 2, 0]), torch.tensor([-5, 7, 7, 9])
+    # Pairs 0 and 3 have one id, pairs 1 and 2 one caption: together as if there were two ids.
+    expected = image_text_loss(scores, scores.T, image_ids=torch.tensor([0, 1, 1, 0]), **options)
+    loss = image_text_loss(scores, scores.T, image_ids=ids, caption_codes=codes, **options)
+    assert torch.equal(loss, expected)
+    assert loss < image_text_loss(scores, scores.T, image_ids=ids, **options)
+    # The two do not add up to one meaning: pair 3 shares its id with 0 and its caption with 1, which are negatives.
+    chain = image_text_loss(
+        scores, scores.T, image_ids=torch.tensor([0, 1, 2, 0]), caption_codes=torch.tensor([4, 5, 6, 5]), **options
+    )
+    assert chain > image_text_loss(scores, scores.T, image_ids=torch.tensor([0, 0, 2, 0]), **options)
+    # Shares of two processes.
+    halves = [
+        image_text_loss(
+            scores[own],
+            scores.T[own],
+            all_ids=ids,
+            caption_codes=given,
+            all_caption_codes=codes,
+            offset=own.start,
+            **options,
+        )
+        for own, given in ((slice(0, 2), codes[:2]), (slice(2, 4), None))
+    ]
+    torch.testing.assert_close(torch.stack(halves).mean(), expected)
+    # Different captions change no bit.
+    different = image_text_loss(scores, scores.T, image_ids=ids, caption_codes=torch.arange(4), **options)
+    assert torch.equal(different, image_text_loss(scores, scores.T, image_ids=ids, **options))
+
+
 def test_logit_scale_gets_a_gradient_and_half_precision_is_computed_in_float32():
     scale = torch.tensor(2.0, requires_grad=True)
     half = SCORES.to(torch.bfloat16)
@@ -150,7 +185,11 @@ def test_logit_scale_gets_a_gradient_and_half_precision_is_computed_in_float32()
         (lambda: image_text_loss(SCORES[:2], SCORES[:2], image_ids=torch.arange(2)), r"gather the image_ids"),
         (
             lambda: image_text_loss(SCORES, SCORES, image_ids=torch.arange(2), all_ids=torch.arange(3)),
-            r"shape \(3,\), one id per local pair, got \(2,\)",
+            r"shape \(3,\), one per local pair, got \(2,\)",
+        ),
+        (
+            lambda: image_text_loss(SCORES[:2], SCORES[:2], caption_codes=torch.arange(2)),
+            r"gather the caption_codes of all processes and pass them as all_caption_codes",
         ),
         (lambda: image_text_loss(SCORES[:0], SCORES[:0]), r"non-empty matrix .* \(0, 3\)"),
         (lambda: infonce_loss(SCORES, torch.arange(2)), r"one per row of scores, got \(2,\)"),

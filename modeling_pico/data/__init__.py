@@ -2,7 +2,7 @@
 
 from ..image_decoding_pico import BadImageError, decode_image
 from .collator import PicoDataCollator, count_truncated, default_max_length
-from .dataset import CaptionedImageDataset, RandomCropFlip, SampleKey
+from .dataset import CaptionedImageDataset, CaptionedImages, RandomCropFlip, SampleKey, as_captioned, caption_code
 from .images import check_images
 from .sampler import UniqueIdBatchSampler
 from .sources import load_captioned_images
@@ -13,10 +13,13 @@ from .styled_shapes import styled_shapes
 __all__ = [
     "BadImageError",
     "CaptionedImageDataset",
+    "CaptionedImages",
     "PicoDataCollator",
     "RandomCropFlip",
     "SampleKey",
     "UniqueIdBatchSampler",
+    "as_captioned",
+    "caption_code",
     "check_distinct",
     "check_images",
     "count_truncated",

@@ -9,6 +9,8 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from .dataset import caption_code
+
 
 # Tokenizers without a limit of their own report an astronomically large one.
 LARGEST_SANE_LENGTH = 10_000
@@ -19,11 +21,12 @@ class PicoDataCollator:
     Makes a batch of tensors of the samples of a [`CaptionedImageDataset`].
 
     Training samples (with a `caption`) give `pixel_values` `(batch, 3, height, width)`, `input_ids` and
-    `attention_mask` `(batch, tokens)`, `token_type_ids` if the tokenizer makes them, and `image_ids` `(batch,)`.
+    `attention_mask` `(batch, tokens)`, `token_type_ids` if the tokenizer makes them, `image_ids` `(batch,)`, and
+    `caption_codes` `(batch,)`, equal where captions are (see [`caption_code`]).
 
-    Evaluation samples (with all `captions`) give the same, but the text tensors hold all captions of the batch one
-    after another, `(texts, tokens)`; besides there are `text_ids` `(texts,)`, the image id of each caption, and
-    `num_captions` `(batch,)`.
+    Evaluation samples (with all `captions`) give the same, but the text tensors and `caption_codes` hold all captions
+    of the batch one after another, `(texts, tokens)` and `(texts,)`; besides there are `text_ids` `(texts,)`, the id
+    of each caption's image, and `num_captions` `(batch,)`.
 
     Texts are cut to the tokenizer's `model_max_length`, which is saved with it (if it is 10,000 or more, nothing is
     cut), and padded to the longest of the batch. The attributes `seen_captions` and `truncated_captions` count what
@@ -89,6 +92,7 @@ class PicoDataCollator:
     def _encode_texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
         options = {"return_attention_mask": True, "return_tensors": "pt", "verbose": False}
         tokenizer = self.processor.tokenizer
+        caption_codes = torch.tensor([caption_code(text) for text in texts], dtype=torch.int64)
         encoded = tokenizer(texts, padding="longest", pad_to_multiple_of=self.pad_to_multiple_of, **options)
         self.seen_captions += len(texts)
         if self.max_length is not None and encoded["input_ids"].shape[1] > self.max_length:
@@ -96,7 +100,7 @@ class PicoDataCollator:
             # a text is too long or rounding up to the multiple went too far; both ways the limit is the right width.
             self.truncated_captions += int((encoded["attention_mask"].sum(dim=1) > self.max_length).sum())
             encoded = tokenizer(texts, truncation=True, max_length=self.max_length, padding="max_length", **options)
-        return dict(encoded)
+        return {**encoded, "caption_codes": caption_codes}
 
 
 def default_max_length(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import datasets
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
 from ..image_decoding_pico import decode_image
 from .paths import check_mark
+
+
+_TEXTS = ("string", "large_string")
+_INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 
 class SampleKey(NamedTuple):
@@ -31,6 +36,22 @@ class SampleKey(NamedTuple):
     seed: int
 
 
+@runtime_checkable
+class CaptionedImages(Protocol):
+    """
+    What the trainer asks of a data set: rows by [`SampleKey`] for training and by number for evaluation, and these.
+
+    Attributes:
+        ids (`torch.Tensor` of shape `(rows,)`, int64): Equal where rows mean the same.
+        num_captions (`torch.Tensor` of shape `(rows,)`, int64): Number of captions of each row.
+    """
+
+    ids: torch.Tensor
+    num_captions: torch.Tensor
+
+    def __len__(self) -> int: ...
+
+
 class CaptionedImageDataset(Dataset):
     """
     Decoded images with their captions over the canonical columns of [`load_captioned_images`].
@@ -41,7 +62,8 @@ class CaptionedImageDataset(Dataset):
 
     Args:
         dataset (`datasets.Dataset`):
-            Rows with the columns `image`, `captions`, `image_id` and, if known, `style`.
+            Rows with the columns `image`, `captions` (list of `str`), `image_id` (`str` or `int`) and, if known,
+            `style`.
         transform (`Callable[[PIL.Image.Image, random.Random], PIL.Image.Image]`, *optional*):
             Augmentation of training samples, for example [`RandomCropFlip`]. All its chance must come from the given
             generator.
@@ -55,7 +77,7 @@ class CaptionedImageDataset(Dataset):
             Style of each row, if known.
 
     Raises:
-        ValueError: if a column is missing.
+        ValueError: if a column is missing or holds something else.
     """
 
     def __init__(
@@ -70,15 +92,27 @@ class CaptionedImageDataset(Dataset):
                 "`load_captioned_images` makes them."
             )
         columns = ["image", "captions", "image_id"] + ["style"] * ("style" in dataset.column_names)
-        self.dataset = dataset.select_columns(columns).cast_column("image", datasets.Image(decode=False))
+        # Without a format, which would give ids as tensors: no two of them are the same key.
+        dataset = dataset.select_columns(columns).with_format(None)
+        _check_types(dataset)
+        self.dataset = dataset.cast_column("image", datasets.Image(decode=False))
         self.transform = transform
-        codes: dict[str, int] = {}
+        codes: dict[str | int, int] = {}
         self.ids = torch.tensor([codes.setdefault(i, len(codes)) for i in dataset["image_id"][:]], dtype=torch.int64)
         self.num_captions = torch.tensor([len(c) for c in dataset["captions"][:]], dtype=torch.int64)
         self.styles = list(dataset["style"]) if "style" in dataset.column_names else None
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def count_shared_captions(self) -> int:
+        """
+        Number of captions whose words are also the caption of an image of another id. Nothing can tell these apart:
+        in training they are no negatives of each other, and in evaluation they bound the recalls.
+        """
+        codes = [caption_code(text) for texts in self.dataset["captions"][:] for text in texts]
+        ids = self.ids.repeat_interleave(self.num_captions)
+        return count_shared_captions(torch.tensor(codes, dtype=torch.int64), ids)
 
     def image_names(self, codes: Sequence[int]) -> list[str]:
         """The `image_id` of the data for each code of `ids`."""
@@ -96,6 +130,122 @@ class CaptionedImageDataset(Dataset):
         if self.transform is not None:
             image = self.transform(image, random.Random(key.seed))
         return {"image": image, "caption": item["captions"][key.caption], "image_id": image_id}
+
+
+class _Joined(CaptionedImageDataset):
+    """Rows of several captioned data sets, each read by the data set it comes from, with ids that hold for all."""
+
+    def __init__(self, places: list[tuple[CaptionedImageDataset, int]]) -> None:
+        parts = list(dict.fromkeys(part for part, _ in places))
+        columns = ["image", "captions", "image_id"] + ["style"] * all(part.styles is not None for part in parts)
+        starts, rows = {}, 0
+        for part in parts:
+            starts[part], rows = rows, rows + len(part)
+        table = datasets.concatenate_datasets([part.dataset.select_columns(columns) for part in parts])
+        super().__init__(table.select([starts[part] + row for part, row in places]))
+        self._places = places
+
+    def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
+        row = key.row if isinstance(key, SampleKey) else int(key)
+        part, place = self._places[row]
+        sample = part[key._replace(row=place) if isinstance(key, SampleKey) else place]
+        own = {"image_id": int(self.ids[row])}
+        return {**sample, **own} if isinstance(key, SampleKey) else {**sample, **own, "row": row % len(self)}
+
+
+def as_captioned(dataset: Any) -> CaptionedImages:
+    """
+    Gives a data set the form that training and evaluation ask for.
+
+    Rows of a `Subset` and of a `ConcatDataset` keep the transform of the data set they come from. Equal ids in two
+    parts are one meaning; those that [`load_captioned_images`] makes up differ wherever images do.
+
+    Args:
+        dataset ([`CaptionedImageDataset`], `datasets.Dataset`, `Subset` or `ConcatDataset` of these):
+            A `datasets.Dataset` needs the columns of [`CaptionedImageDataset`]. Data sets of one's own are taken as
+            they are if they have what [`CaptionedImages`] names.
+
+    Returns:
+        [`CaptionedImageDataset`], or the data set of one's own.
+
+    Raises:
+        ValueError: for any other type; streams cannot be asked for a row.
+    """
+    if isinstance(dataset, CaptionedImages):
+        return dataset
+    if isinstance(dataset, datasets.Dataset):
+        return CaptionedImageDataset(dataset)
+    if isinstance(dataset, (Subset, ConcatDataset)):
+        places = _places(dataset)
+        if not places:
+            raise ValueError(f"The {type(dataset).__name__} holds no rows.")
+        return _Joined(places)
+    name = f"{type(dataset).__module__}.{type(dataset).__name__}"
+    if isinstance(dataset, (datasets.IterableDataset, IterableDataset)):
+        raise ValueError(
+            f"{name} is a stream, which cannot be asked for a row: batches in which every meaning occurs once, and "
+            "rankings over a whole set, need all rows. Load it without `streaming=True` (images stay files or bytes "
+            "until they are used), or write it to disk first."
+        )
+    raise ValueError(
+        f"{name} holds no captioned images. Give a CaptionedImageDataset, a datasets.Dataset with the columns "
+        "`image`, `captions` and `image_id` (`load_captioned_images` makes them), or a Subset or ConcatDataset of "
+        "these."
+    )
+
+
+def _places(dataset: Any) -> list[tuple[CaptionedImageDataset, int]]:
+    """Where each row of a data set made of others comes from."""
+    if isinstance(dataset, Subset):
+        places = _places(dataset.dataset)
+        return [places[index] for index in dataset.indices]
+    if isinstance(dataset, ConcatDataset):
+        return [place for part in dataset.datasets for place in _places(part)]
+    captioned = as_captioned(dataset)
+    if not isinstance(captioned, CaptionedImageDataset):
+        raise ValueError(
+            f"A Subset or ConcatDataset must be of CaptionedImageDataset or datasets.Dataset, not of "
+            f"{type(dataset).__name__}."
+        )
+    return [(captioned, row) for row in range(len(captioned))]
+
+
+def _check_types(dataset: datasets.Dataset) -> None:
+    captions, image_id = dataset.features["captions"], dataset.features["image_id"]
+    # A column of single captions would be taken for lists of letters.
+    is_list = isinstance(captions, (datasets.List, datasets.LargeList))
+    if not is_list or not _is_value(captions.feature, _TEXTS):
+        wrong = f"`captions` must hold lists of strings, but holds {captions}"
+    elif not _is_value(image_id, (*_TEXTS, *_INTEGERS)):
+        wrong = f"`image_id` must hold strings or integers, but holds {image_id}"
+    elif None in dataset["image_id"][:]:
+        wrong = f"`image_id` is missing in {dataset['image_id'][:].count(None)} rows, which would all mean the same"
+    else:
+        return
+    raise ValueError(f"The column {wrong}. `load_captioned_images` makes the columns that are needed.")
+
+
+def _is_value(feature: Any, types: tuple[str, ...]) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in types
+
+
+def caption_code(caption: str) -> int:
+    """The words of a caption as a number (64 bits, signed): the same for captions equal up to case and spaces."""
+    words = " ".join(caption.casefold().split())
+    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def count_shared_captions(caption_codes: torch.Tensor, ids: torch.Tensor) -> int:
+    """
+    Number of captions whose words also stand under another id.
+
+    Args:
+        caption_codes (`torch.Tensor` of shape `(captions,)`): See [`caption_code`].
+        ids (`torch.Tensor` of shape `(captions,)`): Identity of each caption's meaning.
+    """
+    _, codes = caption_codes.unique(return_inverse=True)
+    num_ids = torch.stack([codes, ids], dim=1).unique(dim=0)[:, 0].bincount()
+    return int((num_ids[codes] > 1).sum())
 
 
 class RandomCropFlip:

@@ -77,8 +77,9 @@ class UniqueIdBatchSampler(Sampler[list[SampleKey]]):
         drop_last: bool = True,
         captions: str = "random",
     ) -> None:
-        row_ids = np.asarray(ids, dtype=np.int64)
-        self._num_captions = np.asarray(num_captions, dtype=np.int64)
+        # Copies, not views: handing a data set to a worker that is not forked moves its tensors to shared memory and
+        # frees the memory that a view would go on reading.
+        row_ids, self._num_captions = (np.asarray(values).astype(np.int64) for values in (ids, num_captions))
         if row_ids.ndim != 1 or row_ids.shape != self._num_captions.shape:
             raise ValueError(
                 f"`ids` and `num_captions` must be vectors of one length, got shapes {row_ids.shape} and "

@@ -10,7 +10,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 from torch import nn
+from transformers.utils import logging
 
+from ..data.dataset import count_shared_captions
 from ..loss_pico import image_text_loss
 from ..modeling_pico import PicoModel
 from ..scoring_pico import pair_scores
@@ -25,6 +27,8 @@ from .retrieval_metrics import (
 )
 from .uncertainty_reranking import UncertaintyReranking, risk_coverage
 
+
+logger = logging.get_logger(__name__)
 
 # Ranks of images among texts and of texts among images.
 _Ranks = tuple[torch.Tensor, torch.Tensor]
@@ -45,6 +49,7 @@ class EncodedRetrieval:
         text_mask (`torch.Tensor` of shape `(texts, words)`): True at tokens that take part.
         image_ids (`torch.Tensor` of shape `(images,)`): Identity of each image of all processes, in order.
         text_ids (`torch.Tensor` of shape `(texts,)`): Identity of each text.
+        caption_codes (`torch.Tensor` of shape `(texts,)`, *optional*): Equal where the wording of texts is.
     """
 
     image_tokens: torch.Tensor
@@ -53,6 +58,7 @@ class EncodedRetrieval:
     text_mask: torch.Tensor
     image_ids: torch.Tensor
     text_ids: torch.Tensor
+    caption_codes: torch.Tensor | None = None
 
     def first_image(self) -> int:
         """Index of this process's first image among those of all processes."""
@@ -78,6 +84,7 @@ class EncodedRetrieval:
             text_mask=self.text_mask[texts],
             image_ids=self.image_ids[images],
             text_ids=self.text_ids[texts],
+            caption_codes=None if self.caption_codes is None else self.caption_codes[texts],
         )
 
 
@@ -183,11 +190,14 @@ class RetrievalEvaluator:
         unwrapped = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         device = next(unwrapped.parameters()).device
         encoded: list[tuple[torch.Tensor, ...]] = []
+        caption_codes: list[torch.Tensor] = []
         inputs: dict[str, Any] = {}
         for batch in batches:
             inputs = {name: value.to(device) for name, value in batch.items()}
             image_ids, text_ids = inputs.pop("image_ids"), inputs.pop("text_ids")
             inputs.pop("num_captions", None)
+            if "caption_codes" in inputs:
+                caption_codes.append(inputs.pop("caption_codes"))
             outputs = model(**inputs, return_logits=False)
             encoded.append(
                 (outputs.image_tokens, outputs.image_mask, outputs.text_tokens, outputs.text_mask, image_ids, text_ids)
@@ -208,6 +218,7 @@ class RetrievalEvaluator:
             text_mask=gather_rows(text_mask),
             image_ids=gather_rows(image_ids),
             text_ids=gather_rows(text_ids),
+            caption_codes=gather_rows(torch.cat(caption_codes)) if caption_codes else None,
         )
 
     @torch.no_grad()
@@ -246,6 +257,7 @@ class RetrievalEvaluator:
         For a model with uncertainty also the areas under the risk-coverage curves of recall at 1
         (`image_to_text_aurc`, `text_to_image_aurc`, see [`RiskCoverage`]), and the `reranked_` metrics.
         """
+        _warn_of_shared_captions(encoded)
         metrics = self._measure(model, encoded, scores, self.uncertainty(model, encoded))
         metrics["chance_rsum"] = chance_rsum(encoded.image_ids, encoded.text_ids, self.num_folds)
         metrics["loss"] = self._loss(model, encoded)
@@ -410,11 +422,13 @@ class RetrievalEvaluator:
         total = 0.0
         for start in range(0, len(scores), size):
             ids = encoded.image_ids[start : start + size]
+            codes = None if encoded.caption_codes is None else encoded.caption_codes[captions[start : start + size]]
             block = scores[start : start + size, : len(ids)]
             loss = image_text_loss(
                 block,
                 block.T,
                 image_ids=ids,
+                caption_codes=codes,
                 loss_type=config.loss_type,
                 logit_scale=model.logit_scale.float().exp().squeeze(),
                 margin=config.margin,
@@ -429,6 +443,17 @@ def score_ready(
     """Weighted tokens and mask of some images (`modality="image"`) or texts (`"text"`)."""
     tokens, mask = getattr(encoded, f"{modality}_tokens")[rows], getattr(encoded, f"{modality}_mask")[rows]
     return model.alignment_head.weight(tokens, mask, modality)[0], mask
+
+
+def _warn_of_shared_captions(encoded: EncodedRetrieval) -> None:
+    if encoded.caption_codes is None or not PartialState().is_main_process:
+        return
+    shared = count_shared_captions(encoded.caption_codes, encoded.text_ids)
+    if shared:
+        logger.warning_once(
+            f"{shared} of {len(encoded.text_ids)} texts are also the texts of other images, of other ids. Nothing can "
+            "tell them apart, so that no model ranks all of them right: recalls have a ceiling below 100."
+        )
 
 
 def _blocks(ids: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, size: int) -> list[_Block]:

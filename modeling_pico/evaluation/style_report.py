@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
-from ..data import CaptionedImageDataset, PicoDataCollator
+from ..data import PicoDataCollator, as_captioned
 from ..modeling_pico import PicoModel
 from ..processing_pico import PicoProcessor
 from ..scoring_pico import pair_scores
@@ -283,7 +284,7 @@ class StyleReport:
 def measure_styles(
     model: PicoModel,
     processor: PicoProcessor,
-    dataset: CaptionedImageDataset,
+    dataset: Dataset | datasets.Dataset,
     seen_styles: Sequence[str] | None = None,
     *,
     batch_size: int = 64,
@@ -294,7 +295,8 @@ def measure_styles(
     Args:
         model ([`PicoModel`]): The model.
         processor ([`PicoProcessor`]): Its processor.
-        dataset ([`CaptionedImageDataset`]): Images with their captions and styles.
+        dataset ([`CaptionedImageDataset`]):
+            Images with their captions and styles; whatever [`~modeling_pico.data.as_captioned`] takes.
         seen_styles (`Sequence[str]`, *optional*):
             Those of the styles that training has shown. Without it there are no gaps.
         batch_size (`int`, *optional*, defaults to 64): Images encoded at a time.
@@ -313,16 +315,17 @@ def measure_styles(
     >>> report.styles["sketch"].gap
     ```
     """
-    order_styles(dataset.styles, seen_styles)
+    captioned: Any = as_captioned(dataset)
+    order_styles(captioned.styles, seen_styles)
     loader = DataLoader(
-        dataset,
-        sampler=own_rows(len(dataset)),
+        captioned,
+        sampler=own_rows(len(captioned)),
         batch_size=batch_size,
         collate_fn=PicoDataCollator(processor),
         generator=torch.Generator(),  # else the loader draws from the global one
     )
     encoded = RetrievalEvaluator().encode(model, loader)
-    return StyleReport.from_encoded(model, encoded, dataset.styles, dataset.num_captions, seen_styles)
+    return StyleReport.from_encoded(model, encoded, captioned.styles, captioned.num_captions, seen_styles)
 
 
 def order_styles(styles: Sequence[str] | None, seen_styles: Sequence[str] | None) -> list[str]:

@@ -17,7 +17,7 @@ class GatheredBatch:
 
     Attributes:
         image_embeds `(all, patches, dim)`, image_mask `(all, patches)`, text_embeds `(all, words, dim)`,
-        text_mask `(all, words)`, ids `(all,)`: Everything, in the order of the processes.
+        text_mask `(all, words)`, ids `(all,)`, caption_codes `(all,)`: Everything, in the order of the processes.
         own (`slice`): This process's pairs.
         loss_share (`float`): Own pairs over the mean number of pairs, 1 for equal batches. With it a mean over
             processes of per-process mean losses is the mean over all pairs.
@@ -28,19 +28,21 @@ class GatheredBatch:
     text_embeds: torch.Tensor
     text_mask: torch.Tensor
     ids: torch.Tensor
+    caption_codes: torch.Tensor | None
     own: slice
     loss_share: float
 
 
-def gather_batch(outputs, ids: torch.Tensor) -> GatheredBatch:
+def gather_batch(outputs, ids: torch.Tensor, caption_codes: torch.Tensor | None = None) -> GatheredBatch:
     r"""
     Gathers the embeddings of all processes; the gradient of a process's loss reaches the others' embeddings.
 
     Args:
         outputs ([`PicoOutput`]): Output of the model on this process's pairs.
         ids (`torch.Tensor` of shape `(pairs,)`): Identity of each pair's meaning.
+        caption_codes (`torch.Tensor` of shape `(pairs,)`, *optional*): Identity of each pair's caption.
     """
-    local = (outputs.image_embeds, outputs.image_mask, outputs.text_embeds, outputs.text_mask, ids)
+    local = (outputs.image_embeds, outputs.image_mask, outputs.text_embeds, outputs.text_mask, ids, caption_codes)
     if PartialState().num_processes == 1:
         return GatheredBatch(*local, own=slice(0, len(ids)), loss_share=1.0)
     # One small collective tells every process how far to pad: captions differ in length, last batches in size.
@@ -48,25 +50,20 @@ def gather_batch(outputs, ids: torch.Tensor) -> GatheredBatch:
     shapes = gather(shape)
     counts = shapes[:, 0].tolist()
     rows, patches, words = shapes.amax(dim=0).tolist()
-    gathered = [
-        torch.cat([block[:count] for block, count in zip(_AllGather.apply(padded), counts, strict=True)])
-        for padded in (
-            _pad(outputs.image_embeds, rows, patches),
-            _pad(outputs.image_mask.to(torch.uint8), rows, patches),
-            _pad(outputs.text_embeds, rows, words),
-            _pad(outputs.text_mask.to(torch.uint8), rows, words),
-            _pad(ids, rows),
-        )
-    ]
-    image_embeds, image_mask, text_embeds, text_mask, all_ids = gathered
+
+    def of_all(tensor: torch.Tensor, *sizes: int) -> torch.Tensor:
+        blocks = _AllGather.apply(_pad(tensor, rows, *sizes))
+        return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
+
     process = PartialState().process_index
     start = sum(counts[:process])
     return GatheredBatch(
-        image_embeds,
-        image_mask.bool(),
-        text_embeds,
-        text_mask.bool(),
-        all_ids,
+        image_embeds=of_all(outputs.image_embeds, patches),
+        image_mask=of_all(outputs.image_mask.to(torch.uint8), patches).bool(),
+        text_embeds=of_all(outputs.text_embeds, words),
+        text_mask=of_all(outputs.text_mask.to(torch.uint8), words).bool(),
+        ids=of_all(ids),
+        caption_codes=None if caption_codes is None else of_all(caption_codes),
         own=slice(start, start + counts[process]),
         loss_share=counts[process] * len(counts) / sum(counts),
     )

@@ -6,14 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import datasets
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from ..data import CaptionedImageDataset
+from ..data import as_captioned
 from ..evaluation.embedding_cache import cache_key, load_embeddings, save_embeddings
 from ..evaluation.evaluator import EncodedRetrieval, RetrievalEvaluator
 from ..evaluation.style_report import StyleReport
@@ -102,7 +103,7 @@ class EvaluationTrainer(TrainerBase):
             num_samples=len(encoded.image_ids),
         )
 
-    def learn_uncertainty_reranking(self, eval_dataset: CaptionedImageDataset | None = None) -> dict[str, float]:
+    def learn_uncertainty_reranking(self, eval_dataset: Dataset | datasets.Dataset | None = None) -> dict[str, float]:
         """
         Learns by which weights the uncertainty re-ranks scores, see [`~modeling_pico.evaluation.learn_reranking`], and
         puts them into the model's configuration: evaluations then report re-ranked metrics beside the plain ones.
@@ -131,11 +132,14 @@ class EvaluationTrainer(TrainerBase):
         model.config.uncertainty_reranking = learned
         return {f"uncertainty_reranking_{name}": value for name, value in learned.items()}
 
-    def measure_styles(self, dataset: CaptionedImageDataset, seen_styles: Sequence[str] | None = None) -> StyleReport:
+    def measure_styles(
+        self, dataset: Dataset | datasets.Dataset, seen_styles: Sequence[str] | None = None
+    ) -> StyleReport:
         """As [`~modeling_pico.measure_styles`], in the precision and on the processes of this trainer."""
-        encoded = self._encode(self.get_eval_dataloader(dataset))
+        captioned: Any = as_captioned(dataset)
+        encoded = self._encode(self.get_eval_dataloader(captioned))
         report = StyleReport.from_encoded(
-            self._pico_model(), encoded, dataset.styles, dataset.num_captions, seen_styles
+            self._pico_model(), encoded, captioned.styles, captioned.num_captions, seen_styles
         )
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, report.metrics())
         return report

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import datasets
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
@@ -16,7 +17,7 @@ from transformers.trainer_utils import BestRun, TrainOutput
 from transformers.utils import logging
 
 from ..backbones_pico import limit_text_length
-from ..data import CaptionedImageDataset, PicoDataCollator, UniqueIdBatchSampler
+from ..data import CaptionedImageDataset, PicoDataCollator, UniqueIdBatchSampler, as_captioned
 from ..evaluation.evaluator import RetrievalEvaluator, gather_rows, own_rows
 from ..loss_pico import image_text_loss
 from ..modeling_pico import PicoOutput
@@ -67,9 +68,10 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         model ([`PicoModel`], *optional*): The model, or give `model_init`.
         args ([`PicoTrainingArguments`], *optional*): Training arguments.
         data_collator ([`PicoDataCollator`], *optional*): Made from `processing_class` by default.
-        train_dataset ([`CaptionedImageDataset`], *optional*): Training pairs.
+        train_dataset ([`CaptionedImageDataset`], *optional*):
+            Training pairs; whatever [`~modeling_pico.data.as_captioned`] takes.
         eval_dataset ([`CaptionedImageDataset`] or `dict` of them, *optional*):
-            Validation sets. The first one gives the performance feedback.
+            Validation sets, in the same forms. The first one gives the performance feedback.
         processing_class ([`PicoProcessor`], *optional*): Saved beside the model.
         kwargs: Passed to `Trainer` (`callbacks`, `optimizers`, `model_init`, ...).
     """
@@ -82,8 +84,8 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         model: PreTrainedModel | nn.Module | None = None,
         args: PicoTrainingArguments | None = None,
         data_collator: PicoDataCollator | None = None,
-        train_dataset: CaptionedImageDataset | None = None,
-        eval_dataset: CaptionedImageDataset | dict[str, CaptionedImageDataset] | None = None,
+        train_dataset: Dataset | datasets.Dataset | None = None,
+        eval_dataset: Dataset | datasets.Dataset | Mapping[str, Dataset | datasets.Dataset] | None = None,
         processing_class: PicoProcessor | None = None,
         **kwargs: Any,
     ):
@@ -97,6 +99,10 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             if processing_class is None:
                 raise ValueError("PicoTrainer needs a `data_collator` or a `processing_class` to make one from.")
             data_collator = PicoDataCollator(processing_class)
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {name: as_captioned(dataset) for name, dataset in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = as_captioned(eval_dataset)
         self.construction: PrototypeConstruction | None = None
         self.card_info: dict[str, Any] = {}
         self.card_split_names: dict[str, str] = {}
@@ -106,7 +112,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=train_dataset,
+            train_dataset=None if train_dataset is None else as_captioned(train_dataset),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             **kwargs,
@@ -139,13 +145,23 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         loader = DataLoader(dataset, batch_sampler=sampler, **self._loader_kwargs())
         return self.accelerator.prepare(loader)
 
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        """Batches of this process's contiguous block of images, with all their captions."""
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | datasets.Dataset | None = None) -> DataLoader:
+        """
+        Batches of this process's contiguous block of images, with all their captions.
+
+        Args:
+            eval_dataset (`str`, [`CaptionedImageDataset`], *optional*):
+                Name of one of the trainer's validation sets, or a data set that [`~modeling_pico.data.as_captioned`]
+                takes. Defaults to the trainer's only validation set.
+        """
         if eval_dataset is None and self.eval_dataset is None:
             raise ValueError("PicoTrainer: evaluation requires an eval_dataset.")
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, str):
             dataset = self.eval_dataset[eval_dataset]
+        return self._eval_loader(as_captioned(dataset))
+
+    def _eval_loader(self, dataset: Any) -> DataLoader:
         return DataLoader(
             dataset,
             sampler=own_rows(len(dataset)),
@@ -156,7 +172,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             **{**self._loader_kwargs(), "persistent_workers": False},
         )
 
-    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+    def get_test_dataloader(self, test_dataset: Dataset | datasets.Dataset) -> DataLoader:
         """As [`get_eval_dataloader`]."""
         return self.get_eval_dataloader(test_dataset)
 
@@ -242,6 +258,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         ):
             self._check_adapter("other learned parts of the head", "alignment_head", model.alignment_head)
         self._check_adapter("prototypes of uncertainty", "uncertainty_prototypes", model.uncertainty_prototypes)
+        self._report_shared_captions()
         # Learned for the weights as they were.
         model.config.uncertainty_reranking = None
         self.construction = None if prototypes is None else PrototypeConstruction(prototypes, self.args)
@@ -260,6 +277,17 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         if self.is_fsdp_enabled:
             prepare_fsdp(self.accelerator, self.model, self._pico_model())
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _report_shared_captions(self) -> None:
+        dataset = self.train_dataset
+        if not isinstance(dataset, CaptionedImageDataset) or not self.is_world_process_zero():
+            return
+        shared = dataset.count_shared_captions()
+        if shared:
+            logger.warning(
+                f"{shared} of {int(dataset.num_captions.sum())} training captions are also the captions of other "
+                "images, of other ids. Where such captions meet in a batch, they are no negatives of each other."
+            )
 
     def _check_prototype_needs(self) -> None:
         if self.args.feedback_needs_validation and self.eval_dataset is None:
@@ -314,7 +342,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         whole batch, and so is its gradient.
         """
         outputs = model(**inputs, return_logits=False)
-        loss = self._batch_loss(outputs, inputs["image_ids"], collect=model.training)
+        loss = self._batch_loss(outputs, inputs, collect=model.training)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(
@@ -349,7 +377,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             loss = cached_backward(
                 model,
                 self._chunks(inputs, chunk_size),
-                loss_function=lambda outputs: self._batch_loss(outputs, inputs["image_ids"], collect=True),
+                loss_function=lambda outputs: self._batch_loss(outputs, inputs, collect=True),
                 backward=lambda loss: self.accelerator.backward(loss / self.current_gradient_accumulation_steps),
                 no_sync=functools.partial(self.accelerator.no_sync, model=model),
             )
@@ -365,14 +393,17 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         parts = [value.tensor_split(number) for value in inputs.values()]
         return [dict(zip(inputs, values, strict=True)) for values in zip(*parts, strict=True)]
 
-    def _batch_loss(self, outputs: PicoOutput, ids: torch.Tensor, collect: bool) -> torch.Tensor:
+    def _batch_loss(self, outputs: PicoOutput, inputs: dict[str, torch.Tensor], collect: bool) -> torch.Tensor:
+        # Batches of another collator need not know their captions.
+        ids, caption_codes = inputs["image_ids"], inputs.get("caption_codes")
         if collect and self.construction is not None:
             self._collect(self.construction, outputs, ids)
         if collect:
             for name, value in (outputs.get("auxiliary_losses") or {}).items():
                 self._auxiliary_log.setdefault(name, []).append(value.detach())
         gathers = self.args.gather_negatives and self.args.world_size > 1
-        return spread_non_finite(self._gathered_loss(outputs, ids) if gathers else self._local_loss(outputs, ids))
+        loss_function = self._gathered_loss if gathers else self._local_loss
+        return spread_non_finite(loss_function(outputs, ids, caption_codes))
 
     def _loss_kwargs(self, outputs: PicoOutput) -> dict[str, Any]:
         config = self._pico_model().config
@@ -384,27 +415,35 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             "hardest": epoch >= self.args.hinge_warmup_epochs,
         }
 
-    def _local_loss(self, outputs: PicoOutput, ids: torch.Tensor) -> torch.Tensor:
+    def _local_loss(self, outputs: PicoOutput, ids: torch.Tensor, caption_codes: torch.Tensor | None) -> torch.Tensor:
         scores = pair_scores(
             outputs["image_embeds"], outputs["text_embeds"], outputs["image_mask"], outputs["text_mask"]
         )
-        return self._total_loss(
-            image_text_loss(scores, scores.T, image_ids=ids, **self._loss_kwargs(outputs)), outputs
+        loss = image_text_loss(
+            scores, scores.T, image_ids=ids, caption_codes=caption_codes, **self._loss_kwargs(outputs)
         )
+        return self._total_loss(loss, outputs)
 
     def _total_loss(self, pair_loss: torch.Tensor, outputs: PicoOutput) -> torch.Tensor:
         loss = self._pico_model().config.ranking_weight * pair_loss
         auxiliary = outputs.get("auxiliary_loss")
         return loss if auxiliary is None else loss + auxiliary
 
-    def _gathered_loss(self, outputs: PicoOutput, ids: torch.Tensor) -> torch.Tensor:
-        batch = gather_batch(outputs, ids)
+    def _gathered_loss(
+        self, outputs: PicoOutput, ids: torch.Tensor, caption_codes: torch.Tensor | None
+    ) -> torch.Tensor:
+        batch = gather_batch(outputs, ids, caption_codes)
         own = batch.own
         # Own rows and own columns only: scoring all pairs on every process would repeat the work.
         per_image = pair_scores(batch.image_embeds[own], batch.text_embeds, batch.image_mask[own], batch.text_mask)
         per_text = pair_scores(batch.image_embeds, batch.text_embeds[own], batch.image_mask, batch.text_mask[own]).T
         loss = image_text_loss(
-            per_image, per_text, image_ids=ids, all_ids=batch.ids, offset=own.start, **self._loss_kwargs(outputs)
+            per_image,
+            per_text,
+            all_ids=batch.ids,
+            all_caption_codes=batch.caption_codes,
+            offset=own.start,
+            **self._loss_kwargs(outputs),
         )
         # Auxiliary losses are over this process's pairs, which the share weighs like those of the other processes.
         return self._total_loss(loss, outputs) * batch.loss_share
@@ -462,7 +501,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
                 dataset = self.eval_dataset if name is None else self.eval_dataset[name]
                 images = construction.feedback_images(len(dataset))
                 dataset = dataset if images is None else Subset(dataset, images.tolist())
-                encoded = self._encode(self.get_eval_dataloader(dataset))
+                encoded = self._encode(self._eval_loader(dataset))
                 self._propose(construction, encoded, self.evaluator if images is None else RetrievalEvaluator())
         self.control.should_log = should_log
         super()._maybe_log_save_evaluate(*args, **kwargs)

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from modeling_pico.data import PicoDataCollator, count_truncated, default_max_length
+from modeling_pico.data import PicoDataCollator, caption_code, count_truncated, default_max_length
 
 
 def training(*captions):
@@ -21,9 +21,18 @@ def test_training_batch(processor):
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
     assert batch["image_ids"].tolist() == [10, 11]
     assert batch["image_ids"].dtype == torch.int64
-    assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "image_ids"} | (
+    assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "image_ids", "caption_codes"} | (
         {"token_type_ids"} & set(processor.tokenizer.model_input_names)
     )
+
+
+def test_equal_captions_have_equal_codes(processor):
+    collator = PicoDataCollator(processor, max_length=3)
+    codes = collator(training("a red cat", "a red dog", " A red\tCAT"))["caption_codes"]
+    assert codes.dtype == torch.int64 and codes[0] == codes[2] != codes[1]  # the cut captions are all equal
+    # In every process and on every machine.
+    assert codes.tolist() == [caption_code("a red cat"), caption_code("a red dog"), caption_code("a red cat")]
+    assert caption_code("a red cat") == -3037774535702438454
 
 
 def test_token_type_ids_follow_the_tokenizer(processor):
@@ -46,6 +55,7 @@ def test_evaluation_batch(processor):
     assert batch["image_ids"].tolist() == [4, 9]
     assert batch["text_ids"].tolist() == [4, 4, 9]
     assert batch["num_captions"].tolist() == [2, 1]
+    assert batch["caption_codes"].tolist() == [caption_code(text) for text in ("a", "a red cat", "dog")]
 
 
 def test_truncation_is_counted(processor):

@@ -52,6 +52,16 @@ def test_a_frequent_id_limits_the_full_batches():
     assert {key.row for batch in batches for key in batch} == set(range(13))
 
 
+@pytest.mark.parametrize("captions", ["random", "all"])
+def test_the_memory_of_what_was_given_is_not_read_again(captions):
+    ids, num_captions = torch.arange(40), 1 + torch.arange(40) % 3
+    sampler = UniqueIdBatchSampler(ids, num_captions, 8, captions=captions)
+    batches = list(sampler)
+    ids.zero_()
+    num_captions.fill_(9)
+    assert list(sampler) == batches
+
+
 def test_random_captions_and_all_captions():
     ids, captions = list(range(40)), [1 + row % 3 for row in range(40)]
     sampler = UniqueIdBatchSampler(ids, captions, 8)

@@ -214,8 +214,9 @@ def test_two_processes_take_over_from_one(results):
         assert_close(result["state"], first["widened"]["state"], 0.0)
 
 
-def test_a_loss_that_is_not_finite_on_one_process_is_skipped_on_both(results):
-    _, first, second = (result["skip"] for result in results)
+@pytest.mark.parametrize("run", ["skip", "infinite"])
+def test_a_loss_that_is_not_finite_on_one_process_is_skipped_on_both(results, run):
+    _, first, second = (result[run] for result in results)
     assert torch.tensor(first["losses"]).isfinite().all()
     assert torch.tensor(second["losses"]).isfinite().tolist() == [True, False, True, True]
     assert first["skipped"] == second["skipped"] == [1]

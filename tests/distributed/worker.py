@@ -59,6 +59,7 @@ class FirstGradients(PicoTrainer):
     def training_step(self, model, inputs, *args, **kwargs):
         # Five meanings for eight pairs: ids repeat within processes and across them.
         inputs["image_ids"] %= 5
+        inputs["caption_codes"] %= 7  # and so do captions
         self.__dict__.setdefault("ids", []).append(inputs["image_ids"].tolist())
         self.__dict__.setdefault("losses", [])
         self.__dict__.setdefault("widths", []).append(inputs["input_ids"].shape[1])
@@ -94,6 +95,19 @@ class Poisoned(FirstGradients):
         if self.state.global_step == 1 and PartialState().is_last_process:
             inputs["pixel_values"][1, 0, 2, 2] = math.nan
         return super().training_step(model, inputs, *args, **kwargs)
+
+
+class Infinite(FirstGradients):
+    """The loss of the last process is infinite in the second step, and its gradient is not."""
+
+    def _local_loss(self, *args):
+        return super()._local_loss(*args) + self.surplus()
+
+    def _gathered_loss(self, *args):
+        return super()._gathered_loss(*args) + self.surplus()
+
+    def surplus(self) -> float:
+        return math.inf if self.state.global_step == 1 and PartialState().is_last_process else 0.0
 
 
 class Mortal(FirstGradients):
@@ -268,6 +282,14 @@ def many(folder: Path) -> dict:
             trainer_class=Poisoned,
             num_train_epochs=2,
             gather_negatives=False,
+            non_finite_loss="skip",
+            measure=False,
+        ),
+        "infinite": run(
+            folder / "infinite",
+            PURITY,
+            trainer_class=Infinite,
+            num_train_epochs=2,
             non_finite_loss="skip",
             measure=False,
         ),

@@ -86,7 +86,7 @@ def test_chunks_weigh_them_by_their_pairs(net, inputs, chunk_size, tmp_path):
     cached = cached_backward(
         net,
         split_inputs(inputs, chunk_size),
-        lambda outputs: made._batch_loss(outputs, inputs["image_ids"], collect=False),
+        lambda outputs: made._batch_loss(outputs, inputs, collect=False),
         lambda value: value.backward(),
         nullcontext,
     )

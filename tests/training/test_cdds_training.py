@@ -62,7 +62,7 @@ def test_gradient_cache_of_one_chunk_is_the_plain_step(tmp_path):
             loss = cached_backward(
                 net,
                 split_inputs(inputs, 6),
-                lambda outputs: made._batch_loss(outputs, inputs["image_ids"], collect=False),
+                lambda outputs: made._batch_loss(outputs, inputs, collect=False),
                 lambda value: value.backward(),
                 nullcontext,
             )

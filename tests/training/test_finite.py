@@ -11,8 +11,8 @@ from tiny import arguments, assert_same_state, model, processor, prototype_log, 
 from transformers import TrainerCallback
 
 from modeling_pico.data import CaptionedImageDataset, PicoDataCollator
-from modeling_pico.training import NonFiniteLossError
-from modeling_pico.training.finite import MAX_SKIPPED_IN_A_ROW, FiniteLossCallback
+from modeling_pico.training import NonFiniteLossError, PicoTrainer
+from modeling_pico.training.finite import MAX_SKIPPED_IN_A_ROW, FiniteLossCallback, spread_non_finite
 
 
 PURITY = {"style_probability": "purity", "sharpness": 4.0, "column_mode": "statistics"}
@@ -163,6 +163,38 @@ def test_a_gradient_that_is_not_finite_stops_as_well(tmp_path):
         made.train()
     assert "gradient (norm inf) of step 1 is not finite" in str(error.value)
     assert "Their pixels are finite" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
+def test_a_loss_that_is_not_finite_leaves_no_gradient_finite(value):
+    weights = torch.tensor([0.3, 0.6], requires_grad=True)
+    plain = weights.sum() + value  # whatever the value, its gradient is 1
+    loss = spread_non_finite(plain)
+    assert torch.equal(loss, plain) or (loss.isnan() and value != 0)
+    loss.backward()
+    assert weights.grad.isnan().all() if value != 0 else weights.grad.tolist() == [1, 1]
+
+
+def test_an_infinite_loss_with_finite_gradients_stops_training(tmp_path):
+    class Infinite(PicoTrainer):
+        def _local_loss(self, *args):
+            return super()._local_loss(*args) + (math.inf if self.state.global_step == 1 else 0.0)
+
+    made = trainer(tmp_path, trainer_class=Infinite, model_options=PURITY, save_strategy="no")
+    with pytest.raises(NonFiniteLossError, match=r"of step 2 is not finite"):
+        made.train()
+    assert made.state.global_step == 1
+
+
+def test_under_loss_scaling_the_loss_of_another_process_counts(monkeypatch):
+    # This process's loss is finite, that of the other one is not.
+    module = "modeling_pico.training.finite"
+    monkeypatch.setattr(f"{module}.gather", lambda flag: torch.cat([flag, torch.zeros_like(flag)]))
+    monkeypatch.setattr(f"{module}.gather_object", lambda found: [*found, math.nan])
+    callback = FiniteLossCallback("stop", None, lambda logs: None)
+    callback.note(torch.tensor(1.0), {"image_ids": torch.tensor([3]), "pixel_values": torch.zeros(1, 3, 2, 2)})
+    with pytest.raises(NonFiniteLossError, match=r"loss \(nan\) of step 1"):
+        callback.on_pre_optimizer_step(SimpleNamespace(), SimpleNamespace(global_step=0), None)
 
 
 def test_loss_scaling_keeps_its_infinite_gradients(tmp_path):

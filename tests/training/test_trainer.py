@@ -6,11 +6,22 @@ from collections import Counter
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import CountedDataset, arguments, assert_same_state, model, processor, prototype_log, rows, trainer
-from torch.utils.data import Subset
+from tiny import (
+    CountedDataset,
+    arguments,
+    assert_same_state,
+    model,
+    processor,
+    prototype_log,
+    rows,
+    trainer,
+    whole_log,
+)
+from torch.utils.data import ConcatDataset, Subset
 from transformers import TrainerCallback
 
 from modeling_pico import PicoModel, PicoProcessor
+from modeling_pico.data import CaptionedImageDataset, caption_code
 from modeling_pico.training import PicoTrainer
 from modeling_pico.training.callbacks import MAX_LOGIT_SCALE
 
@@ -471,3 +482,100 @@ def test_optimizers_that_group_parameters_themselves_refuse_two_rates(tmp_path):
     made.optimizer_cls_and_kwargs = (torch.optim.SGD, {"params": list(made.model.parameters()), "lr": 1e-2})
     with pytest.raises(ValueError, match="groups parameters itself.*leave backbone_learning_rate out"):
         made.create_optimizer()
+
+
+# Captions that several images share
+
+
+@pytest.fixture
+def warnings(monkeypatch) -> list[str]:
+    messages: list[str] = []
+    for module in ("training.trainer", "evaluation.evaluator"):
+        monkeypatch.setattr(f"modeling_pico.{module}.logger.warning", messages.append)
+    return messages
+
+
+def shared_captions(count: int, seed: int = 0):
+    """Two of each three images have one and the same caption besides their own."""
+    return rows(count, seed).map(
+        lambda row, index: {"captions": [f"kind {index % 3 % 2} of {index // 3}"]}, with_indices=True
+    )
+
+
+@pytest.mark.parametrize("loss_type", ["infonce", "hinge"])
+def test_equal_captions_of_different_images_are_no_negatives(tmp_path, loss_type):
+    options = {"loss_type": loss_type, "num_uncertainty_prototypes": 3}
+    made = trainer(tmp_path, data=CaptionedImageDataset(shared_captions(6)), model_options=options)
+    batch = next(iter(made.get_train_dataloader()))
+    # As if the images of one caption were of one id.
+    _, same = batch["caption_codes"].unique(return_inverse=True)
+    assert len(same.unique()) == 4
+    as_ids = {**batch, "image_ids": same, "caption_codes": torch.arange(6)}
+    apart = {**batch, "caption_codes": torch.arange(6)}
+    net = made.model.eval()
+    loss, expected, wrong = (made.compute_loss(net, inputs) for inputs in (batch, as_ids, apart))
+    assert torch.equal(loss, expected) and loss < wrong
+    whole, expected = (net(**inputs, return_loss=True) for inputs in (batch, as_ids))
+    assert torch.equal(whole.loss, expected.loss)
+    assert torch.equal(whole.auxiliary_losses["uncertainty"], expected.auxiliary_losses["uncertainty"])
+
+
+def test_chunks_know_the_captions_of_the_whole_batch(tmp_path):
+    weights = []
+    for chunk_size in (None, 2):
+        options = {"gradient_cache_chunk_size": chunk_size, "max_steps": 1, "optim": "sgd", "eval_strategy": "no"}
+        data = CaptionedImageDataset(shared_captions(6))
+        made = trainer(tmp_path, data=data, save_strategy="no", **options)
+        made.train()
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in made.model.parameters()]))
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+def test_shared_captions_are_counted_before_training_and_where_they_are_ranked(tmp_path, warnings):
+    data = CaptionedImageDataset(shared_captions(12))
+    made = trainer(tmp_path, data=data, eval_data=data, num_train_epochs=2, save_strategy="no")
+    metrics = made.train() and made.evaluate()
+    assert warnings[0].startswith("8 of 12 training captions are also the captions of other images, of other ids.")
+    assert warnings[1].startswith("8 of 12 texts are also the texts of other images") and len(warnings) == 2
+    # The loss of the report takes them as training does.
+    codes = made._encode(made.get_eval_dataloader()).caption_codes
+    assert torch.equal(codes, torch.tensor([caption_code(texts[0]) for texts in data.dataset["captions"]]))
+    made.evaluator.loss_batch_size = 12
+    batch = next(
+        iter(trainer(tmp_path, net=made.model, eval_data=data, per_device_eval_batch_size=12).get_eval_dataloader())
+    )
+    inputs = {name: batch[name] for name in batch if name not in ("text_ids", "num_captions")}
+    expected = made.model.eval()(**inputs, return_loss=True).loss.item()
+    assert made.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert math.isfinite(metrics["eval_rsum"])
+
+
+# Data sets of other kinds
+
+
+def test_parts_and_plain_tables_train_as_the_whole(tmp_path, monkeypatch):
+    table = rows(20, repeats=2)
+    parts = ConcatDataset([CaptionedImageDataset(table.select(range(8))), Subset(table, range(8, 20))])
+    results = []
+    for data in (CaptionedImageDataset(table), table, parts):
+        made = trainer(
+            tmp_path, data=data, eval_data={"own": Subset(data, range(9))}, num_train_epochs=2, save_strategy="no"
+        )
+        made.train()
+        assert made.train_dataset.ids.tolist() == [*range(18), 0, 1]
+        # What is given later is taken alike.
+        assert made.evaluate(Subset(data, range(9)))["eval_rsum"] == made.evaluate()["eval_own_rsum"]
+        assert made.predict(data).predictions.shape[0] == 20
+        results.append((made.model.state_dict(), whole_log(made)))
+    for state, log in results[1:]:
+        assert log == results[0][1]
+        assert all(torch.equal(state[name], tensor) for name, tensor in results[0][0].items())
+
+
+def test_streams_are_refused_by_name(tmp_path):
+    stream = rows(8).to_iterable_dataset()
+    for options in ({"data": stream}, {"eval_data": stream}, {"eval_data": {"own": rows(4), "other": stream}}):
+        with pytest.raises(ValueError, match="IterableDataset is a stream, .* without `streaming=True`"):
+            trainer(tmp_path, **options)
+    with pytest.raises(ValueError, match="IterableDataset is a stream"):
+        trainer(tmp_path).evaluate(stream)
