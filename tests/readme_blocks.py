@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -90,17 +92,19 @@ def check(words: list[str]) -> None:
         if script == "train_pico.py":
             parse_arguments([*arguments, "--use_cpu", "true"])  # bfloat16 is refused on a CPU that was not asked for
         elif script == "-m":
-            parse_script(ROOT / f"{arguments[0].replace('.', '/')}.py", arguments[1:], package=arguments[0])
+            reads_arguments(importlib.import_module(arguments[0]).main, arguments)
         else:
-            parse_script(ROOT / script, arguments)
+            folder = str((ROOT / script).parent)
+            with mock.patch.object(sys, "path", [folder, *sys.path]):
+                reads_arguments(lambda: runpy.run_path(script, run_name="__main__"), [script, *arguments])
 
 
 class _Parsed(Exception):
     """Ends a script when it has read its arguments."""
 
 
-def parse_script(path: Path, arguments: list[str], package: str | None = None) -> None:
-    """Runs a script until it has read its arguments."""
+def reads_arguments(script: Callable[[], object], words: list[str]) -> None:
+    """Runs a script until it has read its arguments; fails if it does not take them."""
     parse_args = argparse.ArgumentParser.parse_args
 
     def parse(parser: argparse.ArgumentParser, args: list[str] | None = None, namespace: None = None) -> None:
@@ -109,20 +113,16 @@ def parse_script(path: Path, arguments: list[str], package: str | None = None) -
 
     with (
         mock.patch.object(argparse.ArgumentParser, "parse_args", parse),
-        mock.patch.object(sys, "argv", [str(path), *arguments]),
-        mock.patch.object(sys, "path", [str(path.parent), *sys.path]),
+        mock.patch.object(sys, "argv", words),
         mock.patch.dict(os.environ),
     ):
         try:
-            if package is None:
-                runpy.run_path(str(path), run_name="__main__")
-            else:
-                runpy.run_module(package, run_name="__main__")
+            script()
         except _Parsed:
             return
         except SystemExit as error:
-            raise AssertionError(f"{path} does not take {arguments}") from error
-    raise AssertionError(f"{path} reads no arguments")
+            raise AssertionError(f"{words[0]} does not take {words[1:]}") from error
+    raise AssertionError(f"{words[0]} reads no arguments")
 
 
 def extras() -> dict[str, list[Requirement]]:

@@ -211,6 +211,17 @@ def test_the_command_and_the_python_that_are_the_same_train_the_same(world):
     assert [row["prototype_stage"] for row in logs[0] if "prototype_stage" in row] == [1, 2, 2, 2, 2, 2, 2]
 
 
+def test_the_snippets_of_a_card_load_the_model_that_it_is_of(world):
+    for name in ("first.jpg", "second.jpg"):
+        Image.fromarray(tiny.pixels(0)).save(world.folder / name)
+    card = world.folder / "outputs" / "quickstart" / "README.md"
+    installed, remote = (block for block in blocks(str(card)) if block.language == "python")
+    assert world.execute(installed)["scores"].shape == (2, 3)
+    assert 'from_pretrained("outputs/quickstart"' in remote.code and world.execute(remote)["model"]
+    # The card in the repository is that of the same command.
+    assert [block.code for block in blocks("model_cards/quickstart.md")[:2]] == [installed.code, remote.code]
+
+
 def test_your_own_pictures_get_prototypes_that_are_updated(world):
     (words,) = (words for words in COMMANDS if "my_pictures" in words)
     world.run(words)
