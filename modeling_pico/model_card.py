@@ -195,7 +195,7 @@ def _has_prototypes(options: Mapping[str, Any]) -> bool:
 
 
 def _environment() -> Environment:
-    """Templates in which every value is escaped unless it is marked as `safe`: code, and ids that were checked."""
+    """Every value is escaped unless it is marked as safe: code, titles, and ids that were checked."""
     return Environment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -276,7 +276,7 @@ def _recall_table(metrics: Mapping[str, Mapping[str, float]], title: str) -> dic
         **{key: label for key, label in _COMPARISONS.items() if any(key in values for values in rows.values())},
     }
     cells = [[name, *(_recall_cell(key, values.get(key)) for key in columns)] for name, values in rows.items()]
-    return {"headers": [title, *columns.values()], "rows": cells} if rows else None
+    return {"headers": [title, *map(Markup, columns.values())], "rows": cells} if rows else None
 
 
 def _recall_cell(key: str, value: float | None) -> str:

@@ -85,7 +85,7 @@ def test_full_card():
         ["validation", "1,014", "–"],
         ["test", "1,000", "–"],
     ]
-    assert tables["Style"][0][1:3] == ["Images", "Texts"]
+    assert tables["Style"][0][1:4] == ["Images", "Texts", "Image→text R@1"]
     assert tables["Style"][0][-3:] == ["rSum", "Chance", "rSum, equal galleries"]
     assert tables["Style"][2:] == [["noto", "1,200", "2,400", *row, "4.2", "201.0"]]
     assert ["validation", *row] in _tables(card)[0] and ["test", *row] in _tables(card)[0]

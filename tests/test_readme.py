@@ -57,8 +57,7 @@ SMALL = shlex.split(
 )
 
 
-def reason_not_to_run(words: list[str]) -> str | None:
-    return next((why for part, why in NOT_RUN.items() if part in " ".join(words)), None)
+RUN = [words for words in COMMANDS if not any(part in " ".join(words) for part in NOT_RUN)]
 
 
 class World:
@@ -166,10 +165,8 @@ def world(tmp_path_factory, no_progress_bars) -> Iterator[World]:
     os.chdir(before)
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=shlex.join)
+@pytest.mark.parametrize("words", RUN, ids=shlex.join)
 def test_command(world, words):
-    if reason_not_to_run(words) is not None:
-        return  # parsed below
     result = world.run(words)
     if "train_pico.py" in words:
         assert result
