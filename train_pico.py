@@ -27,14 +27,14 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, set_seed
 from transformers import logging as hf_logging
 
 from modeling_pico import PicoConfig, PicoModel, PicoProcessor
-from modeling_pico.backbones_pico import build_backbone, load_backbone, max_text_length
+from modeling_pico.backbones_pico import build_backbone, limit_text_length, load_backbone
 from modeling_pico.data import (
     CaptionedImageDataset,
     PicoDataCollator,
     RandomCropFlip,
+    check_distinct,
     check_images,
     count_truncated,
-    default_max_length,
     load_captioned_images,
 )
 from modeling_pico.evaluation.style_report import order_styles
@@ -159,23 +159,12 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, training_arg
                 for split in data_args.test_split
             }
         data = Data(train, evaluation, tests)
+        check_distinct({name: split.dataset for name, split in data.by_name(data_args).items()})
         if data_args.style_report:
-            data.styled = join_splits(tests, data_args.id_column is not None)
+            data.styled = CaptionedImageDataset(concatenate_datasets([split.dataset for split in tests.values()]))
             data.seen_styles = find_seen_styles(data, data_args)
             order_styles(data.styled.styles, data.seen_styles)  # what cannot be reported is refused before training
     return data
-
-
-def join_splits(splits: dict[str, CaptionedImageDataset], shared_ids: bool) -> CaptionedImageDataset:
-    """All splits as one set. Equal ids in two splits are one meaning only if a column of the data says so."""
-    parts = []
-    for name, dataset in splits.items():
-        rows = dataset.dataset
-        if not shared_ids:
-            ids = [f"{name}: {image_id}" for image_id in rows["image_id"]]
-            rows = rows.remove_columns("image_id").add_column("image_id", ids)
-        parts.append(rows)
-    return CaptionedImageDataset(concatenate_datasets(parts))
 
 
 def find_seen_styles(data: Data, data_args: DataArguments) -> list[str] | None:
@@ -301,13 +290,6 @@ def wants_plots(plots: str) -> bool:
     return plots == "true" or (plots == "auto" and has_matplotlib())
 
 
-def longest_text(asked: int | None, model: PicoModel, processor: PicoProcessor) -> int | None:
-    """Tokens at which captions are cut: a tokenizer may know no limit, or another one than its tower has."""
-    wanted = default_max_length(processor.tokenizer) if asked is None else asked
-    limits = (wanted, max_text_length(model.config.text_config))
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Runs what the arguments ask for; returns all metrics. SIGTERM in training: a checkpoint, exit status 143."""
     argv = sys.argv[1:] if argv is None else argv
@@ -336,7 +318,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model.train_uncertainty_only()
     if training_args.uncertainty_reranking and model.uncertainty_prototypes is None:
         raise ValueError("--uncertainty_reranking needs a model with uncertainty: --num_uncertainty_prototypes 8.")
-    collator = PicoDataCollator(processor, max_length=longest_text(data_args.max_text_length, model, processor))
+    limit_text_length(processor.tokenizer, model.text_model, data_args.max_text_length)
+    collator = PicoDataCollator(processor)
     splits = data.by_name(data_args)
     if training_args.should_log:
         report_truncation(splits, processor, collator.max_length)

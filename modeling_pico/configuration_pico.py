@@ -37,7 +37,6 @@ _LOWER_BOUNDS = {
     "comparator_hidden_size": (1, True),
     "column_length": (2, True),
     "sharpness": (0.0, False),
-    "negative_slope": (0.0, True),
     "margin": (0.0, True),
     "num_uncertainty_prototypes": (0, True),
     "uncertainty_temperature": (0.0, False),
@@ -134,8 +133,6 @@ class PicoConfig(PreTrainedConfig):
             for `"learned"` only. (The comparator's own parameters are trained in either case.)
         sharpness (`float`, *optional*, defaults to 1.0):
             Power to which the semantic probability is raised before it is rescaled.
-        negative_slope (`float`, *optional*, defaults to 1.0):
-            Slope of the LeakyReLU on patch-word similarities; 1.0 is off (0.1 in LAPS, CVPR 2024).
         loss_type (`str`, *optional*, defaults to `"infonce"`):
             `"infonce"` with learned temperature, or `"hinge"` with hardest in-batch negatives.
         margin (`float`, *optional*, defaults to 0.2):
@@ -215,7 +212,6 @@ class PicoConfig(PreTrainedConfig):
     probability_combination: str = "product"
     probability_gradient: bool | None = None
     sharpness: int | float = 1.0
-    negative_slope: int | float = 1.0
     loss_type: str = "infonce"
     margin: int | float = 0.2
     logit_scale_init_value: int | float = 2.6592

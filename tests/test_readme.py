@@ -70,7 +70,7 @@ class World:
         self.trainings: dict[str, Path] = {}
         backbone_families.save("clip", folder / "openai" / "clip-vit-base-patch32")
         (folder / "examples").symlink_to(ROOT / "examples")
-        pictures = [Image.fromarray(tiny.pixels(number)) for number in range(72)]  # more than a batch
+        pictures = [Image.fromarray(tiny.pixels(number)) for number in range(90)]
         for name, picture in zip(("a.png", "b.png", "Pictures/a.png", "Pictures/b.jpg"), pictures, strict=False):
             (folder / name).parent.mkdir(exist_ok=True)
             picture.save(folder / name)
@@ -79,8 +79,9 @@ class World:
             ("user/my_captions", {"file_name": "0.png", "captions": ["a star"]}),
             ("my_pictures", line),
         ):
-            for split in ("train", "validation", "test"):
-                write_split(folder / name / split, first, pictures)
+            # More than a batch to train on.
+            for split, rows in (("train", slice(72)), ("validation", slice(72, 81)), ("test", slice(81, 90))):
+                write_split(folder / name / split, first, pictures[rows])
 
     def run(self, words: list[str]) -> Any:
         """Runs a command, in this process."""

@@ -166,7 +166,7 @@ class CheckpointTrainer(TrainerBase):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`; the loss of the whole training is that of all its steps, also where it was resumed."""
-        if "train_loss" in logs:
+        if "train_loss" in logs and "total_flos" in logs:  # not those of evaluating a split named `train`
             steps = self.state.global_step - self._first_step
             logs["train_loss"] = self._total_loss_scalar / max(steps, 0.001)
         super().log(logs, *args, **kwargs)

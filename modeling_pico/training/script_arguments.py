@@ -82,7 +82,6 @@ class ModelArguments:
     probability_combination: str | None = field(default=None, metadata={"help": "product, image or text."})
     probability_gradient: bool | None = field(default=None, metadata={"help": "Gradient through the probability."})
     sharpness: float | None = field(default=None, metadata={"help": "Power of the semantic probability."})
-    negative_slope: float | None = field(default=None, metadata={"help": "LeakyReLU on similarities; 1 is off."})
     loss_type: str | None = field(default=None, metadata={"help": "infonce or hinge."})
     margin: float | None = field(default=None, metadata={"help": "Margin of the hinge loss."})
     logit_scale_init_value: float | None = field(default=None, metadata={"help": "Initial log inverse temperature."})

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import BestRun, TrainOutput
 from transformers.utils import logging
 
+from ..backbones_pico import limit_text_length
 from ..data import CaptionedImageDataset, PicoDataCollator, UniqueIdBatchSampler
 from ..evaluation.evaluator import RetrievalEvaluator, gather_rows, own_rows
 from ..loss_pico import image_text_loss
@@ -99,6 +100,8 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if processing_class is not None:
+            limit_text_length(processing_class.tokenizer, self._pico_model().text_model)
         self.evaluator = RetrievalEvaluator(args.eval_num_folds, loss_batch_size=args.per_device_eval_batch_size)
         self.add_callback(LogitScaleCallback)
         self._finite_loss = FiniteLossCallback(args.non_finite_loss, self.train_dataset, self.log)
@@ -367,13 +370,8 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         }
 
     def _local_loss(self, outputs: PicoOutput, ids: torch.Tensor) -> torch.Tensor:
-        slope = self._pico_model().config.negative_slope
         scores = pair_scores(
-            outputs["image_embeds"],
-            outputs["text_embeds"],
-            outputs["image_mask"],
-            outputs["text_mask"],
-            negative_slope=slope,
+            outputs["image_embeds"], outputs["text_embeds"], outputs["image_mask"], outputs["text_mask"]
         )
         return self._total_loss(
             image_text_loss(scores, scores.T, image_ids=ids, **self._loss_kwargs(outputs)), outputs
@@ -385,16 +383,11 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         return loss if auxiliary is None else loss + auxiliary
 
     def _gathered_loss(self, outputs: PicoOutput, ids: torch.Tensor) -> torch.Tensor:
-        slope = self._pico_model().config.negative_slope
         batch = gather_batch(outputs, ids)
         own = batch.own
         # Own rows and own columns only: scoring all pairs on every process would repeat the work.
-        per_image = pair_scores(
-            batch.image_embeds[own], batch.text_embeds, batch.image_mask[own], batch.text_mask, negative_slope=slope
-        )
-        per_text = pair_scores(
-            batch.image_embeds, batch.text_embeds[own], batch.image_mask, batch.text_mask[own], negative_slope=slope
-        ).T
+        per_image = pair_scores(batch.image_embeds[own], batch.text_embeds, batch.image_mask[own], batch.text_mask)
+        per_text = pair_scores(batch.image_embeds, batch.text_embeds[own], batch.image_mask, batch.text_mask[own]).T
         loss = image_text_loss(
             per_image, per_text, image_ids=ids, all_ids=batch.ids, offset=own.start, **self._loss_kwargs(outputs)
         )
