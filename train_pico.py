@@ -413,7 +413,7 @@ def run(trainer: PicoTrainer, data: Data, checkpoint: str | None) -> dict[str, f
     if data.styled is not None:
         report = trainer.measure_styles(data.styled, data.seen_styles)
         results.update(_record(trainer, "style", report.metrics()))
-        trainer.card_info["style_metrics"] = {name: style.retrieval for name, style in report.styles.items()}
+        trainer.card_info["style_metrics"] = {name: style.table_row() for name, style in report.styles.items()}
         if trainer.is_world_process_zero():
             text = json.dumps(report.to_dict(), indent=4, ensure_ascii=False)
             write_text(Path(args.output_dir, "style_report.json"), text + "\n")
