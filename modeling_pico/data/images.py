@@ -135,12 +135,14 @@ def _check_batch(batch: dict[str, list[Any]]) -> dict[str, list[str]]:
     return {"problem": [_find_problem(value) for value in batch["image"]]}
 
 
-def _file_state(path: str | None) -> tuple[int, int]:
+def file_state(path: str | None) -> tuple[int, ...]:
+    """Size, times and number (inode) of a file, which change when another takes its place; empty without a file."""
     try:
         state = os.stat(path) if path else None
     except (OSError, ValueError):  # the latter for a name that holds a zero byte
         state = None
-    return (state.st_size, state.st_mtime_ns) if state else (-1, -1)
+    # A file that is moved or copied here may keep its size and the time of its content, but not the rest.
+    return (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino) if state else ()
 
 
 def _find_problems(dataset: datasets.Dataset, num_proc: int | None) -> list[str]:
@@ -149,7 +151,7 @@ def _find_problems(dataset: datasets.Dataset, num_proc: int | None) -> list[str]
     images = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
     # Bytes are part of the data's fingerprint; files are not, and may be replaced without the data set noticing.
     paths = [path for chunk in iter_encoded(images) for path in chunk.field("path").to_pylist()]
-    fingerprint = Hasher.hash((CHECK_VERSION, dataset._fingerprint, [_file_state(path) for path in paths]))
+    fingerprint = Hasher.hash((CHECK_VERSION, dataset._fingerprint, [file_state(path) for path in paths]))
     cache_file = None
     if datasets.is_caching_enabled():
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "pico_checked_images"

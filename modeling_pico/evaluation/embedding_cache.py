@@ -2,86 +2,198 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import hashlib
 import os
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import datasets
+import PIL
 import safetensors.torch
 import torch
+import transformers
 from accelerate import PartialState
+from accelerate.utils import gather
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
-from transformers.utils import logging
+from transformers.utils import is_peft_available, logging
 
 from ..data import CaptionedImageDataset, PicoDataCollator
+from ..data.images import file_state, iter_encoded
 from ..modeling_pico import PicoModel
+from ..prototypes_pico import StylePrototypes
+from ..uncertainty_pico import UncertaintyPrototypes
 from .evaluator import EncodedRetrieval
 
 
 logger = logging.get_logger(__name__)
 
+_PACKAGE = Path(__file__).parents[1]
+# A model just trained and the same one loaded again differ in these, and share their embeddings.
+_SET_BY_SAVING = ("_name_or_path", "architectures", "auto_map", "dtype", "processor_class")
 
-def cache_key(model: PicoModel, loader: DataLoader) -> str:
+
+def cached_embeddings(
+    folder: str | os.PathLike,
+    model: PicoModel,
+    loader: DataLoader,
+    encode: Callable[[], EncodedRetrieval],
+    *,
+    precision: str = "no",
+) -> EncodedRetrieval:
     r"""
-    Names an encoded retrieval set by all that its embeddings depend on: weights of backbones and projections, options,
-    data, and how they are preprocessed. Prototypes of style and of uncertainty are not among it, since embeddings are
-    kept unweighted, and neither are the weights of a re-ranking.
+    Reads an encoded retrieval set from `folder`, or encodes it and keeps it there.
+
+    Whatever becomes of the files, the evaluation goes on: what cannot be read is encoded again, and what cannot be
+    written or must not be kept is a warning. All processes read, or all encode.
 
     Args:
-        model (`nn.Module`): The [`PicoModel`], unwrapped.
+        folder (`str` or `os.PathLike`): Folder of the cache, made if need be.
+        model ([`PicoModel`]): The model, unwrapped.
         loader (`DataLoader`): Batches of a [`CaptionedImageDataset`] made by a [`PicoDataCollator`].
+        encode (`Callable`): Encodes what `loader` gives; called on all processes or on none.
+        precision (`str`, *optional*, defaults to `"no"`): Names the mixed precision that `encode` uses.
+
+    Returns:
+        [`EncodedRetrieval`]: with embeddings in float16, whether they were read or encoded, so that this evaluation
+        and the next give the same numbers.
     """
-    dataset, collator = loader.dataset, loader.collate_fn
-    if not isinstance(dataset, CaptionedImageDataset) or not isinstance(collator, PicoDataCollator):
-        raise ValueError(
-            "embeddings are cached on disk for a CaptionedImageDataset with a PicoDataCollator only, but got "
-            f"{type(dataset).__name__} and {type(collator).__name__}."
-        )
+    reason = _why_not_cached(model, loader)
+    if reason is not None:
+        logger.warning(f"Embeddings are not kept in {str(folder)!r}: {reason}")
+        return encode()
+    key = cache_key(model, loader, precision)
+    encoded = load_embeddings(folder, key, model.device)
+    if not gather(torch.tensor([encoded is not None], device=model.device)).all():
+        encoded = _halved(encode())
+        save_embeddings(encoded, folder, key)
+    assert encoded is not None
+    return encoded
+
+
+def cache_key(model: PicoModel, loader: DataLoader, precision: str = "no") -> str:
+    r"""
+    Names an encoded retrieval set by all that its embeddings depend on: the weights of backbones and projections, the
+    options, the precision, images (by their bytes or by name, size and times of their files), captions as they are
+    tokenized, preprocessing, and the code. Prototypes of style and of uncertainty are not among it, since embeddings
+    are kept unweighted, and neither are the weights of a re-ranking.
+
+    Args:
+        model ([`PicoModel`]): The model, unwrapped.
+        loader (`DataLoader`): Batches of a [`CaptionedImageDataset`] made by a [`PicoDataCollator`].
+        precision (`str`, *optional*, defaults to `"no"`): Names the mixed precision of the forward pass.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    processor = collator.processor
-    tokenizer = processor.tokenizer
-    config = copy.deepcopy(model.config)
-    config.uncertainty_reranking = None
-    described = (
-        config.to_json_string(),
-        dataset.dataset._fingerprint,
-        str(collator.max_length),
-        processor.image_processor.to_json_string(),
-        # Without the place it came from: a model just trained and the same one loaded again share a key.
-        repr(tokenizer).replace(f"'{tokenizer.name_or_path}'", "", 1),
-        # The vocabulary as well: the representation names its size alone.
-        str(sorted(tokenizer.get_vocab().items())),
-    )
-    for text in described:
-        digest.update(text.encode())
+    for part in _described(model, loader, precision):
+        # With its length, so that no part can pass for a piece of another.
+        data = part if isinstance(part, bytes) else str(part).encode(errors="surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    # Embeddings are kept before weighting.
+    prototypes = (StylePrototypes, UncertaintyPrototypes)
+    weighting = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, prototypes))
     for name, tensor in model.state_dict().items():
-        if "_prototypes." not in name:
-            digest.update(name.encode())
+        if not name.startswith(weighting):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
+def _described(model: PicoModel, loader: Any, precision: str) -> Iterator[Any]:
+    config = model.config
+    yield _options({**config.to_dict(), "uncertainty_reranking": None})
+    yield config.vision_config._attn_implementation, config.text_config._attn_implementation
+    yield precision, model.device.type
+    yield PIL.__version__, torch.__version__, transformers.__version__
+    # The code itself: during development its version stays while its maths change.
+    for file in sorted(_PACKAGE.rglob("*.py")):
+        yield file.read_bytes()
+
+    dataset, collator = loader.dataset, loader.collate_fn
+    image_processor = collator.processor.image_processor
+    yield type(image_processor).__name__, _options(image_processor.to_dict())
+    yield dataset.ids.tolist()
+    yield from _images(dataset.dataset)
+    # Tokens say all that vocabulary, normalizer and limit make of a caption.
+    tokenizer = collator.processor.tokenizer
+    yield tokenizer.padding_side
+    for captions in dataset.dataset["captions"]:
+        limit = {"truncation": collator.max_length is not None, "max_length": collator.max_length}
+        yield tokenizer(captions, **limit, verbose=False)["input_ids"]
+
+
+def _options(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    # Keys of JSON are strings, those of the labels of a tower that was not saved are not.
+    return {str(name): _options(value[name]) for name in sorted(value, key=str) if name not in _SET_BY_SAVING}
+
+
+def _images(dataset: datasets.Dataset) -> Iterator[Any]:
+    for chunk in iter_encoded(dataset.select_columns(["image"])):
+        for content, path in zip(chunk.field("bytes"), chunk.field("path").to_pylist(), strict=True):
+            if content.is_valid:
+                yield hashlib.blake2b(content.as_buffer()).digest()
+            else:
+                yield path, file_state(path)
+
+
+def _why_not_cached(model: PicoModel, loader: DataLoader) -> str | None:
+    found = type(loader.dataset), type(loader.collate_fn)
+    if found != (CaptionedImageDataset, PicoDataCollator):
+        return (
+            "only those of a CaptionedImageDataset with a PicoDataCollator can be told apart, but got "
+            f"{found[0].__name__} and {found[1].__name__}."
+        )
+    if is_peft_available():
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            return "what adapters do is not in the weights alone. Merge them into the model to have them kept."
+    return None
+
+
 def load_embeddings(folder: str | os.PathLike, key: str, device: torch.device) -> EncodedRetrieval | None:
-    """Reads what [`save_embeddings`] wrote under this key for as many processes as there are now; None if nothing."""
+    """
+    Reads what [`save_embeddings`] wrote under this key for as many processes as there are now; None if there is
+    nothing, or nothing that can be read.
+    """
     path = _path(folder, key)
-    if not path.is_file():
+    try:
+        encoded = EncodedRetrieval(**safetensors.torch.load_file(path, device=str(device)))
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError, TypeError) as error:
+        logger.warning(f"The embeddings in {str(path)!r} cannot be read and are encoded again: {error}")
         return None
     logger.info(f"Embeddings are read from {path}.")
-    tensors = safetensors.torch.load_file(path, device=str(device))
-    return EncodedRetrieval(**tensors)
+    return encoded
 
 
 def save_embeddings(encoded: EncodedRetrieval, folder: str | os.PathLike, key: str) -> None:
-    """Writes an encoded retrieval set with its embeddings in float16; complete or not at all."""
+    """Writes an encoded retrieval set, with its embeddings in float16, complete or not at all; the latter warns."""
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in vars(_halved(encoded)).items()}
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        logger.warning(f"Embeddings are not kept in {str(folder)!r}: some are NaN or infinite.")
+        return
     path = _path(folder, key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous().cpu()
-        for name, tensor in vars(encoded).items()
-    }
-    unfinished = path.with_suffix(".part")
-    safetensors.torch.save_file(tensors, unfinished)
-    unfinished.replace(path)
+    # A name of its own: another evaluation may be writing the same embeddings.
+    unfinished = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(tensors, unfinished)
+        unfinished.replace(path)
+    except (OSError, SafetensorError) as error:
+        logger.warning(f"Embeddings are not kept in {str(folder)!r}, which cannot be written: {error}")
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+
+
+def _halved(encoded: EncodedRetrieval) -> EncodedRetrieval:
+    tensors = {name: value.half() if value.is_floating_point() else value for name, value in vars(encoded).items()}
+    return EncodedRetrieval(**tensors)
 
 
 def _path(folder: str | os.PathLike, key: str) -> Path:
@@ -89,4 +201,4 @@ def _path(folder: str | os.PathLike, key: str) -> Path:
     return Path(folder) / f"{key}-{state.process_index}-of-{state.num_processes}.safetensors"
 
 
-__all__ = ["cache_key", "load_embeddings", "save_embeddings"]
+__all__ = ["cache_key", "cached_embeddings", "load_embeddings", "save_embeddings"]

@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ..data import as_captioned
-from ..evaluation.embedding_cache import cache_key, load_embeddings, save_embeddings
+from ..evaluation.embedding_cache import cached_embeddings
 from ..evaluation.evaluator import EncodedRetrieval, RetrievalEvaluator
 from ..evaluation.style_report import StyleReport
 from ..evaluation.uncertainty_reranking import UncertaintyReranking, learn_reranking
@@ -158,14 +158,13 @@ class EvaluationTrainer(TrainerBase):
         folder = None if self.is_in_train else self.args.eval_cache_dir
         if folder is None:
             return self._encode_anew(model, dataloader)
-        key = cache_key(self._pico_model(), dataloader)
-        encoded = load_embeddings(folder, key, self.args.device)
-        if encoded is None:
-            save_embeddings(self._encode_anew(model, dataloader), folder, key)
-            # Read back, so that this evaluation and the next give the same numbers.
-            encoded = load_embeddings(folder, key, self.args.device)
-            assert encoded is not None
-        return encoded
+        return cached_embeddings(
+            folder,
+            self._pico_model(),
+            dataloader,
+            lambda: self._encode_anew(model, dataloader),
+            precision=f"{self.accelerator.mixed_precision}, tf32 {self.args.tf32}",
+        )
 
     def _encode_anew(self, model: nn.Module, dataloader: DataLoader) -> EncodedRetrieval:
         dataset: Any = dataloader.dataset

@@ -124,6 +124,14 @@ def test_auxiliary_losses_of_a_process_without_a_word_are_finite(results):
     assert all(tensor.isfinite().all() for tensor in first["gradients"].values())
 
 
+@pytest.mark.parametrize("processes", [2, 4])
+def test_all_processes_read_kept_embeddings_or_all_encode(launched, processes):
+    for rank in range(processes):
+        encoded, rsum = zip(*launched.results[rank, processes]["cached"], strict=True)
+        assert encoded == (True, False, True)
+        assert rsum == pytest.approx([launched.single["cached"][0][1]] * 3)
+
+
 @pytest.mark.parametrize("run", ["infonce", "hinge"])
 def test_evaluation_of_an_odd_set_is_that_of_one_process(results, run):
     single, first, second = (result[run] for result in results)

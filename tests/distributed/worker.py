@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor
 from transformers import logging, set_seed
 
 from modeling_pico import CddsModel, RetrievalEvaluator
+from modeling_pico.data import CaptionedImageDataset
 from modeling_pico.training import NonFiniteLossError, PicoTrainer
 
 
@@ -234,7 +235,27 @@ def few(folder: Path) -> dict:
             **EPOCHS,
         ),
         "masked": run(folder / "masked", PURITY, trainer_class=Masked, **EPOCHS),
+        "cached": cached(folder / "cached"),
     }
+
+
+def cached(folder: Path) -> list[tuple[bool, float]]:
+    """Whether each of three evaluations encoded, and its rSum; before the third one process loses its embeddings."""
+    data = CaptionedImageDataset(rows(9, seed=1, repeats=1))
+    made = trainer(folder, eval_data=data, eval_cache_dir=str(folder / "embeddings"))
+    state, encode, calls = PartialState(), made.evaluator.encode, []
+    made.evaluator.encode = lambda *args, **kwargs: calls.append(1) or encode(*args, **kwargs)
+    results = []
+    for evaluation in range(3):
+        state.wait_for_everyone()
+        if evaluation == 2 and state.is_last_process:
+            for file in (folder / "embeddings").glob(f"*-{state.process_index}-of-{state.num_processes}.safetensors"):
+                file.unlink()
+        state.wait_for_everyone()
+        before = len(calls)
+        rsum = made.evaluate()["eval_rsum"]
+        results.append((len(calls) > before, rsum))
+    return results
 
 
 def many(folder: Path) -> dict:

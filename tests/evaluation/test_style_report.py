@@ -228,6 +228,20 @@ def test_probe_weighs_styles_alike():
     assert probe_accuracy(features, labels, torch.arange(320)) > 75
 
 
+def test_probe_reads_what_a_linear_classifier_can():
+    # Three styles in a line: a regression on indicators never names the one in the middle.
+    labels = torch.arange(90) % 3
+    features = torch.randn(90, 4, generator=torch.Generator().manual_seed(0)) / 10
+    features[:, 0] += labels - 1
+    # The unit of the features does not matter.
+    accuracies = {probe_accuracy(unit * features, labels, torch.arange(90)) for unit in (1, 0.001)}
+    assert len(accuracies) == 1 and min(accuracies) > 95
+
+
+def test_probe_that_is_taught_one_style_names_it():
+    assert probe_accuracy(torch.eye(4), torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 1]), num_folds=2) == 0
+
+
 def test_probe_with_and_without_weights():
     generator = torch.Generator().manual_seed(0)
     count = 40

@@ -17,6 +17,7 @@ from modeling_pico.training import (
     prototype_construction,
     weighted_kmeans,
 )
+from modeling_pico.training.prototype_construction import best_start
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -185,6 +186,43 @@ def test_iterations_are_bounded():
     points = torch.randn(200, 2, generator=seeded())
     _, _, energies = weighted_kmeans(points, torch.ones(200), 8, generator=seeded(), max_iterations=2, tolerance=0)
     assert len(energies) == 3
+
+
+def test_the_best_of_several_starts_is_less_a_matter_of_chance():
+    points = torch.randn(2000, 4, generator=seeded())
+    weights = torch.rand(2000, generator=seeded(1))
+
+    def energies(start) -> torch.Tensor:
+        runs = [weighted_kmeans(points, weights, 16, initial=start(seeded(seed))) for seed in range(6)]
+        return torch.tensor([energy[-1] for _, _, energy in runs])
+
+    single = energies(lambda generator: weighted_kmeans(points, weights, 16, generator=generator)[0])
+    several = energies(lambda generator: best_start(points, weights, 16, generator=generator))
+    assert several.max() < single.mean() and several.std() < single.std()
+
+
+def test_a_start_is_sought_on_some_of_the_points_and_the_same_ones_whenever_asked(monkeypatch):
+    monkeypatch.setattr(prototype_construction, "START_POINTS", 2)
+    points = torch.randn(50, 4, generator=seeded())
+    starts = [best_start(points, torch.ones(50), 2, generator=seeded(seed)) for seed in (3, 3, 4)]
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
+    # Two clusters of two points are these points.
+    assert all((points == centroid).all(dim=1).any() for centroid in starts[0])
+
+
+def test_the_first_construction_starts_from_the_best_start_and_later_ones_do_not(make_prototypes, monkeypatch):
+    calls = []
+    start = prototype_construction.best_start
+    monkeypatch.setattr(
+        prototype_construction, "best_start", lambda *args, **kwargs: calls.append(1) or start(*args, **kwargs)
+    )
+    prototypes = make_prototypes(num_style_prototypes=2)
+    columns = torch.randn(16, 2, 4, generator=seeded())
+    construct_prototypes(prototypes, columns, columns, generator=seeded(1))
+    assert len(calls) == 2
+    prototypes.num_constructions.fill_(1)
+    construct_prototypes(prototypes, columns, columns)
+    assert len(calls) == 2
 
 
 def test_wrong_kmeans_input_is_refused():

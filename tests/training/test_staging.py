@@ -237,16 +237,15 @@ def test_a_proposal_waits_until_it_is_applied(make):
     assert int(construction.prototypes.num_constructions) == 2
 
 
-def test_a_proposal_is_reproducible_and_depends_on_the_seed(make):
+def test_a_proposal_is_reproducible_whatever_the_state_of_the_global_generator(make):
     states = []
-    for seed in (0, 0, 1):
-        construction = make(seed=seed)
+    for seed in (0, 1):
+        construction = make()
         collect(construction)
-        torch.manual_seed(len(states))
+        torch.manual_seed(seed)
         construction.propose()
         states.append(construction.pending.visual_prototypes)
-    assert torch.equal(states[0], states[1])
-    assert not torch.equal(states[0], states[2])
+    assert torch.equal(*states)
 
 
 def test_using_restores_bit_for_bit_even_after_an_error(make):

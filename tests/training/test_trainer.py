@@ -370,9 +370,8 @@ def test_chunks_train_as_whole_batches_do(tmp_path):
 
 
 def test_best_model_is_loaded_and_saved_exactly(tmp_path):
-    made = trainer(
-        tmp_path, load_best_model_at_end=True, metric_for_best_model="rsum", num_train_epochs=4, model_options=PURITY
-    )
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "rsum", "lr_scheduler_type": "constant"}
+    made = trainer(tmp_path, num_train_epochs=4, model_options=PURITY, **options)
     made.train()
     logged = {entry["step"]: entry["eval_rsum"] for entry in made.state.log_history if "eval_rsum" in entry}
     best = max(logged, key=logged.get)

@@ -1,0 +1,634 @@
+"""
+Plants faults one by one and names those that no test notices.
+
+    python tests/benchmarks/mutations.py [--only NAME ...] [--quick]
+
+Each fault is a small change of the sources that gives wrong results without an error, or takes a safeguard away. It is
+planted in a copy of the working tree, and the tests that are to notice it run there; the checkout itself is never
+written to. First they all run without a fault, since a test that fails anyway notices nothing. Ends with an error if a
+fault survives.
+
+A fault whose text is no longer found, once and only once, is an error as well: whoever changes that line says here
+what the fault looks like now.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+# Seconds after which tests count as hanging: the slowest ones start several processes.
+TIMEOUT = 1200
+# What pytest returns: all passed, some failed. Anything else says that they did not run.
+PASSED, FAILED = 0, 1
+
+
+class Fault(NamedTuple):
+    """
+    A change of the sources that a test must notice.
+
+    Attributes:
+        name (`str`): By which `--only` knows it.
+        what (`str`): What goes wrong.
+        file (`str`): The changed file, from the root of the repository.
+        old (`str`): Text that is there once.
+        new (`str`): Text in its place.
+        tests (`tuple[str, ...]`): Files, or tests in them, that are run.
+    """
+
+    name: str
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+FAULTS = (
+    # The score
+    Fault(
+        "score_mask",
+        "padding of a sample counts as tokens",
+        "modeling_pico/scoring_tiled_pico.py",
+        "counts, order = mask.sum(dim=1).sort(stable=True)",
+        "mask = torch.ones_like(mask); counts, order = mask.sum(dim=1).sort(stable=True)",
+        ("tests/test_scoring_pico.py::test_padding_has_no_influence",),
+    ),
+    Fault(
+        "score_direction",
+        "only words look for patches, and no patch for a word",
+        "modeling_pico/scoring_tiled_pico.py",
+        "scores[:, samples] += patch_best",
+        "scores[:, samples] += 0 * patch_best",
+        ("tests/test_scoring_pico.py::test_scores_match_hand_computation",),
+    ),
+    Fault(
+        "score_mean_over_padding",
+        "the definition averages over padding",
+        "modeling_pico/scoring_pico.py",
+        "word_best.sum(dim=2) / text_mask.sum(dim=1)[None, :].clamp(min=1)",
+        "word_best.mean(dim=2)",
+        ("tests/test_scoring_pico.py::test_tiled_scores_equal_reference",),
+    ),
+    Fault(
+        "score_gradient",
+        "the gradient of a long text is as large as if it were one word",
+        "modeling_pico/scoring_tiled_pico.py",
+        "part / text.counts[text_tile.samples, None]",
+        "part",
+        ("tests/test_scoring_pico.py::test_tiled_gradients_equal_reference",),
+    ),
+    # Alignment heads and uncertainty
+    Fault(
+        "pooled_scale",
+        "scores of the pooled baseline are twice the cosine",
+        "modeling_pico/alignment_heads_pico.py",
+        "modality) * 0.5**0.5",
+        "modality)",
+        ("tests/test_modeling_pico.py::test_the_pooled_baseline_on_clip_is_clip",),
+    ),
+    Fault(
+        "uncertainty_sign",
+        "more evidence makes a sample less uncertain",
+        "modeling_pico/uncertainty_pico.py",
+        "torch.sigmoid(torch.logsumexp(",
+        "torch.sigmoid(-torch.logsumexp(",
+        ("tests/test_uncertainty_pico.py::test_uncertainty_by_hand",),
+    ),
+    Fault(
+        "uncertainty_side",
+        "a modality is compared with prototypes of its own",
+        "modeling_pico/uncertainty_pico.py",
+        'others = self.text if modality == "image" else self.image',
+        'others = self.image if modality == "image" else self.text',
+        ("tests/test_uncertainty_pico.py::test_a_modality_is_compared_with_the_prototypes_of_the_other",),
+    ),
+    Fault(
+        "reranking_sign",
+        "uncertain answers move up",
+        "modeling_pico/evaluation/uncertainty_reranking.py",
+        "of_side = torch.exp(-weight *",
+        "of_side = torch.exp(weight *",
+        ("tests/evaluation/test_uncertainty_reranking.py::test_factors_by_hand",),
+    ),
+    # The loss
+    Fault(
+        "loss_ids",
+        "pairs of one meaning are each other's negatives",
+        "modeling_pico/loss_pico.py",
+        '_pair_exclusion(("image_ids", "all_ids"), image_ids, all_ids, targets, columns)',
+        "None",
+        ("tests/test_loss_pico.py::test_repeated_ids_are_never_negatives",),
+    ),
+    Fault(
+        "loss_captions",
+        "images with the same caption are each other's negatives",
+        "modeling_pico/loss_pico.py",
+        "caption_codes, all_caption_codes, targets, columns)",
+        "None, None, targets, columns)",
+        ("tests/test_loss_pico.py::test_equal_captions_are_no_negatives_of_each_other",),
+    ),
+    Fault(
+        "loss_margin",
+        "the margin of the hinge is subtracted",
+        "modeling_pico/loss_pico.py",
+        "F.relu(margin + negatives",
+        "F.relu(negatives - margin",
+        ("tests/test_loss_pico.py::test_hinge_by_hand",),
+    ),
+    Fault(
+        "loss_direction",
+        "only images look for texts",
+        "modeling_pico/loss_pico.py",
+        "return (per_image + per_text) / 2",
+        "return per_image",
+        ("tests/test_loss_pico.py::test_directions_are_averaged_for_infonce_and_summed_for_hinge",),
+    ),
+    Fault(
+        "loss_offset",
+        "every process takes the pairs of the first one for its own",
+        "modeling_pico/training/trainer.py",
+        "offset=own.start",
+        "offset=0",
+        ("tests/distributed/test_processes.py::test_gradient_and_loss_are_those_of_the_whole_batch",),
+    ),
+    Fault(
+        "loss_share",
+        "a process with fewer pairs counts as much as the others",
+        "modeling_pico/training/trainer.py",
+        "return self._total_loss(loss, outputs) * batch.loss_share",
+        "return self._total_loss(loss, outputs)",
+        ("tests/distributed/test_processes.py::test_one_two_and_four_processes_train_and_measure_alike",),
+    ),
+    Fault(
+        "gathered_gradient",
+        "the loss of a process does not reach the embeddings of the others",
+        "modeling_pico/training/distributed.py",
+        "        distributed.all_reduce(gradient)\n",
+        "",
+        ("tests/distributed/test_processes.py::test_gradient_and_loss_are_those_of_the_whole_batch",),
+    ),
+    # Ranks
+    Fault(
+        "rank_ties",
+        "ties speak for the right answer",
+        "modeling_pico/evaluation/retrieval_metrics.py",
+        "reaches_image = tile >= ",
+        "reaches_image = tile > ",
+        ("tests/evaluation/test_retrieval_metrics.py::test_ties_speak_against_the_right_answer",),
+    ),
+    Fault(
+        "rank_first_caption",
+        "only the first caption of an image is a right answer",
+        "modeling_pico/evaluation/retrieval_metrics.py",
+        "right_scores.amax(dim=1)",
+        "right_scores.gather(1, self._right(rows, columns, tile).int().argmax(1, keepdim=True))[:, 0]",
+        ("tests/evaluation/test_retrieval_metrics.py::test_ranks_equal_brute_force",),
+    ),
+    Fault(
+        "rank_fold_end",
+        "the last image of each fold is left out",
+        "modeling_pico/evaluation/retrieval_metrics.py",
+        "slice(start, start + size) for",
+        "slice(start, start + size - 1) for",
+        ("tests/evaluation/test_retrieval_metrics.py::test_folds_cover_the_last_image_of_each",),
+    ),
+    Fault(
+        "recall_level",
+        "recall at k counts k + 1 answers",
+        "modeling_pico/evaluation/retrieval_metrics.py",
+        "int((ranks < k).sum())",
+        "int((ranks <= k).sum())",
+        ("tests/evaluation/test_retrieval_metrics.py::test_metrics_by_hand",),
+    ),
+    # Data
+    Fault(
+        "sampler_epoch",
+        "every epoch draws the batches and captions of the first",
+        "modeling_pico/training/callbacks.py",
+        "self.sampler.set_epoch(int(state.epoch or 0))",
+        "self.sampler.set_epoch(0)",
+        ("tests/training/test_workers.py::test_every_epoch_has_batches_of_its_own_also_after_a_resume",),
+    ),
+    Fault(
+        "sampler_view",
+        "workers that are not forked leave the sampler memory that is used for other things",
+        "modeling_pico/data/sampler.py",
+        "(np.asarray(values).astype(np.int64) for values in (ids, num_captions))",
+        "(np.asarray(values, dtype=np.int64) for values in (ids, num_captions))",
+        ("tests/data/test_sampler.py::test_the_memory_of_what_was_given_is_not_read_again",),
+    ),
+    Fault(
+        "sampler_ids",
+        "a meaning may be twice in a batch",
+        "modeling_pico/data/sampler.py",
+        "        _separate_ids(table, self._codes, rng)\n",
+        "",
+        ("tests/data/test_sampler.py::test_properties",),
+    ),
+    Fault(
+        "sampler_captions",
+        "always the first caption is drawn",
+        "modeling_pico/data/sampler.py",
+        "caption = (share * self._num_captions)",
+        "caption = (0 * share)",
+        ("tests/data/test_sampler.py",),
+    ),
+    Fault(
+        "collator_order",
+        "captions of a batch are those of other images",
+        "modeling_pico/data/collator.py",
+        '[sample["caption"] for sample in samples]',
+        '[sample["caption"] for sample in samples[::-1]]',
+        ("tests/data/test_collator.py::test_any_training_pair_stays_together",),
+    ),
+    Fault(
+        "collator_text_ids",
+        "captions of an evaluation belong to other images",
+        "modeling_pico/data/collator.py",
+        "torch.repeat_interleave(image_ids, num_captions)",
+        "torch.repeat_interleave(image_ids, num_captions.flip(0))",
+        ("tests/data/test_collator.py::test_any_evaluation_caption_keeps_the_id_of_its_image",),
+    ),
+    Fault(
+        "collator_truncation",
+        "texts that are too long are not cut",
+        "modeling_pico/data/collator.py",
+        "if self.max_length is not None and",
+        "if False and",
+        ("tests/data/test_collator.py::test_truncation_is_counted",),
+    ),
+    Fault(
+        "source_captions",
+        "captions of two rows are swapped in sets of more than 52 rows",
+        "modeling_pico/data/sources.py",
+        "    used = [index for index, group in enumerate(captions) if group]\n",
+        "    captions[51:53] = captions[51:53][::-1]\n"
+        "    used = [index for index, group in enumerate(captions) if group]\n",
+        ("tests/data/test_sources.py::test_every_caption_stays_with_its_image",),
+    ),
+    Fault(
+        "source_ids",
+        "images of two sources without ids are one meaning",
+        "modeling_pico/data/sources.py",
+        "return [hashlib.blake2b(repr(key).encode(), digest_size=8).hexdigest() for key in keys]",
+        "return [str(number) for number in range(len(keys))]",
+        ("tests/data/test_splits.py::test_ids_that_were_made_are_unique_across_sources",),
+    ),
+    Fault(
+        "image_orientation",
+        "pictures lie on their side",
+        "modeling_pico/image_decoding_pico.py",
+        "upright = _upright(image)",
+        "upright = image",
+        ("tests/data/test_images.py::test_exif_orientation",),
+    ),
+    Fault(
+        "image_transparency",
+        "what is transparent is black",
+        "modeling_pico/image_decoding_pico.py",
+        'image.size, "white")',
+        'image.size, "black")',
+        ("tests/data/test_images.py::test_transparency_is_laid_on_white",),
+    ),
+    Fault(
+        "fence_off",
+        "data may name files anywhere",
+        "modeling_pico/data/paths.py",
+        "        parent, name = os.path.split(path)\n",
+        "        return path\n        parent, name = os.path.split(path)\n",
+        ("tests/data/test_dirty_data.py::test_the_judge_sees_that_the_fence_is_off",),
+    ),
+    Fault(
+        "fence_links",
+        "a link leads out of the folder of the data",
+        "modeling_pico/data/paths.py",
+        "and not os.path.islink(path)",
+        "",
+        ("tests/data/test_dirty_data.py::test_the_fence",),
+    ),
+    # Caches
+    Fault(
+        "checked_images",
+        "a picture is not checked again when its file has changed",
+        "modeling_pico/data/images.py",
+        "return (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino) if state",
+        "return (0,) if state",
+        ("tests/data/test_images.py::test_second_check_reads_nothing_unless_a_file_changed",),
+    ),
+    Fault(
+        "cache_images",
+        "kept embeddings are used although pictures changed",
+        "modeling_pico/evaluation/embedding_cache.py",
+        "    yield from _images(dataset.dataset)\n",
+        "",
+        ("tests/evaluation/test_embedding_cache.py",),
+    ),
+    Fault(
+        "cache_captions",
+        "kept embeddings are used although captions changed",
+        "modeling_pico/evaluation/embedding_cache.py",
+        'yield tokenizer(captions, **limit, verbose=False)["input_ids"]',
+        "yield len(captions)",
+        ("tests/evaluation/test_embedding_cache.py",),
+    ),
+    Fault(
+        "cache_ids",
+        "kept embeddings are used although ids changed",
+        "modeling_pico/evaluation/embedding_cache.py",
+        "    yield dataset.ids.tolist()\n",
+        "",
+        ("tests/evaluation/test_embedding_cache.py",),
+    ),
+    Fault(
+        "cache_text_tower",
+        "kept embeddings are used although the text tower was trained",
+        "modeling_pico/evaluation/embedding_cache.py",
+        "if not name.startswith(weighting):",
+        'if not name.startswith((*weighting, "text_model.")):',
+        ("tests/evaluation/test_embedding_cache.py",),
+    ),
+    Fault(
+        "cache_preprocessing",
+        "kept embeddings are used although images are preprocessed otherwise",
+        "modeling_pico/evaluation/embedding_cache.py",
+        "_options(image_processor.to_dict())",
+        "None",
+        ("tests/evaluation/test_embedding_cache.py",),
+    ),
+    Fault(
+        "cache_precision",
+        "embeddings of bfloat16 are used for those of float32",
+        "modeling_pico/evaluation/embedding_cache.py",
+        "yield precision, model.device.type",
+        "yield model.device.type",
+        ("tests/evaluation/test_embedding_cache.py",),
+    ),
+    Fault(
+        "cache_damaged",
+        "a damaged cache ends the evaluation",
+        "modeling_pico/evaluation/embedding_cache.py",
+        "except (OSError, SafetensorError, TypeError) as error:",
+        "except TypeError as error:",
+        ("tests/evaluation/test_embedding_cache.py",),
+    ),
+    Fault(
+        "search_time",
+        "examples/retrieve.py finds pictures by what they were",
+        "examples/retrieve.py",
+        "state = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino",
+        "state = stat.st_size, stat.st_ino",
+        ("tests/examples/test_examples.py::test_retrieve_sees_that_a_file_of_the_same_size_has_changed",),
+    ),
+    # Prototypes
+    Fault(
+        "update_before_checkpoint",
+        "new prototypes are in use before the checkpoint of their evaluation is saved",
+        "modeling_pico/training/staging.py",
+        "        return report\n",
+        "        self.apply_pending()\n        return report\n",
+        ("tests/training/test_staging.py::test_a_proposal_waits_until_it_is_applied",),
+    ),
+    Fault(
+        "feedback_weight",
+        "new prototypes get the weight of the old ones",
+        "modeling_pico/training/prototype_construction.py",
+        "return math.exp(term - new_log_sum), new_log_sum",
+        "return 1 - math.exp(term - new_log_sum), new_log_sum",
+        ("tests/training/test_prototype_construction.py::test_feedback_weight_by_hand",),
+    ),
+    Fault(
+        "feedback_sign",
+        "prototypes that lose count more than those that gain",
+        "modeling_pico/training/staging.py",
+        "return score() - rsum",
+        "return rsum - score()",
+        (
+            "tests/training/test_staging.py"
+            "::test_counterfactual_feedback_scores_the_new_prototypes_and_weighs_by_the_gain",
+        ),
+    ),
+    Fault(
+        "reservoir",
+        "the first pairs stay in the reservoir and not the last ones",
+        "modeling_pico/training/staging.py",
+        "(images[surplus:], texts[surplus:], first_ids[surplus:])",
+        "(images[:-surplus], texts[:-surplus], first_ids[:-surplus])",
+        ("tests/training/test_staging.py::test_the_reservoir_keeps_the_last_pairs",),
+    ),
+    Fault(
+        "statistics",
+        "statistics of earlier constructions are counted again",
+        "modeling_pico/training/staging.py",
+        "        prototypes.reset_statistics()\n",
+        "",
+        ("tests/training/test_staging.py",),
+    ),
+    Fault(
+        "kmeans_start",
+        "of several starts the worst is taken",
+        "modeling_pico/training/prototype_construction.py",
+        "return min(runs",
+        "return max(runs",
+        ("tests/training/test_prototype_construction.py::test_the_best_of_several_starts_is_less_a_matter_of_chance",),
+    ),
+    Fault(
+        "style_for_semantics",
+        "columns of style weigh most",
+        "modeling_pico/prototypes_pico.py",
+        "probability = 1 - style",
+        "probability = style",
+        ("tests/test_prototypes_pico.py::test_the_probability_is_the_written_formula",),
+    ),
+    # Training
+    Fault(
+        "backbone_rate",
+        "backbones learn at the rate of new layers",
+        "modeling_pico/training/trainer.py",
+        '{**group, "lr": backbone_rate} if is_backbone else group',
+        "group",
+        ("tests/training/test_trainer.py::test_learning_rate_and_decay_of_each_group",),
+    ),
+    Fault(
+        "chunk_temperature",
+        "the temperature learns as often as there are chunks",
+        "modeling_pico/training/gradient_cache.py",
+        "(scale_gradient if last else 0.0)",
+        "scale_gradient",
+        ("tests/training/test_gradient_cache.py::test_chunks_give_the_loss_and_gradient_of_the_whole_batch",),
+    ),
+    Fault(
+        "chunk_share",
+        "auxiliary losses count as often as there are chunks",
+        "modeling_pico/training/gradient_cache.py",
+        "auxiliary_gradient * shares[index]",
+        "auxiliary_gradient",
+        ("tests/training/test_auxiliary_losses.py::test_chunks_weigh_them_by_their_pairs",),
+    ),
+    Fault(
+        "non_finite_alone",
+        "a loss that is NaN on one process alone is not noticed on the others",
+        "modeling_pico/training/finite.py",
+        "return loss * torch.where(loss.isfinite(), 1.0, torch.nan)",
+        "return loss",
+        ("tests/training/test_finite.py::test_a_loss_that_is_not_finite_leaves_no_gradient_finite",),
+    ),
+    Fault(
+        "evaluation_generator",
+        "evaluating changes what training draws next",
+        "modeling_pico/training/trainer.py",
+        "            generator=torch.Generator(),\n",
+        "",
+        ("tests/training/test_workers.py::test_an_evaluation_draws_nothing_from_the_global_generator",),
+    ),
+    Fault(
+        "resume_generators",
+        "a resumed run draws other dropout than the whole one",
+        "modeling_pico/training/checkpoints.py",
+        "    def _restore_loss(self)",
+        "    def _load_rng_state(self, checkpoint):\n        pass\n\n    def _restore_loss(self)",
+        ("tests/training/test_resume.py::test_resume_from_any_checkpoint_equals_the_whole_run",),
+    ),
+    Fault(
+        "resume_construction",
+        "a resumed run has forgotten what its construction collected",
+        "modeling_pico/training/checkpoints.py",
+        "            self.construction.load(checkpoint)\n",
+        "            pass\n",
+        ("tests/training/test_resume.py::test_resume_from_any_checkpoint_equals_the_whole_run",),
+    ),
+    # What leaves the house
+    Fault(
+        "export_mask",
+        "the exported text encoder calls padding words",
+        "modeling_pico/export.py",
+        "features = self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)\n"
+        "        return features.embeds, features.mask",
+        "features = self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)\n"
+        "        return features.embeds, torch.ones_like(features.mask)",
+        ("tests/test_export.py::test_learned_weights_of_vit_and_bert",),
+    ),
+    Fault(
+        "card_directions",
+        "the card gives recalls of one direction for the other",
+        "modeling_pico/model_card.py",
+        '(("image_to_text", "Image→text"), ("text_to_image", "Text→image"))',
+        '(("image_to_text", "Text→image"), ("text_to_image", "Image→text"))',
+        ("tests/test_model_card.py",),
+    ),
+    Fault(
+        "retrieve_ties",
+        "of equally good items the later one comes first",
+        "modeling_pico/processing_pico.py",
+        "torch.cat([scores, new_scores], dim=1)",
+        "torch.cat([scores, new_scores.nextafter(torch.tensor(torch.inf))], dim=1)",
+        ("tests/test_processing_pico.py::test_retrieve_by_hand",),
+    ),
+)
+
+
+def copy_tree(folder: Path) -> Path:
+    """Copies what git knows of or would add, as it is in the working tree."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=REPOSITORY,
+        check=True,
+        capture_output=True,
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        source, target = REPOSITORY / name, folder / name
+        if source.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+    return folder
+
+
+def planted(fault: Fault, tree: Path) -> str:
+    """The file with the fault in it; ValueError if its text is not there once."""
+    source = (tree / fault.file).read_text(encoding="utf-8")
+    if (found := source.count(fault.old)) != 1:
+        raise ValueError(
+            f"The fault {fault.name!r} replaces a text that is {found} times in {fault.file}, not once: {fault.old!r}"
+        )
+    return source.replace(fault.old, fault.new)
+
+
+def run_tests(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
+    """The exit status of pytest in the copy, and what it printed."""
+    environment = {
+        **os.environ,
+        # Before the package that is installed, which is that of the checkout.
+        "PYTHONPATH": str(tree),
+        # Two versions of a file may have one size and one time, by which bytecode is taken for up to date.
+        "PYTHONDONTWRITEBYTECODE": "1",
+        # What a faulty version caches is nobody's but its own.
+        "HF_HOME": tempfile.mkdtemp(dir=tree.parent),
+    }
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(
+        command,
+        cwd=tree,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    return done.returncode, done.stdout
+
+
+def check_copy(tree: Path, faults: Sequence[Fault]) -> None:
+    """Ends the script unless the copy is what is tested, and all tests pass in it without a fault."""
+    imported = subprocess.run(
+        [sys.executable, "-c", "import modeling_pico; print(modeling_pico.__file__)"],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": str(tree)},
+        capture_output=True,
+        text=True,
+    )
+    if Path(imported.stdout.strip()).parents[1] != tree:
+        sys.exit(f"The tests would run on {imported.stdout.strip()!r} and not on the copy. {imported.stderr}")
+    status, output = run_tests(tree, list(dict.fromkeys(test for fault in faults for test in fault.tests)))
+    if status != PASSED:
+        sys.exit(f"Without a fault not all tests pass (pytest returned {status}):\n{output[-3000:]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    names = [fault.name for fault in FAULTS]
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, default=names, help="plant these alone")
+    parser.add_argument("--quick", action="store_true", help="three faults: does it run?")
+    options = parser.parse_args()
+    faults = [fault for fault in FAULTS if fault.name in options.only][: 3 if options.quick else None]
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        tree = copy_tree(Path(folder).resolve() / "tree")
+        check_copy(tree, faults)
+        for fault in faults:
+            path, started = tree / fault.file, time.monotonic()
+            original = path.read_bytes()
+            path.write_text(planted(fault, tree), encoding="utf-8")
+            status, output = run_tests(tree, fault.tests)
+            path.write_bytes(original)
+            if status not in (PASSED, FAILED):
+                sys.exit(f"With {fault.name!r} the tests do not run (pytest returned {status}):\n{output[-3000:]}")
+            survivors += [fault] if status == PASSED else []
+            verdict = "SURVIVES" if status == PASSED else "noticed"
+            print(f"{verdict:8} {time.monotonic() - started:5.0f} s  {fault.name}: {fault.what}", flush=True)
+    print(f"{len(faults) - len(survivors)} of {len(faults)} faults are noticed.")
+    if survivors:
+        sys.exit("Not noticed: " + ", ".join(fault.name for fault in survivors))
+
+
+if __name__ == "__main__":
+    main()
