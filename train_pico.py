@@ -16,7 +16,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,14 @@ from modeling_pico.data import (
 from modeling_pico.evaluation.style_report import order_styles
 from modeling_pico.plots import has_matplotlib, require_matplotlib, save_run_plots
 from modeling_pico.training import PicoTrainer, PicoTrainingArguments
-from modeling_pico.training.checkpoint_files import clean_up, is_complete, last_checkpoint, write_text
+from modeling_pico.training.checkpoint_files import check_resumable, clean_up, is_complete, last_checkpoint, write_text
 from modeling_pico.training.from_scratch import (
     small_image_processor,
     small_text_config,
     small_vision_config,
     train_tokenizer,
 )
+from modeling_pico.training.run_lock import sole_run
 from modeling_pico.training.run_record import describe_run, without_secrets, write_run_record
 from modeling_pico.training.script_arguments import DataArguments, ModelArguments, parse_arguments
 
@@ -63,6 +64,7 @@ def find_checkpoint(args: PicoTrainingArguments) -> str | None:
                 f"--resume_from_checkpoint: {wanted!r} is not a complete checkpoint (a folder with "
                 "trainer_state.json). Give the folder of one, or true, auto, false."
             )
+        check_resumable(wanted)
         return wanted
     with args.main_process_first(local=False, desc="looking for checkpoints"):
         if args.do_train and args.should_save:
@@ -74,6 +76,7 @@ def find_checkpoint(args: PicoTrainingArguments) -> str | None:
                 f"--resume_from_checkpoint: {args.output_dir!r} holds no complete checkpoint. With auto, a run starts "
                 "anew where there is none."
             )
+        check_resumable(last)
         return last
     finished = os.path.isfile(os.path.join(args.output_dir, "all_results.json"))
     if args.do_train and (last is not None or finished):
@@ -294,6 +297,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Runs what the arguments ask for; returns all metrics. SIGTERM in training: a checkpoint, exit status 143."""
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, training_args = parse_arguments(argv)
+    with sole_run(training_args.output_dir) if training_args.should_save else nullcontext():
+        return carry_out(argv, model_args, data_args, training_args)
+
+
+def carry_out(
+    argv: list[str], model_args: ModelArguments, data_args: DataArguments, training_args: PicoTrainingArguments
+) -> dict[str, float]:
+    """As `main`, with the words of the command as they were understood."""
     set_up_logging(training_args.get_process_log_level())
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise ValueError("Nothing to do: give --do_train, --do_eval or --do_predict.")
@@ -402,7 +413,7 @@ def run(trainer: PicoTrainer, data: Data, checkpoint: str | None) -> dict[str, f
     if data.styled is not None:
         report = trainer.measure_styles(data.styled, data.seen_styles)
         results.update(_record(trainer, "style", report.metrics()))
-        trainer.card_info["style_metrics"] = {name: style.retrieval for name, style in report.styles.items()}
+        trainer.card_info["style_metrics"] = {name: style.table_row() for name, style in report.styles.items()}
         if trainer.is_world_process_zero():
             text = json.dumps(report.to_dict(), indent=4, ensure_ascii=False)
             write_text(Path(args.output_dir, "style_report.json"), text + "\n")

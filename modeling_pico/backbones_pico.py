@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from .checkpoint_pico import FINDING, explained_load_errors, prefer_safetensors, read_config
-from .configuration_pico import check_backbone_sizes
+from .configuration_pico import check_backbone_options
 
 
 # Special tokens before the patches (CLS, distillation token); registers are counted from the configuration.
@@ -182,8 +182,8 @@ def load_model(name_or_path: str, **kwargs) -> tuple[PreTrainedModel, dict]:
     prefer_safetensors(name_or_path, kwargs)
     stated = read_config(name_or_path, kwargs)
     for part in ("vision_config", "text_config"):
-        check_backbone_sizes(stated.get(part) or {}, part)
-    check_backbone_sizes(stated, "config")
+        check_backbone_options(stated.get(part) or {}, part)
+    check_backbone_options(stated, "config")
     config = load_config(name_or_path, kwargs)
     check_vision_family(config.vision_config if is_joint(config) else config)
     model_class: Any = AutoModel

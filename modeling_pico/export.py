@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging as python_logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -122,9 +125,7 @@ def _examples(
 
 def _export(encoder: nn.Module, inputs: dict[str, torch.Tensor], axes: dict[int, str], path: Path) -> None:
     size = sum(parameter.numel() * parameter.element_size() for parameter in encoder.parameters())
-    with warnings.catch_warnings(), torch.no_grad():
-        # Of the exporter about itself: deprecations inside of it, and equal axes of which it keeps one name.
-        warnings.simplefilter("ignore")
+    with _quiet_exporter(), torch.no_grad():
         torch.onnx.export(
             encoder.eval(),
             kwargs=inputs,
@@ -138,6 +139,23 @@ def _export(encoder: nn.Module, inputs: dict[str, torch.Tensor], axes: dict[int,
         )
 
 
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """
+    Leaves out what the exporter says of itself: deprecations inside of it, equal axes of which it keeps one name,
+    operators of packages that are not installed. What fails raises an error.
+    """
+    exporter = python_logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(python_logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        exporter.setLevel(level)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Exports a checkpoint from the command line."""
     parser = argparse.ArgumentParser(prog="python -m modeling_pico.export", description=main.__doc__)
@@ -147,7 +165,8 @@ def main(argv: list[str] | None = None) -> None:
     model = AutoModel.from_pretrained(args.model, dtype=torch.float32)
     if not isinstance(model, PicoModel):
         raise ValueError(f"{args.model!r} is a {type(model).__name__}; the encoders of PICO and CDDS are exported.")
-    export_onnx(model, PicoProcessor.from_pretrained(args.model), args.output_dir)
+    image_encoder, text_encoder = export_onnx(model, PicoProcessor.from_pretrained(args.model), args.output_dir)
+    print(f"{args.output_dir}: {image_encoder.name} and {text_encoder.name} are written, with their preprocessing.")
 
 
 __all__ = ["ImageEncoder", "TextEncoder", "export_onnx"]

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 from transformers import PreTrainedConfig
+
+from .markdown import code_fence, escape_markdown, signed_number
 
 
 TAGS = ["image-text-retrieval", "cross-modal-retrieval", "late-interaction"]
@@ -29,6 +32,9 @@ _METRICS = {
     },
     "rsum": ("image-text-retrieval", "rSum"),
 }
+# Further columns of these tables, before and after the recalls.
+_GALLERY = {"images": "Images", "texts": "Texts"}
+_COMPARISONS = {"chance_rsum": "Chance", "equal_rsum": "rSum, equal galleries"}
 _OPTIONS = (
     "alignment_head",
     "embedding_dim",
@@ -64,13 +70,13 @@ _UNCERTAINTY_OPTIONS = (
     "uncertainty_diversity_weight",
     "uncertainty_gradient",
 )
-_STAGE_COLUMNS = {
-    "epoch": ("Epoch", "{:g}"),
-    "prototype_stage": ("Stage", "{:.0f}"),
-    "prototype_feedback_gain": ("Δ rSum", "{:+.1f}"),
-    "prototype_feedback_weight": ("Feedback weight", "{:.2f}"),
-    "visual_prototype_movement": ("Movement, image side", "{:.3g}"),
-    "textual_prototype_movement": ("Movement, text side", "{:.3g}"),
+_STAGE_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "epoch": ("Epoch", "{:g}".format),
+    "prototype_stage": ("Stage", "{:.0f}".format),
+    "prototype_feedback_gain": ("Δ rSum", signed_number),
+    "prototype_feedback_weight": ("Feedback weight", "{:.2f}".format),
+    "visual_prototype_movement": ("Movement, image side", "{:.3g}".format),
+    "textual_prototype_movement": ("Movement, text side", "{:.3g}".format),
 }
 _STAGES = {
     0: "0, plain alignment: no prototypes yet, so every column has the weight 1",
@@ -100,7 +106,9 @@ def create_model_card(
     Renders the card of a checkpoint. Whatever is left out, its section is left out too. Nothing is sent anywhere.
 
     Args:
-        model_id (`str`): Hub id, or a folder, of which the card names only the last part.
+        model_id (`str`):
+            Hub id, or a folder, of which the title names only the last part. The code to load the model names it as
+            it is.
         config (`PreTrainedConfig` or `dict`): The model's configuration.
         base_models (`list[str]`, *optional*):
             Checkpoints the backbones came from. Hub ids enter the metadata; local folders are only mentioned as such.
@@ -114,9 +122,10 @@ def create_model_card(
             `prototype_feedback_weight`, `visual_prototype_movement` and `textual_prototype_movement`, and their
             `epoch`. Other rows and keys are ignored.
         metrics (`dict[str, dict[str, float]]`, *optional*):
-            By split, the result of [`~modeling_pico.evaluation.retrieval_metrics`], in percent. Other keys are
-            ignored.
-        style_metrics (`dict[str, dict[str, float]]`, *optional*): The same by style.
+            By split, the result of [`~modeling_pico.evaluation.retrieval_metrics`], in percent, and the `chance_rsum`
+            of a random ranking. Other keys are ignored.
+        style_metrics (`dict[str, dict[str, float]]`, *optional*):
+            The same by style, with the size of each gallery as `images` and `texts`.
         command (`str`, *optional*): Command that reproduces the checkpoint.
         framework_versions (`dict[str, str]`, *optional*): Version by library.
         language (`str` or `list[str]`, *optional*): ISO codes of the captions' languages.
@@ -157,7 +166,7 @@ def create_model_card(
     )
     body = template.render(
         name=name,
-        literal=json.dumps(name, ensure_ascii=False),
+        literal=json.dumps(model_id, ensure_ascii=False),
         head=head,
         has_prototypes=has_prototypes,
         has_uncertainty=bool(options.get("num_uncertainty_prototypes")),
@@ -171,8 +180,9 @@ def create_model_card(
         stage_log=_stage_table(stage_log or []),
         metrics=_recall_table(_with_reranked(metrics or {}), "Split"),
         style_metrics=_recall_table(style_metrics or {}, "Style"),
+        equal_galleries=any("equal_rsum" in values for values in (style_metrics or {}).values()),
         command=(command or "").strip(),
-        fence=_fence(command or ""),
+        fence=code_fence(command or ""),
         versions=[(key, value) for key, value in (framework_versions or {}).items() if value is not None],
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
@@ -184,21 +194,15 @@ def _has_prototypes(options: Mapping[str, Any]) -> bool:
 
 
 def _environment() -> Environment:
-    environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined, autoescape=False
+    """Every value is escaped unless it is marked as safe: code, titles, and ids that were checked."""
+    return Environment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+        autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else Markup(escape_markdown(value)),
     )
-    environment.filters["md"] = _escape_markdown
-    return environment
-
-
-def _escape_markdown(text: object) -> str:
-    """One line of plain text, safe within a heading, a link or a table cell."""
-    return re.sub(r"([\\`*<>\[\]|])", r"\\\1", " ".join(str(text).split()))
-
-
-def _fence(code: str) -> str:
-    """A code fence that no run of backticks in the code can close."""
-    return "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
 
 
 def _is_hub_id(name: str) -> bool:
@@ -257,17 +261,27 @@ def _with_reranked(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Mapp
         rows[split] = values
         reranked = {key: values[f"reranked_{key}"] for key in _METRICS if f"reranked_{key}" in values}
         if reranked:
-            rows[f"{split}, re-ranked by uncertainty"] = reranked
+            same = {key: values[key] for key in _COMPARISONS if key in values}
+            rows[f"{split}, re-ranked by uncertainty"] = {**reranked, **same}
     return rows
 
 
 def _recall_table(metrics: Mapping[str, Mapping[str, float]], title: str) -> dict[str, list] | None:
-    rows = [
-        [name, *(f"{values[key]:.1f}" if _is_finite(values.get(key)) else _NO_VALUE for key in _METRICS)]
-        for name, values in metrics.items()
-        if any(_is_finite(values.get(key)) for key in _METRICS)
-    ]
-    return {"headers": [title, *(label for _, label in _METRICS.values())], "rows": rows} if rows else None
+    """One row for each of `metrics` that has results; of the sizes and chance, columns that some row has."""
+    rows = {name: values for name, values in metrics.items() if any(_is_finite(values.get(key)) for key in _METRICS)}
+    columns = {
+        **{key: label for key, label in _GALLERY.items() if any(key in values for values in rows.values())},
+        **{key: label for key, (_, label) in _METRICS.items()},
+        **{key: label for key, label in _COMPARISONS.items() if any(key in values for values in rows.values())},
+    }
+    cells = [[name, *(_recall_cell(key, values.get(key)) for key in columns)] for name, values in rows.items()]
+    return {"headers": [title, *map(Markup, columns.values())], "rows": cells} if rows else None
+
+
+def _recall_cell(key: str, value: float | None) -> str:
+    if value is None or not _is_finite(value):
+        return _NO_VALUE
+    return f"{value:,}" if key in _GALLERY else f"{value:.1f}"
 
 
 def _split_table(splits: Mapping[str, Any]) -> dict[str, list] | None:
@@ -322,8 +336,7 @@ def _stage_table(stage_log: Sequence[Mapping[str, Any]]) -> dict[str, list] | No
     log = [row for row in stage_log if any(_is_finite(row.get(key)) for key in _STAGE_COLUMNS if key != "epoch")]
     keys = [key for key in _STAGE_COLUMNS if any(_is_finite(row.get(key)) for row in log)]
     rows = [
-        [_STAGE_COLUMNS[key][1].format(row[key]) if _is_finite(row.get(key)) else _NO_VALUE for key in keys]
-        for row in log
+        [_STAGE_COLUMNS[key][1](row[key]) if _is_finite(row.get(key)) else _NO_VALUE for key in keys] for row in log
     ]
     return {"headers": [_STAGE_COLUMNS[key][0] for key in keys], "rows": rows} if rows else None
 

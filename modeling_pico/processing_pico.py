@@ -70,7 +70,7 @@ class PicoProcessor(ProcessorMixin):
         return super().__call__(images=images, text=text, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> PicoProcessor:
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> PicoProcessor:  # type: ignore[override]
         """
         As `ProcessorMixin.from_pretrained`, with the image processor of the backend that was saved. The auto classes
         of transformers would take torchvision's wherever it is installed. Warns where that backend is missing.

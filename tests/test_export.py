@@ -87,10 +87,15 @@ def test_learned_weights_of_vit_and_bert(learned, tiny_processor, tmp_path):
 
 
 @needs_onnx
-def test_fixed_weights_of_clip_from_the_command_line(fixed, tiny_processor, tmp_path):
+def test_fixed_weights_of_clip_from_the_command_line(fixed, tiny_processor, tmp_path, capfd, no_progress_bars):
     fixed.to(torch.bfloat16).save_pretrained(tmp_path / "model")
     tiny_processor.save_pretrained(tmp_path / "model")
+    capfd.readouterr()
     export.main([str(tmp_path / "model"), str(tmp_path / "onnx")])
+    # One line of what was written, and nothing of the exporter.
+    said = capfd.readouterr()
+    written = "image_encoder.onnx and text_encoder.onnx are written, with their preprocessing."
+    assert said.out == f"{tmp_path / 'onnx'}: {written}\n" and said.err == ""
     assert_same_as(PicoModel.from_pretrained(tmp_path / "model", dtype=torch.float32), tmp_path / "onnx")
 
 

@@ -95,6 +95,8 @@ def test_every_checkpoint_is_uploaded_whole_and_loads_without_the_package(hub, t
         assert not list(upload.folder.glob("checkpoint-*"))
     cards = [(upload.folder / "README.md").read_text() for upload in hub.uploads]
     assert cards[0] != cards[1] and all("rsum" in card.lower() for card in cards)
+    # As the Hub calls it, with the user's name, which was not given.
+    assert all('PicoModel.from_pretrained("someone/pico")' in card for card in cards)
     first = hub.uploads[0].folder
     tiny.assert_same_state(
         PicoModel.from_pretrained(first), PicoModel.from_pretrained(tmp_path / "run" / "checkpoint-3")

@@ -343,6 +343,26 @@ def test_semantic_probability_sorts_columns_and_compares_styles():
     assert [label.get_text() for label in heat.get_yticklabels()] == ["a", "b"]
 
 
+def test_small_differences_look_small():
+    probability = 0.9 + np.array([[0.0003, -0.0001], [-0.0003, 0.0001]])
+    curve, heat = features.plot_semantic_probability(
+        features.SemanticProbability({"image": probability}, ["a", "b"])
+    ).axes[:2]
+    assert curve.get_ylim() == (0, 1) and heat.images[0].get_clim() == (-0.1, 0.1)
+    assert curve.get_title(loc="left").endswith("means from 0.90 to 0.90")
+    assert heat.get_title(loc="left").endswith("at most 0.0003")
+    log = [
+        {"eval_rsum": 49.0, "epoch": 1.0, "step": 1},
+        {"prototype_stage": 1.0, "prototype_feedback_gain": -0.01, "epoch": 1.0, "step": 1},
+        {"eval_rsum": 52.5, "epoch": 2.0, "step": 2},
+    ]
+    read = history.read_history(log)
+    rsum, gain, _ = history.plot_stage_timeline(read).axes
+    assert rsum.get_ylim() == pytest.approx((0, 57.75)) and gain.get_ylim() == (-1, 1)
+    assert [text.get_text() for text in gain.texts] == ["+0.0"]
+    assert history.plot_training_curves(read).axes[0].get_ylim() == pytest.approx((0, 57.75))
+
+
 @pytest.mark.parametrize("dim", [1, 512])
 def test_semantic_probability_in_extreme_cases(dim):
     probability = np.random.default_rng(0).random((40, dim))
@@ -476,7 +496,7 @@ def messages(monkeypatch) -> dict[str, list[str]]:
     return seen
 
 
-def test_all_pictures_of_a_model(trained, collator, dataset, tmp_path, messages):
+def test_all_pictures_of_a_model(trained, collator, dataset, tmp_path, messages, capfd):
     paths = modeling_pico.save_plots(
         tmp_path / "new",
         model=trained(),
@@ -485,6 +505,7 @@ def test_all_pictures_of_a_model(trained, collator, dataset, tmp_path, messages)
         num_matches=1,
     )
     assert names(paths) == MODEL | {"matches_0"} and not messages["warning"]
+    assert "Pictures: 100%" in capfd.readouterr().err
     for path in paths:
         with Image.open(path) as image:
             assert image.width == 1000 and image.format == "PNG"

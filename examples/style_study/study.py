@@ -30,6 +30,8 @@ from typing import Any
 
 import yaml
 
+from modeling_pico.markdown import escape_markdown, signed_number
+
 
 HERE = Path(__file__).resolve().parent
 CACHE = Path(tempfile.gettempdir()) / "style_study"
@@ -341,7 +343,7 @@ def paired_difference(values: list[float]) -> tuple[float, float | None]:
 def difference(values: list[float]) -> str:
     """Mean of differences with its 95% interval, as text."""
     mean, half = paired_difference(values)
-    return f"{mean:+.1f}" + ("" if half is None else f" ± {half:.1f}")
+    return signed_number(mean) + ("" if half is None else f" ± {half:.1f}")
 
 
 def report(records: list[dict[str, Any]], baseline: str) -> str:
@@ -362,12 +364,12 @@ def report(records: list[dict[str, Any]], baseline: str) -> str:
     lines = []
     for title, variants in tables.items():
         splits = list(dict.fromkeys(split for runs in variants.values() for rsum in runs.values() for split in rsum))
-        lines += [f"\n{title}\n", f"| variant | seeds | {' | '.join(splits)} |"]
+        lines += [f"\n{escape_markdown(title)}\n", f"| variant | seeds | {' | '.join(map(escape_markdown, splits))} |"]
         lines.append("| --- | ---: |" + " ---: |" * len(splits))
         base = variants.get(baseline, {})
         for variant, runs in variants.items():
             cells = [_cell(variant != baseline, runs, base, split) for split in splits]
-            lines.append(f"| {variant} | {len(runs)} | {' | '.join(cells)} |")
+            lines.append(f"| {escape_markdown(variant)} | {len(runs)} | {' | '.join(cells)} |")
         half_way = {
             variant: {
                 seed: {split: values[:1] for split, values in rsum.items() if len(values) == 2}
@@ -452,7 +454,7 @@ def _areas(records: list[dict[str, Any]]) -> list[str]:
             )
             for side in ("image_to_text", "text_to_image")
         ]
-        lines.append(f"| {' | '.join(names)} | {len(runs)} | {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(map(escape_markdown, names))} | {len(runs)} | {' | '.join(cells)} |")
     return lines
 
 

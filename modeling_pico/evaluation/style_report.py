@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
 from ..data import PicoDataCollator, as_captioned
+from ..markdown import escape_markdown, signed_number
 from ..modeling_pico import PicoModel
 from ..processing_pico import PicoProcessor
 from ..scoring_pico import pair_scores
@@ -65,6 +66,13 @@ class StyleRetrieval:
     top_shares: dict[str, float]
     first_right_share: float | None
     first_right_expected: float | None
+
+    def table_row(self) -> dict[str, float]:
+        """What a model card shows: recalls, the size of the gallery, and what they are to be judged by."""
+        return {
+            **self.retrieval,
+            **{name: getattr(self, name) for name in ("images", "texts", "chance_rsum", "equal_rsum")},
+        }
 
 
 @dataclass
@@ -231,13 +239,13 @@ class StyleReport:
         """Two tables and a sentence."""
         by_style = [
             [
-                _escape(name),
+                escape_markdown(name),
                 {True: "yes", False: "no", None: "?"}[result.seen],
                 f"{result.images:,}",
                 *(f"{result.retrieval[key]:.1f}" for key in (*_RECALLS, "rsum")),
                 f"{result.chance_rsum:.1f}",
                 f"{result.equal_rsum:.1f}",
-                _number(result.gap, "+.1f"),
+                _number(result.gap, signed_number),
                 _number(result.aligned_rsum),
             ]
             for name, result in self.styles.items()
@@ -256,7 +264,7 @@ class StyleReport:
         ]
         mixed = [
             [
-                _escape(name),
+                escape_markdown(name),
                 _number(result.gallery_share),
                 *(_number(share) for share in result.top_shares.values()),
                 _number(result.first_right_share),
@@ -469,12 +477,8 @@ def _table(headers: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _number(value: float | None, form: str = ".1f") -> str:
-    return "–" if value is None else format(value, form)
-
-
-def _escape(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+def _number(value: float | None, form: Callable[[float], str] = "{:.1f}".format) -> str:
+    return "–" if value is None else form(value)
 
 
 __all__ = ["StyleReport", "StyleRetrieval", "measure_styles", "order_styles"]

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 
 _SIDES = {"image": "Images", "text": "Texts"}
+# Difference of two probabilities that is shown in full colour, at least.
+_VISIBLE = 0.1
 
 
 @dataclass
@@ -170,26 +172,29 @@ def _style_deviations(data: SemanticProbability, names: list[str]) -> dict[str, 
 
 def _sorted_curve(axes: Axes, probability: np.ndarray, side: str, labelled: bool) -> None:
     places = np.arange(probability.shape[1])
+    means = probability.mean(axis=0)
     low, high = np.percentile(probability, [10, 90], axis=0)
     axes.fill_between(places, low, high, step="mid", color=BLUE, alpha=0.3, linewidth=0)
     marker = "o" if len(places) == 1 else None
-    axes.plot(places, probability.mean(axis=0), color=BLUE, drawstyle="steps-mid", linewidth=1.5, marker=marker)
+    axes.plot(places, means, color=BLUE, drawstyle="steps-mid", linewidth=1.5, marker=marker)
     axes.set_xlim(-0.5, len(places) - 0.5)
-    title = f"{side}: mean and 10–90 % range over {len(probability):,} samples"
+    # All of the range that a probability can have: a narrow one looks narrow.
+    axes.set_ylim(0, 1)
+    title = f"{side}: mean and 10–90 % range over {len(probability):,} samples; "
+    title += f"means from {means.min():.2f} to {means.max():.2f}"
     finish(axes, title, "feature columns, highest mean first" if labelled else None, "probability (0–1)")
     axes.grid(axis="y", color=LIGHT, linewidth=0.6)
 
 
 def _heat_map(axes: Axes, deviation: np.ndarray, names: list[str], side: str) -> None:
-    # The extremes of a few columns would leave all others white.
-    limit = max(float(np.percentile(np.abs(deviation), 99)), 1e-6)
+    # The extremes of a few columns would leave all others white, and small differences are to look small.
+    limit = max(float(np.percentile(np.abs(deviation), 99)), _VISIBLE)
     image = axes.imshow(deviation, aspect="auto", interpolation="nearest", cmap=DIVERGING, vmin=-limit, vmax=limit)
     axes.set_yticks(range(len(names)), [shorten(name, 28) for name in names], parse_math=False)
-    title = f"{side}: mean of each style minus the mean of all styles"
+    title = f"{side}: mean of each style minus the mean of all styles; at most {np.abs(deviation).max():.2g}"
     finish(axes, title, "feature columns, in the same order", None)
     axes.spines[:].set_visible(False)
-    bar = _color_bar(axes, image, "difference")
-    bar.ax.ticklabel_format(style="sci", scilimits=(-2, 3))
+    _color_bar(axes, image, "difference")
 
 
 def _color_bar(axes: Axes, image: AxesImage, label: str) -> Colorbar:

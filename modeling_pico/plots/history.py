@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..markdown import signed_number
 from .canvas import (
     DARK,
     GREEN,
@@ -158,6 +159,8 @@ def plot_training_curves(history: TrainingHistory) -> Figure:
         for name, curve in curves.items():
             if curve:
                 handles[name] = _line(axes, curve, colors[name], name)
+        if title == "Validation retrieval":
+            _from_zero(axes, curves)
         if title == "Validation retrieval" and history.chance_rsum is not None:
             handles["chance"] = axes.axhline(
                 history.chance_rsum, color=GREY, linestyle="--", linewidth=1.2, label="rSum of a random ranking"
@@ -208,12 +211,16 @@ def plot_stage_timeline(history: TrainingHistory) -> Figure:
             # The first colour is the training's, in the picture of the curves.
             for color, (name, curve) in zip(_cycle(len(history.rsum) + 1)[1:], history.rsum.items(), strict=True):
                 lines.append(_line(axes, curve, color, f"rSum, {_validation(name)}"))
+            _from_zero(axes, history.rsum)
             finish(axes, "Validation retrieval (rSum)", label, "points of 600")
         elif kind == "gain":
-            _bars(axes, gains, history, "{:+.1f}")
+            _bars(axes, gains, history, signed_number)
+            # Of a gain that is much less than a point nothing is to be seen.
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(low, -1), max(high, 1))
             finish(axes, "Gain Δ of each construction in validation rSum", label, "points")
         else:
-            _bars(axes, [(item.x, item.weight) for item in constructions], history, "{:.2g}")
+            _bars(axes, [(item.x, item.weight) for item in constructions], history, "{:.2g}".format)
             axes.set_ylim(0, 1.4)
             axes.set_yticks([0, 0.5, 1])
             finish(axes, "Feedback weight of the new prototypes; the old ones keep the rest", label, "weight (0–1)")
@@ -242,7 +249,7 @@ def _shade(panels: Sequence[Axes], history: TrainingHistory) -> list:
     return handles
 
 
-def _bars(axes: Axes, points: list[tuple[float, float]], history: TrainingHistory, form: str) -> None:
+def _bars(axes: Axes, points: list[tuple[float, float]], history: TrainingHistory, form: Callable) -> None:
     """Bars from zero, with their numbers where there is room; falling ones differ in colour."""
     gaps = [b - a for (a, _), (b, _) in zip(points, points[1:], strict=False) if b > a]
     gap = min([*gaps, history.end / 12])
@@ -261,7 +268,7 @@ def _bars(axes: Axes, points: list[tuple[float, float]], history: TrainingHistor
     for x, y in points:
         offset, side = ((0, 3), "bottom") if y >= 0 else ((0, -3), "top")
         axes.annotate(
-            form.format(y),
+            form(y),
             (x, y),
             offset,
             textcoords="offset points",
@@ -278,6 +285,11 @@ def _line(axes: Axes, curve: list[tuple[float, float]], color: str, name: str) -
     (line,) = axes.plot(*zip(*curve, strict=True), color=color, marker=marker, markersize=4, label=name, zorder=3)
     axes.grid(axis="y", color=LIGHT, linewidth=0.6, zorder=0)
     return line
+
+
+def _from_zero(axes: Axes, curves: Mapping[str, list[tuple[float, float]]]) -> None:
+    """Shows sums of recalls from zero on, so that a difference looks as large as it is."""
+    axes.set_ylim(0, 1.1 * max(value for curve in curves.values() for _, value in curve) or 1)
 
 
 def _cycle(count: int) -> list[str]:

@@ -212,7 +212,7 @@ def _key(figure: Figure, drawn: AxesImage, height: float, shown: int, match: Pat
     bar.set_label("similarity of patch and word", fontsize=SMALL)
     bar.ax.xaxis.set_major_locator(MaxNLocator(4))
     bar.ax.tick_params(labelsize=SMALL)
-    notes = ["outlined: best patch of word n (3+: of several)"]
+    notes = ["number: the word whose best patch this is", "“3+”: word 3 and others after it"]
     if any(match.special_words[:shown]):
         notes.append("italic: special token")
     if shown < len(match.words):

@@ -87,7 +87,7 @@ def save_plots(
         drawings += _model_drawings(model, collator, splits, num_samples, num_matches)
     os.makedirs(folder, exist_ok=True)
     paths = []
-    for name, draw in drawings:
+    for name, draw in logging.tqdm(drawings, desc="Pictures", unit="picture"):
         path = os.path.join(folder, f"{name}.png")
         try:
             figure = draw()

@@ -70,7 +70,7 @@ class PublishingTrainer(TrainerBase):
         training = {name: getattr(args, name) for name in _CARD_ARGUMENTS}
         training["lr_scheduler_type"] = transformers.SchedulerType(args.lr_scheduler_type).value
         card = create_model_card(
-            model_id=args.hub_model_id or str(args.output_dir),
+            model_id=self.hub_model_id or args.hub_model_id or str(args.output_dir),
             config=self._pico_model().config,
             training={**training, "processes": args.world_size},
             stage_log=[entry for entry in self.state.log_history if "prototype_stage" in entry],

@@ -55,22 +55,34 @@ class PrototypeConstruction:
         """Tells the schedule how long an epoch and the training are, in optimizer steps."""
         self._steps_per_epoch, self._max_steps = steps_per_epoch, max_steps
         self._num_constructions = int(self.prototypes.num_constructions)
+        args, unit = self.args, "epochs" if self.args.prototype_schedule == "epochs" else "of the training"
+        end = f"Training ends at step {max_steps} (epoch {max_steps / steps_per_epoch:g})"
         if self.next_step() >= max_steps and self.prototypes.stage == STAGE_PLAIN:
             logger.warning(
-                f"Training ends at step {max_steps}, before the first style prototypes would be used (step "
-                f"{self.next_step()}): all weights stay 1. Lower `prototype_start`, now {self.args.prototype_start} "
-                f"{self.args.prototype_schedule}."
+                f"{end}, before the first style prototypes would be used (step {self.next_step()}): all weights stay "
+                f"1. Train for longer, or lower `prototype_start`, now {args.prototype_start:g} {unit}."
+            )
+        elif self._update_step(0) >= max_steps and self.prototypes.stage < STAGE_UPDATED:
+            logger.warning(
+                f"{end}, before the style prototypes would be updated for the first time (step "
+                f"{self._update_step(0)}): they stay as they are first built. Train for longer, or lower "
+                f"`prototype_update_start`, now {args.prototype_update_start:g} {unit}."
             )
 
     def next_step(self) -> int:
         """Optimizer step after which the next construction is due."""
-        args = self.args
-        unit = self._max_steps if args.prototype_schedule == "share" else self._steps_per_epoch
         done = self._num_constructions + (self.pending is not None)
-        if done == 0:
-            return _steps(args.prototype_start * unit)
-        interval = args.prototype_interval * self._steps_per_epoch
-        return _steps(args.prototype_update_start * unit + (done - 1) * interval)
+        return _steps(self.args.prototype_start * self._unit) if done == 0 else self._update_step(done - 1)
+
+    def _update_step(self, index: int) -> int:
+        """Optimizer step after which update number `index` of the prototypes is due."""
+        interval = self.args.prototype_interval * self._steps_per_epoch
+        return _steps(self.args.prototype_update_start * self._unit + index * interval)
+
+    @property
+    def _unit(self) -> int:
+        """Optimizer steps of one unit of the schedule."""
+        return self._max_steps if self.args.prototype_schedule == "share" else self._steps_per_epoch
 
     def is_reached(self, step: int) -> bool:
         """

@@ -39,6 +39,19 @@ from .staging import PrototypeConstruction
 logger = logging.get_logger(__name__)
 
 
+_METRICS_OVER_THE_WHOLE_SET = (
+    "PicoTrainer computes retrieval metrics over the whole evaluation set. Use `modeling_pico.RetrievalEvaluator` for "
+    "metrics of your own."
+)
+# Arguments of `Trainer` that could do nothing here, and why.
+_WITHOUT_EFFECT = {
+    "compute_loss_func": "the loss compares the pairs of all processes. Choose `loss_type` in the model's "
+    "configuration, or override `PicoTrainer.compute_loss`.",
+    "compute_metrics": _METRICS_OVER_THE_WHOLE_SET,
+    "preprocess_logits_for_metrics": _METRICS_OVER_THE_WHOLE_SET,
+}
+
+
 class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
     r"""
     Trains a [`PicoModel`] for image-text retrieval.
@@ -79,11 +92,9 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         args = PicoTrainingArguments("trainer_output") if args is None else args
         if not isinstance(args, PicoTrainingArguments):
             raise ValueError(f"`args` must be PicoTrainingArguments, but got {type(args).__name__}.")
-        if kwargs.get("compute_metrics") is not None:
-            raise ValueError(
-                "`compute_metrics` is not used: PicoTrainer computes retrieval metrics over the whole evaluation set. "
-                "Use `modeling_pico.RetrievalEvaluator` for metrics of your own."
-            )
+        for name, reason in _WITHOUT_EFFECT.items():
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` is not used: {reason}")
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("PicoTrainer needs a `data_collator` or a `processing_class` to make one from.")
@@ -176,6 +187,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             kwargs["worker_init_fn"] = heed_only_parent
             kwargs["persistent_workers"] = args.dataloader_persistent_workers
             kwargs["prefetch_factor"] = args.dataloader_prefetch_factor
+            kwargs["multiprocessing_context"] = args.dataloader_multiprocessing_context
         return kwargs
 
     # Optimizer
@@ -233,6 +245,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         # The model exists for certain only here: `model_init` and hyper-parameter search make a new one each time.
+        self._settle_best_metric()
         self.remove_callback(PrototypeCallback)
         self._auxiliary_log.clear()
         model = self._pico_model()
@@ -308,7 +321,9 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             )
 
     def _check_adapter(self, what: str, name: str, module: nn.Module | None) -> None:
-        adapted = self.accelerator.unwrap_model(self.model) is not self._pico_model()
+        model = self._pico_model()
+        # By `peft.get_peft_model`, or in place by `model.add_adapter`.
+        adapted = self._unwrapped_model() is not model or model._hf_peft_config_loaded
         if adapted and module is not None and not hasattr(module, "modules_to_save"):
             raise ValueError(
                 f"The adapter would be saved without the {what}, which lie in `{name}`; configure it with "

@@ -1,6 +1,6 @@
 """A day of training in miniature: does a long run grow?
 
-    python tests/benchmarks/endurance.py [--steps 10000] [--interval 500] [--tolerance 2]
+    python tests/benchmarks/endurance.py [--steps 10000] [--interval 500] [--tolerance 2] [--quick]
 
 Thousands of small steps with evaluation, checkpoints, constructions of prototypes and a data worker in one process.
 Prints a table of resident memory, open files, threads and child processes over time, and ends with an error if one of
@@ -143,7 +143,10 @@ def main() -> None:
     parser.add_argument("--interval", type=int, default=500, help="steps between two lines of the table")
     parser.add_argument("--every", type=int, default=100, help="steps between two evaluations and checkpoints")
     parser.add_argument("--tolerance", type=float, default=2.0, help="growth of resident memory in percent")
+    parser.add_argument("--quick", action="store_true", help="200 steps: checks the script, says little of leaks")
     options = parser.parse_args()
+    if options.quick:
+        options.steps, options.interval, options.every, options.tolerance = 200, 20, 25, 5.0
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silence:

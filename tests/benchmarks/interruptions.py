@@ -1,7 +1,7 @@
 """
 Kills a tiny training again and again, and compares what comes out with a training that nobody killed.
 
-    python tests/benchmarks/interruptions.py --kills 50 --seed 0
+    python tests/benchmarks/interruptions.py --kills 50 --seed 0 [--quick]
 
 Trainings of `train_pico.py` are killed by SIGKILL or SIGTERM at random moments and in chosen ones (the n-th training
 step, evaluation, construction of prototypes, or file operation of a checkpoint), and resumed, until they end. After
@@ -287,6 +287,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50, help="Kills, at least.")
     parser.add_argument("--kills_per_run", type=int, default=10, help="Then a training may end.")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_const", dest="kills", const=3, help="Three kills: does it run?")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         kill_and_compare(Path(place), arguments)

@@ -12,11 +12,12 @@ import argparse
 import functools
 import json
 import platform
+import shlex
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,11 @@ METHODS: dict[str, tuple[type[PicoModel], dict[str, Any]]] = {
     "pico + uncertainty": (PicoModel, {"num_uncertainty_prototypes": 8}),
 }
 SECTIONS = ("weights", "gradient_cache", "construction", "methods")
+# Towers, batch, and what the rounds are multiplied by: small towers take little time.
+Sizes = Sequence[tuple[str, int, int]]
+WEIGHTS_SIZES: Sizes = list(zip(TOWERS, (16, 128, 64), (1, 4, 8), strict=True))
+METHODS_SIZES: Sizes = list(zip(TOWERS, (4, 64, 64), (1, 3, 4), strict=True))
+QUICK_SIZES: Sizes = [(list(TOWERS)[-1], 4, 1)]
 
 
 def build_model(towers: str, method: str, dropout: float | None = None) -> PicoModel:
@@ -144,10 +150,10 @@ def compare(first: Callable[[], None], second: Callable[[], None], rounds: int) 
     }
 
 
-def weights_cost(rounds: int) -> list[dict]:
+def weights_cost(sizes: Sizes, rounds: int) -> list[dict]:
     """A training step with weights on against the same step with weights off."""
     rows = []
-    for towers, (size, factor) in zip(TOWERS, ((16, 1), (128, 4), (64, 8)), strict=True):
+    for towers, size, factor in sizes:
         on, off = build_model(towers, "pico"), build_model(towers, "fine_grained")
         batch = random_batch(on, size)
         steps = [functools.partial(plain_step, model, batch) for model in (on, off)]
@@ -173,10 +179,10 @@ def kept_bytes(model: PicoModel, batch: dict[str, torch.Tensor]) -> int:
     return total
 
 
-def methods_cost(rounds: int) -> list[dict]:
+def methods_cost(sizes: Sizes, rounds: int) -> list[dict]:
     """A training step of every method against the same step of the fine-grained baseline."""
     rows = []
-    for towers, (size, factor) in zip(TOWERS, ((4, 1), (64, 3), (64, 4)), strict=True):
+    for towers, size, factor in sizes:
         baseline = build_model(towers, "fine_grained")
         batch = random_batch(baseline, size)
         kept = kept_bytes(baseline, batch)
@@ -268,7 +274,9 @@ def construction_cost(recipe: str, flags: list[str]) -> dict:
     PicoTrainer.__init__ = build_with_clock
     try:
         with tempfile.TemporaryDirectory() as folder:
-            train_pico.main([str(REPOSITORY / recipe), "--output_dir", folder, "--do_predict", "false", *flags])
+            # Test splits and their report are no part of a training pass.
+            parts = ["--do_predict", "false", "--style_report", "false", "--plots", "false"]
+            train_pico.main([str(REPOSITORY / recipe), "--output_dir", folder, *parts, *flags])
     finally:
         PicoTrainer.__init__ = build
         for restore in undo:
@@ -279,11 +287,12 @@ def construction_cost(recipe: str, flags: list[str]) -> dict:
     return {"recipe": recipe, "training_passes_s": clock.seconds, **watch.seconds, "share": spent / clock.seconds}
 
 
-def construction_costs(dataset: str | None) -> list[dict]:
+def construction_costs(dataset: str | None, quick: bool) -> list[dict]:
     """[`construction_cost`] of the quick start and, where its data is given, of the emoji-styles recipe."""
-    rows = [construction_cost("examples/quickstart.yaml", [])]
+    few = shlex.split("--max_train_samples 256 --max_eval_samples 40 --num_train_epochs 4") if quick else []
+    rows = [construction_cost("examples/quickstart.yaml", few)]
     if dataset:
-        flags = ["--dataset_name", dataset, "--method", "pico", "--num_train_epochs", "6"]
+        flags = ["--dataset_name", dataset, "--method", "pico", "--num_train_epochs", "6", *few]
         rows.append(construction_cost("examples/emoji_styles/train.yaml", flags))
     return rows
 
@@ -360,15 +369,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for training.json and training.md")
     parser.add_argument("--dataset", help="folder of emoji-styles, for the share of construction on it")
-    parser.add_argument("--quick", action="store_true", help="few rounds, for a look")
+    parser.add_argument("--rounds", type=int, default=11, help="rounds on the largest towers (default: 11)")
+    parser.add_argument("--quick", action="store_true", help="small sizes: checks the script, measures little")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="measure these alone")
     args = parser.parse_args()
-    rounds = 3 if args.quick else 11
+    rounds, cached = (1, (1, 8, 4)) if args.quick else (args.rounds, (max(3, args.rounds // 2), 512, 32))
     measure: dict[str, Callable[[], Any]] = {
-        "weights": lambda: weights_cost(rounds),
-        "gradient_cache": lambda: gradient_cache_cost(max(3, rounds // 2), 128 if args.quick else 512, 32),
-        "construction": lambda: construction_costs(args.dataset),
-        "methods": lambda: methods_cost(rounds),
+        "weights": lambda: weights_cost(QUICK_SIZES if args.quick else WEIGHTS_SIZES, rounds),
+        "gradient_cache": lambda: gradient_cache_cost(*cached),
+        "construction": lambda: construction_costs(args.dataset, args.quick),
+        "methods": lambda: methods_cost(QUICK_SIZES if args.quick else METHODS_SIZES, rounds),
     }
     results = {
         "environment": f"Python {platform.python_version()}, torch {torch.__version__}, transformers "

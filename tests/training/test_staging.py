@@ -105,12 +105,22 @@ def test_nothing_is_built_after_the_last_step(make, max_steps):
 
 def test_a_training_too_short_for_prototypes_warns(make, monkeypatch):
     messages = warnings_of(monkeypatch)
-    make(max_steps=21)
+    make(max_steps=41)
     assert messages == []
     make(max_steps=20)
-    assert len(messages) == 1
-    assert "ends at step 20" in messages[0]
-    assert "`prototype_start`, now 2.0 epochs" in messages[0]
+    make(max_steps=21)
+    make(max_steps=40, prototype_schedule="share", prototype_start=0.5, prototype_update_start=1.0)
+    none, once, share = messages
+    assert "ends at step 20 (epoch 2)" in none and "`prototype_start`, now 2 epochs" in none
+    assert "ends at step 21 (epoch 2.1)" in once and "for the first time (step 40)" in once
+    assert "`prototype_update_start`, now 4 epochs" in once and "`prototype_update_start`, now 1 of the" in share
+
+
+def test_no_warning_of_updates_that_have_been(make, monkeypatch):
+    construction, messages = make(), warnings_of(monkeypatch)
+    construction.prototypes.stage.fill_(2)
+    construction.start(10, 20)
+    assert messages == []
 
 
 def test_windows_of_collection(make):

@@ -29,6 +29,11 @@ COLORS = ("red", "green", "blue", "grey")
 PLACES = ("up here", "far down there", "left", "on the right hand side", "in the middle")
 
 
+def pixels(seed: int) -> np.ndarray:
+    """Noise `(SIZE, SIZE, 3)`."""
+    return np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+
+
 def rows(count: int, seed: int = 0, repeats: int = 0) -> datasets.Dataset:
     """`count` noise images with one to three captions of different lengths; the last `repeats` share earlier ids."""
     rng = np.random.default_rng(seed)
