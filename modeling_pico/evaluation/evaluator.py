@@ -15,6 +15,7 @@ from ..loss_pico import image_text_loss
 from ..modeling_pico import PicoModel
 from ..scoring_pico import pair_scores
 from .retrieval_metrics import (
+    TIE_TOLERANCE,
     RetrievalRanks,
     chance_rsum,
     fold_members,
@@ -106,6 +107,8 @@ class RetrievalEvaluator:
 
     Knows nothing of the alignment head: it keeps token embeddings before weighting and asks the head for score-ready
     ones when it scores.
+
+    Scores that differ by no more than `TIE_TOLERANCE` tie, and a tie never counts in favour of the right answer.
 
     Metrics need ranks alone, so no score matrix is held. Images and texts are scored in tiles, in the order of their
     identities, where only the tiles along the diagonal hold right pairs. These come first and are kept until all
@@ -288,7 +291,8 @@ class RetrievalEvaluator:
                 tile = scores if self.num_folds == 1 else scores[images].index_select(1, texts.to(scores.device))
                 ids = encoded.image_ids[images], encoded.text_ids[texts]
                 ranks = {
-                    name: retrieval_ranks(see(slice(None), slice(None), tile), *ids) for name, see in views.items()
+                    name: retrieval_ranks(see(slice(None), slice(None), tile), *ids, tie_tolerance=TIE_TOLERANCE)
+                    for name, see in views.items()
                 }
             folds.append(self._fold_metrics(ranks, of_fold))
         return mean_metrics(folds)
@@ -348,7 +352,7 @@ class RetrievalEvaluator:
         own = torch.arange(start, max(start, stop))
         image_blocks = _blocks(encoded.image_ids[own], own - first, own - images.start, self.image_chunk)
         text_blocks = _blocks(text_ids, texts, torch.arange(len(texts)), self.text_chunk)
-        ranks = {name: RetrievalRanks(image_ids, text_ids) for name in views}
+        ranks = {name: RetrievalRanks(image_ids, text_ids, tie_tolerance=TIE_TOLERANCE) for name in views}
         parts = {
             right: [
                 (block, [other for other in text_blocks if block.may_match(other) == right]) for block in image_blocks

@@ -11,6 +11,9 @@ from torch import Tensor
 
 
 RECALL_LEVELS = (1, 5, 10)
+# Scores of a model that are closer than this tie. Equal inputs get scores that differ in the last bits, since kernels
+# round by the place in a batch or tile: by less than 1e-6 in float32, where scores lie between -2 and 2.
+TIE_TOLERANCE = 2e-6
 
 
 class RetrievalRanks:
@@ -18,8 +21,8 @@ class RetrievalRanks:
     Exact ranks of both directions from tiles of the score matrix, in any order and without ever holding the matrix.
 
     Text `j` is a right answer to image `i`, and the other way round, if and only if `text_ids[j] == image_ids[i]`. A
-    query's rank is the number of wrong items that score at least as high as its best right one, so a tie never speaks
-    for the right answer and no sorting is involved.
+    query's rank is the number of wrong items that score at least as high as its best right one less `tie_tolerance`:
+    a tie never counts in favour of the right answer, and no sorting is involved.
 
     What a wrong item is compared with has to be known before it is counted. Therefore every tile that holds right
     pairs, which are few where images and texts are ordered by identity, is shown to [`observe`] first, and then every
@@ -33,6 +36,8 @@ class RetrievalRanks:
         text_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each text, shape `(texts,)`.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Type of the tiles.
         device (`torch.device`, *optional*): Device of the tiles; that of `image_ids` by default.
+        tie_tolerance (`float`, *optional*, defaults to 0.0):
+            Scores that differ by no more than this tie. Those of a model need [`TIE_TOLERANCE`].
 
     Attributes:
         best (`torch.Tensor` of shape `(images + texts,)`): Best right score so far of each image, then of each text.
@@ -51,8 +56,10 @@ class RetrievalRanks:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        tie_tolerance: float = 0.0,
     ) -> None:
         self.image_ids, self.text_ids = (ids.to(device) for ids in _as_ids(image_ids, text_ids))
+        self.tie_tolerance = tie_tolerance
         sizes = [len(self.image_ids), len(self.text_ids)]
         self.best = torch.full((sum(sizes),), -math.inf, dtype=dtype, device=self.image_ids.device)
         self.counts = self.image_ids.new_zeros(sum(sizes) + 3)
@@ -82,8 +89,8 @@ class RetrievalRanks:
         every pair must come once, and a score that was observed must come again bit for bit.
         """
         right = self._right(rows, columns, tile)
-        reaches_image = tile >= self._image_best[rows, None]
-        reaches_text = tile >= self._text_best[columns]
+        reaches_image = tile >= self._image_best[rows, None] - self.tie_tolerance
+        reaches_text = tile >= self._text_best[columns] - self.tie_tolerance
         self._image_ranks[rows] += (reaches_image & ~right).sum(dim=1)
         self._text_ranks[columns] += (reaches_text & ~right).sum(dim=0)
         # Judged in `compute`: reading a number here would make an accelerator wait at every tile.
@@ -128,6 +135,7 @@ def retrieval_ranks(
     text_ids: Tensor | np.ndarray | Sequence[int],
     *,
     chunk_size: int = 64,
+    tie_tolerance: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """
     Ranks of the best right answers, as [`RetrievalRanks`] defines them, from a full score matrix.
@@ -137,6 +145,7 @@ def retrieval_ranks(
         image_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each image, shape `(images,)`.
         text_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each text, shape `(texts,)`.
         chunk_size (`int`, *optional*, defaults to 64): Rows looked at together; memory is `O(chunk_size * texts)`.
+        tie_tolerance (`float`, *optional*, defaults to 0.0): Scores that differ by no more than this tie.
 
     Returns:
         `tuple(torch.Tensor, torch.Tensor)`: 0-based ranks, int64: image to text of shape `(images,)`, the best of an
@@ -151,7 +160,8 @@ def retrieval_ranks(
         raise ValueError(f"scores must be (images, texts) = ({len(images)}, {len(texts)}), got {tuple(scores.shape)}.")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
-    ranks = RetrievalRanks(images, texts, dtype=_score_dtype(scores), device=scores.device)
+    dtype = _score_dtype(scores)
+    ranks = RetrievalRanks(images, texts, dtype=dtype, device=scores.device, tie_tolerance=tie_tolerance)
     for phase in (ranks.observe, ranks.count):
         for start in range(0, len(images), chunk_size):
             rows = slice(start, start + chunk_size)
@@ -209,6 +219,8 @@ def folded_retrieval_metrics(
     image_ids: Tensor | np.ndarray | Sequence[int],
     text_ids: Tensor | np.ndarray | Sequence[int],
     num_folds: int = 5,
+    *,
+    tie_tolerance: float = 0.0,
 ) -> dict[str, float]:
     """
     Metrics averaged over consecutive blocks of images, each retrieved against exactly the texts of its own images:
@@ -219,6 +231,7 @@ def folded_retrieval_metrics(
         image_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each image, shape `(images,)`.
         text_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each text, shape `(texts,)`.
         num_folds (`int`, *optional*, defaults to 5): Number of folds; must divide the number of images.
+        tie_tolerance (`float`, *optional*, defaults to 0.0): Scores that differ by no more than this tie.
 
     Returns:
         `dict[str, float]`: The keys of [`retrieval_metrics`], each the mean over the folds.
@@ -233,11 +246,12 @@ def folded_retrieval_metrics(
         raise ValueError(f"scores must be (images, texts) = ({len(images)}, {len(texts)}), got {tuple(scores.shape)}.")
     if num_folds == 1:
         # Without the copy of the matrix that a choice of columns makes.
-        return retrieval_metrics(*retrieval_ranks(scores, images, texts))
+        return retrieval_metrics(*retrieval_ranks(scores, images, texts, tie_tolerance=tie_tolerance))
     folds = []
     for rows, columns in blocks:
         fold_scores = scores[rows].index_select(1, columns.to(scores.device))
-        folds.append(retrieval_metrics(*retrieval_ranks(fold_scores, images[rows], texts[columns])))
+        ranks = retrieval_ranks(fold_scores, images[rows], texts[columns], tie_tolerance=tie_tolerance)
+        folds.append(retrieval_metrics(*ranks))
     return mean_metrics(folds)
 
 

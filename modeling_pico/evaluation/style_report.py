@@ -16,7 +16,7 @@ from ..modeling_pico import PicoModel
 from ..processing_pico import PicoProcessor
 from ..scoring_pico import pair_scores
 from .evaluator import EncodedRetrieval, RetrievalEvaluator, gather_rows, own_rows, score_ready
-from .retrieval_metrics import RECALL_LEVELS, chance_rsum, retrieval_metrics
+from .retrieval_metrics import RECALL_LEVELS, TIE_TOLERANCE, chance_rsum, retrieval_metrics
 from .style_alignment import match_moments
 from .style_probe import StyleProbe, probe_styles
 
@@ -451,14 +451,15 @@ def _scores(model: PicoModel, encoded: EncodedRetrieval, images: Tensor, texts: 
 def _ranks(scores: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
     """Wrong answers that score at least as high as the best right one, `(queries,)`: ties count against it."""
     best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    return (wrong & (scores >= best)).sum(dim=1)
+    return (wrong & (scores >= best - TIE_TOLERANCE)).sum(dim=1)
 
 
 def _places(scores: Tensor, k: int) -> Tensor:
     """Share of the first `k` places that each item of `(queries, items)` holds; equal scores share places evenly."""
     k = min(k, scores.shape[1])
     last = scores.topk(k, dim=1).values[:, -1:]
-    above, tied = scores > last, scores == last
+    tied = (scores - last).abs() <= TIE_TOLERANCE
+    above = (scores > last) & ~tied
     left = k - above.sum(dim=1, keepdim=True)
     return (above + tied * (left / tied.sum(dim=1, keepdim=True))) / k
 

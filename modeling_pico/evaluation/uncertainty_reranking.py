@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .retrieval_metrics import RECALL_LEVELS, retrieval_ranks
+from .retrieval_metrics import RECALL_LEVELS, TIE_TOLERANCE, retrieval_ranks
 
 
 # Weights tried first, over the standard deviation of the gallery's uncertainty, and the ratios by which the best of
@@ -177,8 +177,8 @@ def _hits(scores: Tensor, right: Tensor, uncertainty: Tensor, weight: float) -> 
     weighted = scores * torch.exp(-weight * uncertainty)
     of_right = weighted[queries, items]
     best = weighted.new_full((len(scores),), -torch.inf).scatter_reduce(0, queries, of_right, "amax")
-    reached = (weighted >= best[:, None]).sum(dim=1)
-    ranks = reached.index_add(0, queries, (of_right >= best[queries]).long(), alpha=-1)
+    reached = (weighted >= best[:, None] - TIE_TOLERANCE).sum(dim=1)
+    ranks = reached.index_add(0, queries, (of_right >= best[queries] - TIE_TOLERANCE).long(), alpha=-1)
     return torch.stack([ranks < k for k in RECALL_LEVELS]).sum(dim=0).cpu()
 
 

@@ -77,6 +77,27 @@ def test_equals_scoring_all_pairs_one_by_one(net, data):
     assert set(metrics) == set(expected) | {"loss", "chance_rsum"}
 
 
+def test_equal_inputs_tie_however_kernels_round(net, data):
+    """What stands twice under different identities is never told apart, in favour of the right answer or otherwise."""
+    evaluator = RetrievalEvaluator(image_chunk=3, text_chunk=4)
+    once = evaluator.encode(net, loader(data, 4))
+    # Two of each image and of each text: at best second place. Rounding is drawn anew in each, as on other hardware.
+    rounding = torch.Generator().manual_seed(0)
+    twice = {}
+    for name in ("image_tokens", "text_tokens"):
+        both = torch.cat([getattr(once, name)] * 2)
+        twice[name] = both + 3e-7 * torch.randn(both.shape, generator=rounding)
+    for name in ("image_mask", "text_mask"):
+        twice[name] = torch.cat([getattr(once, name)] * 2)
+    for name in ("image_ids", "text_ids"):
+        ids = getattr(once, name)
+        twice[name] = torch.cat([ids, ids + 100])
+    encoded = EncodedRetrieval(**twice)
+    metrics = evaluator.metrics(net, encoded)
+    assert metrics["image_to_text_recall_at_1"] == metrics["text_to_image_recall_at_1"] == 0
+    assert evaluator.metrics(net, encoded, evaluator.score(net, encoded)) == pytest.approx(metrics)
+
+
 @pytest.mark.parametrize(("batch_size", "image_chunk"), [(1, 256), (11, 2)])
 def test_batches_and_chunks_do_not_matter(net, data, batch_size, image_chunk):
     first = RetrievalEvaluator()(net, loader(data, 5))

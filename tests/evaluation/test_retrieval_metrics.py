@@ -47,6 +47,13 @@ def test_ties_speak_against_the_right_answer():
     assert image_ranks.tolist() == text_ranks.tolist() == [2, 2, 2]
 
 
+def test_scores_within_the_tolerance_tie():
+    scores = torch.tensor([[0.500, 0.499], [0.490, 0.492]])
+    for tolerance, of_images, of_texts in ((0.0, [0, 0], [0, 1]), (0.0015, [1, 0], [0, 1]), (0.0025, [1, 1], [0, 1])):
+        ranks = retrieval_ranks(scores, [0, 1], [0, 1], tie_tolerance=tolerance)
+        assert [side.tolist() for side in ranks] == [of_images, of_texts]
+
+
 def test_a_tie_between_right_answers_costs_nothing():
     image_ranks, text_ranks = retrieval_ranks(torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), [0, 1], [0, 0, 1])
     assert image_ranks.tolist() == [0, 0] and text_ranks.tolist() == [0, 0, 0]

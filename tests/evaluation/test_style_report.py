@@ -132,7 +132,7 @@ def test_equal_scores_share_places_and_count_against_the_query():
     for result in report.styles.values():
         assert result.retrieval["image_to_text_recall_at_1"] == result.retrieval["text_to_image_recall_at_1"] == 0
         assert result.top_shares["1"] == result.first_right_share == pytest.approx(50)
-    places = style_report._places(torch.tensor([[3.0, 2.0, 2.0, 1.0], [5.0, 5.0, 5.0, 5.0]]), 2)
+    places = style_report._places(torch.tensor([[3.0, 2.0, 2.0 + 1e-6, 1.0], [5.0, 5.0, 5.0, 5.0]]), 2)
     assert places.tolist() == [[0.5, 0.25, 0.25, 0.0], [0.25] * 4]
 
 
