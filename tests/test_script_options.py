@@ -14,14 +14,9 @@ from transformers import PreTrainedConfig, TrainingArguments
 
 from modeling_pico import CddsConfig, PicoModel
 from modeling_pico.training import PicoTrainingArguments
+from modeling_pico.training.option_parser import read_options
 from modeling_pico.training.run_model import plan_model
-from modeling_pico.training.script_arguments import (
-    DataArguments,
-    ModelArguments,
-    OptionParser,
-    parse_arguments,
-    read_options,
-)
+from modeling_pico.training.script_arguments import DataArguments, ModelArguments, option_parser, parse_arguments
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,7 +150,7 @@ def test_options_of_the_model_are_the_fields_of_its_configuration():
 
 
 def test_help_is_short_and_says_something(capsys):
-    short, long = OptionParser().format_help(), OptionParser(show_all=True).format_help()
+    short, long = option_parser().format_help(), option_parser(show_all=True).format_help()
     assert short.count("\n") < 300 and "YAML" in short
     titles = ["model and method", "data", "training", "staged construction of prototypes", "evaluation"]
     assert [title for title in titles if f"\n{title}:\n" in short] == titles

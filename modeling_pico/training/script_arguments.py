@@ -2,30 +2,24 @@
 Options of `train_pico.py`, each declared once.
 
 Those of the model are the fields of its configuration. Flags, the help, and the check of values in a file follow from
-the declarations: a value of a file is parsed as the flag of its name would be.
+the declarations (`option_parser.py`).
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import inspect
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
-from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
-
-import yaml
-from transformers import HfArgumentParser
+from typing import Any, get_args
 
 from ..configuration_cdds import CddsConfig
 from ..configuration_pico import CHOICES, PicoConfig
 from ..modeling_cdds import CddsModel
 from ..modeling_pico import PicoModel
 from .arguments import PicoTrainingArguments
+from .option_parser import OptionParser, shown
 
 
 # The type of model that each method is a head of.
@@ -55,18 +49,12 @@ def _options_of(kind: type[PicoConfig]) -> list[tuple[str, Any, Any]]:
         if item.name in inspect.get_annotations(kind).keys() - _NO_OPTIONS:
             types = set(get_args(item.type) or (item.type,)) - {NoneType}
             wanted = float if float in types else types.pop()
-            default = "" if item.default is None else f" (default: {_shown(item.default)})"
+            default = "" if item.default is None else f" (default: {shown(item.default)})"
             metadata: dict[str, Any] = {"help": described[item.name] + default}
             if item.name in CHOICES:
                 metadata["choices"] = CHOICES[item.name]
             options.append((item.name, wanted | None, field(default=None, metadata=metadata)))
     return options
-
-
-def _shown(default: Any) -> str:
-    if isinstance(default, list):
-        return " ".join(default)
-    return str(default).lower() if isinstance(default, bool) else str(default)
 
 
 _PICO_OPTIONS = _options_of(PicoConfig)
@@ -293,217 +281,15 @@ _HELP = {
 _FOLDED = "all other options of transformers' TrainingArguments"
 
 
-def number_or_none(kind: type) -> Callable[[str], float | None]:
-    """What `kind` makes of a flag's value, and None of the word none: in a file that is `null`."""
-
-    def convert(text: str) -> float | None:
-        return None if text.lower() == "none" else kind(text)
-
-    convert.__name__ = kind.__name__  # argparse names it in its errors
-    return convert
-
-
-def mapping(text: str) -> Any:
-    """A mapping in JSON, or the path of a file."""
-    return json.loads(text) if text.startswith("{") else text
-
-
-class OptionParser(HfArgumentParser):
-    """Parses the options of the script. Mistakes are ValueErrors, of one line."""
-
-    def __init__(self, show_all: bool = False):
-        super().__init__(
-            (),
-            add_help=False,
-            allow_abbrev=False,
-            usage="train_pico.py [FILE.yaml] [--option VALUE ...]",
-            description="Fine-tunes a vision-language model for image-text retrieval with PICO. Options come from a "
-            "YAML or JSON file (`name: value`), from flags, or from a file and flags that override it.",
-            formatter_class=_Help,
-        )
-        self.show_all = show_all
-        kinds: tuple[Any, ...] = (ModelArguments, DataArguments, PicoTrainingArguments)
-        self.dataclass_types = kinds
-        self.hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
-        help_group = self.add_argument_group("help")
-        help_group.add_argument("-h", "--help", action="help", help="Show this help.")
-        help_group.add_argument("--help-all", action="help", help="Show all options of transformers as well.")
-        self._group_of: dict[str, argparse._ArgumentGroup] = {}
-        for title, (description, names) in _GROUPS.items():
-            group = self.add_argument_group(title, description)
-            self._group_of.update(dict.fromkeys(names, group))  # the later group counts
-        self._folded = self.add_argument_group(_FOLDED, None if show_all else "--help-all shows them.")
-        for kind in kinds:
-            self._add_dataclass_arguments(kind)
-
-    def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # type: ignore[override]
-        """Puts an option into its group, with a help that is worth its lines."""
-        name = names[0].lstrip("-")
-        negates = options.get("action") == "store_false"  # --no_name beside --name
-        hint = self.hints[options.get("dest", name)]
-        group = self._group_of.get(options.get("dest", name), self._folded)
-        options["help"] = _HELP.get(name, options["help"])
-        if options.get("default") not in (None, "", []):
-            options["help"] += f" (default: {_shown(options['default'])})"
-        if negates or (group is self._folded and not self.show_all):
-            options["help"] = argparse.SUPPRESS
-        if not negates:
-            choices: Any = options.get("choices") or ()
-            options["metavar"] = (
-                "{" + ",".join(choices) + "}" if 0 < len(choices) < 9 else _METAVARS.get(hint, "VALUE")
-            )
-            if _allows(hint, dict):
-                options["type"] = mapping
-            elif options.get("type") in (int, float) and NoneType in get_args(hint):
-                options["type"] = number_or_none(options["type"])
-        return group.add_argument(*names, **options)
-
-    def error(self, message: str) -> Any:
-        """Raises what argparse prints with its usage."""
-        message = re.sub(r"^argument (--\w+)\S*:", r"\1:", message)
-        if "expected one argument" in message:
-            message += "; a value that begins with a dash is given as --name=-value"
-        raise ValueError(message)
-
-    def parse(self, argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PicoTrainingArguments]:
-        """Parses flags, or a file followed by flags that override it."""
-        if argv and _is_file(argv[0]):
-            self.set_defaults(**self._read(Path(argv[0])))
-            argv = argv[1:]
-        unknown = self.parse_known_args(argv)[1]
-        if unknown:
-            # The value after an unknown option may be a secret whose name was mistyped.
-            words = [word.partition("=")[0] for word in unknown if word.startswith("-")]
-            if words:
-                raise ValueError(f"There is no option {words[0]}.{self._suggestion(words[0], '--')}")
-            place = " The file with options comes first." if _is_file(unknown[0]) else ""
-            raise ValueError(f"{unknown[0]!r} belongs to no option.{place}")
-        return self.parse_args_into_dataclasses(argv, look_for_args_file=False)  # type: ignore[return-value]
-
-    def _suggestion(self, name: str, dashes: str = "") -> str:
-        close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), self.hints, n=3)
-        return f" Did you mean {', '.join(dashes + found for found in close)}?" if close else " See --help."
-
-    def _read(self, path: Path) -> dict[str, Any]:
-        """The options of a file, each as its flag would be parsed."""
-        if not path.is_file():
-            raise ValueError(f"The configuration file {str(path)!r} does not exist.")
-        values = {}
-        for name, value in read_options(path).items():
-            if name not in self.hints:
-                raise ValueError(f"{path}: unknown option {name!r}.{self._suggestion(name)}")
-            try:
-                values[name] = self._value(name, value)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
-        return values
-
-    def _value(self, name: str, value: Any) -> Any:
-        hint = self.hints[name]
-        if value is None or isinstance(value, dict):
-            if not _allows(hint, NoneType if value is None else dict):
-                raise ValueError(f"{name} must have a value{'' if value is None else ', not a mapping'}.")
-            return value
-        if isinstance(value, list):
-            if not _allows(hint, list) or not all(isinstance(item, str) for item in value):
-                raise ValueError(f"{name} must have one value, not a list.")
-            parsed = [self._flag(name, item) for item in value]
-            return [part for item in parsed for part in (item if isinstance(item, list) else [item])]
-        return self._flag(name, value)
-
-    def _flag(self, name: str, text: str) -> Any:
-        return getattr(self.parse_known_args([f"--{name}={text}"])[0], name)
-
-
-class _Help(argparse.HelpFormatter):
-    """One spelling of each option: the one with hyphens is accepted as well."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=36, width=119)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        name = action.option_strings[-1] if action.option_strings[0] == "-h" else action.option_strings[0]
-        return f"{name} {action.metavar or ''}".rstrip()
-
-
-_METAVARS: dict[Any, str] = {
-    bool: "{true,false}",
-    bool | None: "{true,false}",
-    **dict.fromkeys((int, float, int | None, float | None), "NUMBER"),
-    str: "TEXT",
-    str | None: "TEXT",
-    list[str]: "TEXT ...",
-    list[str] | None: "TEXT ...",
-}
-
-
-def _allows(hint: Any, kind: type) -> bool:
-    return kind in {get_origin(part) or part for part in (hint, *get_args(hint))}
-
-
-def _is_file(word: str) -> bool:
-    return word.endswith((".yaml", ".yml", ".json")) and not word.startswith("-")
-
-
-class _Loader(yaml.SafeLoader):
-    """Numbers as YAML 1.2 and JSON write them (1e-3), and no aliases that grow."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            if isinstance(self.anchors.get(event.anchor), yaml.CollectionNode):
-                problem = f"the alias *{event.anchor} stands for a list or a mapping; it may stand for one value only"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def read_options(path: Path) -> dict[str, Any]:
-    """
-    Options of a YAML or JSON file: single values as the text that stands there, `null` as None, lists as lists of
-    texts, and nested mappings with the types of YAML.
-
-    Raises:
-        ValueError: if it is neither, states an option twice, or an alias stands for more than one value.
-    """
-    try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
-        root = loader.get_single_node()
-        if root is None:
-            return {}
-        if not isinstance(root, yaml.MappingNode):
-            kind = "list" if isinstance(root, yaml.SequenceNode) else "text"
-            raise ValueError(f"expected options as `name: value`, but found a {kind}")
-        options: dict[str, Any] = {}
-        for key, value in root.value:
-            if key.value in options:
-                raise ValueError(f"the option {key.value!r} is stated twice (line {key.start_mark.line + 1})")
-            options[key.value] = _plain(loader, value)
-    except yaml.MarkedYAMLError as error:
-        line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
-        raise ValueError(f"{path}: {error.problem}{line}.") from error
-    except RecursionError:
-        raise ValueError(f"{path}: nested too deeply.") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}.") from error
-    return options
-
-
-def _plain(loader: _Loader, node: yaml.Node) -> Any:
-    if isinstance(node, yaml.ScalarNode):
-        return None if node.tag == "tag:yaml.org,2002:null" else node.value
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(loader, item) for item in node.value]
-    return loader.construct_object(node, deep=True)
+def option_parser(show_all: bool = False) -> OptionParser:
+    """The parser of the script; `show_all` is for the help."""
+    kinds = (ModelArguments, DataArguments, PicoTrainingArguments)
+    return OptionParser(kinds, _GROUPS, _FOLDED, _HELP, show_all)
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PicoTrainingArguments]:
     """Parses flags, or a YAML or JSON file followed by flags that override it."""
-    return OptionParser(show_all="--help-all" in argv).parse(argv)
+    return option_parser(show_all="--help-all" in argv).parse(argv)
 
 
 __all__ = [
@@ -512,6 +298,6 @@ __all__ = [
     "VISION_TOWER",
     "DataArguments",
     "ModelArguments",
-    "OptionParser",
+    "option_parser",
     "parse_arguments",
 ]
