@@ -14,18 +14,19 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 from transformers import TrainerCallback, set_seed
 
-from modeling_pico import PicoModel, PicoProcessor
-from modeling_pico.backbones_pico import max_text_length
-from modeling_pico.data import PicoDataCollator, default_max_length
+from modeling_pico.backbones_pico import limit_text_length
+from modeling_pico.data import PicoDataCollator
 from modeling_pico.plots import has_matplotlib, require_matplotlib, save_run_plots
-from modeling_pico.training import PicoTrainer
+from modeling_pico.training import PicoTrainer, PicoTrainingArguments
 from modeling_pico.training.checkpoint_files import write_text
 from modeling_pico.training.run_data import Data, check_data_arguments, load_data, report_truncation
+from modeling_pico.training.run_lock import sole_run
 from modeling_pico.training.run_model import find_checkpoint, plan_model
 from modeling_pico.training.run_output import (
     OneLineErrors,
@@ -36,7 +37,7 @@ from modeling_pico.training.run_output import (
     surviving_streams,
 )
 from modeling_pico.training.run_record import describe_run, find_secrets, without_secrets, write_run_record
-from modeling_pico.training.script_arguments import parse_arguments
+from modeling_pico.training.script_arguments import DataArguments, ModelArguments, parse_arguments
 
 
 def wants_plots(plots: str) -> bool:
@@ -44,13 +45,6 @@ def wants_plots(plots: str) -> bool:
     if plots == "true":
         require_matplotlib()
     return plots == "true" or (plots == "auto" and has_matplotlib())
-
-
-def longest_text(asked: int | None, model: PicoModel, processor: PicoProcessor) -> int | None:
-    """Tokens at which captions are cut: a tokenizer may know no limit, or another one than its tower has."""
-    wanted = default_max_length(processor.tokenizer) if asked is None else asked
-    limits = (wanted, max_text_length(model.config.text_config))
-    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def main(argv: Sequence[str] | None = None, callbacks: list[TrainerCallback] | None = None) -> dict[str, float]:
@@ -69,6 +63,18 @@ def main(argv: Sequence[str] | None = None, callbacks: list[TrainerCallback] | N
     """
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, training_args = parse_arguments(argv)
+    with sole_run(training_args.output_dir) if training_args.should_save else nullcontext():
+        return carry_out(argv, model_args, data_args, training_args, callbacks)
+
+
+def carry_out(
+    argv: Sequence[str],
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: PicoTrainingArguments,
+    callbacks: list[TrainerCallback] | None = None,
+) -> dict[str, float]:
+    """As `main`, with the words of the command as they were understood."""
     set_up_logging(training_args.get_process_log_level())
     # What can be known to be wrong is said before anything slow.
     check_data_arguments(data_args, training_args)
@@ -87,7 +93,8 @@ def main(argv: Sequence[str] | None = None, callbacks: list[TrainerCallback] | N
         model.text_model.requires_grad_(False)
     if model_args.train_uncertainty_only:
         model.train_uncertainty_only()
-    collator = PicoDataCollator(processor, max_length=longest_text(data_args.max_text_length, model, processor))
+    limit_text_length(processor.tokenizer, model.text_model, data_args.max_text_length)
+    collator = PicoDataCollator(processor)
     splits = data.by_name(data_args)
     if training_args.should_log:
         report_truncation(splits, processor, collator.max_length)

@@ -4,26 +4,29 @@ Searches a folder of pictures by text and lays the best ones out on a contact sh
 
     python examples/retrieve.py outputs/quickstart ~/Pictures "a red circle above a blue star" --output hits.png
 
-Each picture is encoded once: its embeddings stay in `--cache_dir` and are used again for as long as neither the file
-nor the model changes.
+What a file holds decides whether it is a picture, not its name. Each picture is encoded once: its embeddings stay in
+`--cache_dir` and are used again for as long as neither the file nor the model changes.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from modeling_pico import PicoModel, PicoProcessor
-from modeling_pico.data import BadImageError, decode_image
+from modeling_pico import PicoModel, PicoProcessor, decode_image
+from modeling_pico.data import BadImageError
 
 
-SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 BATCH = 32
+# Tells a contact sheet among the pictures, as EXIF's name of the software.
+SOFTWARE, MARK = 0x0131, "PICO contact sheet"
 # Layout of the contact sheet in pixels.
 COLUMNS, TILE, GAP, MARGIN, LABEL = 4, 240, 20, 32, 54
 PAPER, CARD, EDGE, INK, FAINT = "white", "#f1f2f4", "#d9dce1", "#1c1e21", "#7a7f87"
@@ -41,18 +44,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def find_pictures(folder: Path) -> dict[str, Path]:
-    """All pictures under a folder, by a name that changes when the file does."""
+def find_files(folder: Path) -> dict[str, Path]:
+    """All files under a folder, by a name that changes when the file does."""
     if not folder.is_dir():
         raise SystemExit(f"{folder} is not a folder.")
-    pictures = {}
+    files = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file():
+        if path.is_file():
             stat = path.stat()
-            pictures[f"{path.relative_to(folder).as_posix()}|{stat.st_size}|{stat.st_mtime_ns}"] = path
-    if not pictures:
-        raise SystemExit(f"There is no picture in {folder} ({', '.join(sorted(SUFFIXES))}).")
-    return pictures
+            # Files that change places keep size and time of their content, but not their number (inode) and its time.
+            state = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+            files["|".join([path.relative_to(folder).as_posix(), *map(str, state)])] = path
+    if not files:
+        raise SystemExit(f"There is no file in {folder}.")
+    return files
 
 
 def cache_file(cache_dir: Path, folder: Path, model: PicoModel, processor: PicoProcessor) -> Path:
@@ -65,57 +70,82 @@ def cache_file(cache_dir: Path, folder: Path, model: PicoModel, processor: PicoP
     return cache_dir / f"{digest.hexdigest()}.safetensors"
 
 
-@torch.inference_mode()
-def encode(pictures: dict[str, Path], model: PicoModel, processor: PicoProcessor) -> dict[str, torch.Tensor]:
+def read_picture(path: Path) -> Image.Image:
+    """The picture in a file; `BadImageError` for what is none, and for a contact sheet of an earlier search."""
+    picture = decode_image(path)
+    with Image.open(path) as opened:
+        if opened.getexif().get(SOFTWARE) == MARK:
+            raise BadImageError(f"{str(path)!r} is a contact sheet.")
+    return picture
+
+
+def encode(files: dict[str, Path], model: PicoModel, processor: PicoProcessor) -> dict[str, torch.Tensor]:
     """Embeddings `(tokens, dim)` of each picture in half precision; what is no picture is named and left out."""
     embeddings = {}
-    names = list(pictures)
+    names = list(files)
     for start in range(0, len(names), BATCH):
         images = {}
         for name in names[start : start + BATCH]:
             try:
-                images[name] = decode_image(pictures[name])
+                images[name] = read_picture(files[name])
             except BadImageError as error:
                 print(f"Left out: {error}")
-        if not images:
-            continue
-        inputs = processor.image_processor(list(images.values()), return_tensors="pt").to(model.device)
-        features = model.get_image_features(**inputs)
-        for name, embeds, mask in zip(images, features.embeds.half().cpu(), features.mask.cpu(), strict=True):
-            embeddings[name] = embeds[mask]
+        encoded = processor.encode_images(model, list(images.values()), batch_size=BATCH)
+        for name, tokens in zip(images, encoded, strict=True):
+            if tokens.isfinite().all():
+                embeddings[name] = tokens.half().cpu()
+            else:
+                print(f"Left out: the model gives no numbers for {str(files[name])!r}.")
     return embeddings
 
 
-def load_gallery(
-    pictures: dict[str, Path], file: Path, model: PicoModel, processor: PicoProcessor
-) -> dict[str, torch.Tensor]:
-    """Embeddings of all pictures, from the cache as far as they are there; the cache is brought up to date."""
-    cached = load_file(file) if file.is_file() else {}
-    gallery = {name: cached[name] for name in pictures if name in cached}
-    missing = {name: path for name, path in pictures.items() if name not in gallery}
-    print(f"{len(pictures)} pictures, {len(missing)} of them to encode.")
-    gallery.update(encode(missing, model, processor))
-    if gallery.keys() != cached.keys():
+def load_cache(file: Path) -> dict[str, torch.Tensor]:
+    """What was encoded before. A cache is a help and no reason to fail: a damaged one counts as empty."""
+    if not file.is_file():
+        return {}
+    try:
+        cached = load_file(file)
+    except (OSError, SafetensorError) as error:
+        print(f"Warning: the cache {file} cannot be read ({error}); all pictures are encoded again.")
+        return {}
+    return {name: tokens for name, tokens in cached.items() if tokens.isfinite().all()}
+
+
+def save_cache(gallery: dict[str, torch.Tensor], file: Path) -> None:
+    """Writes the cache, complete or not at all; where that fails it warns."""
+    unfinished = file.with_suffix(f".{os.getpid()}.part")  # another search may write as well
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".part")
         save_file(gallery, unfinished)
         unfinished.replace(file)
+    except (OSError, SafetensorError) as error:
+        print(f"Warning: the cache {file} cannot be written ({error}); the next search encodes the pictures again.")
+        if file.parent.is_dir():
+            unfinished.unlink(missing_ok=True)
+
+
+def load_gallery(
+    files: dict[str, Path], file: Path, model: PicoModel, processor: PicoProcessor
+) -> dict[str, torch.Tensor]:
+    """Embeddings of all pictures, from the cache as far as they are there; the cache is brought up to date."""
+    cached = load_cache(file)
+    missing = {name: path for name, path in files.items() if name not in cached}
+    print(f"{len(files)} files, {len(missing)} of them to encode.")
+    known = {**cached, **encode(missing, model, processor)}
+    gallery = {name: known[name] for name in files if name in known}
     if not gallery:
-        raise SystemExit("None of the pictures can be read.")
+        raise SystemExit("None of the files is a picture that can be read.")
+    if gallery.keys() != cached.keys():
+        save_cache(gallery, file)
     return gallery
 
 
-@torch.inference_mode()
 def search(
     query: str, gallery: dict[str, torch.Tensor], model: PicoModel, processor: PicoProcessor, k: int
 ) -> list[tuple[str, float]]:
     """The names of the `k` best pictures with their scores, best first."""
-    tokens = processor.tokenizer([query], truncation=True, return_tensors="pt").to(model.device)
-    text = model.get_text_features(**tokens)
-    images = [embeds.float() for embeds in gallery.values()]
-    found = processor.retrieve(
-        text.embeds, images, text.mask, k=k, batch_size=1024, negative_slope=model.config.negative_slope
-    )
+    text = processor.encode_texts(model, [query])
+    found = processor.retrieve(text, list(gallery.values()), k=k, batch_size=1024)
     names = list(gallery)
     scores, indices = (tensor[0].tolist() for tensor in found)
     return [(names[index], score) for score, index in zip(scores, indices, strict=True)]
@@ -158,15 +188,17 @@ def contact_sheet(query: str, hits: list[tuple[Path, float]]) -> Image.Image:
 
 def main(argv: list[str] | None = None) -> list[tuple[Path, float]]:
     args = parse_arguments(argv)
-    pictures = find_pictures(args.pictures)
+    files = find_files(args.pictures)
     model = PicoModel.from_pretrained(args.model).to(args.device).eval()
     processor = PicoProcessor.from_pretrained(args.model)
-    gallery = load_gallery(pictures, cache_file(args.cache_dir, args.pictures, model, processor), model, processor)
+    gallery = load_gallery(files, cache_file(args.cache_dir, args.pictures, model, processor), model, processor)
     found = search(args.query, gallery, model, processor, args.top_k)
-    hits = [(pictures[name], score) for name, score in found]
+    hits = [(files[name], score) for name, score in found]
     for rank, (path, score) in enumerate(hits, start=1):
         print(f"{rank:3}. {score:7.3f}  {path}")
-    contact_sheet(args.query, hits).save(args.output)
+    exif = Image.Exif()
+    exif[SOFTWARE] = MARK
+    contact_sheet(args.query, hits).save(args.output, exif=exif)
     print(f"Contact sheet: {args.output}")
     return hits
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassif
 
 from .configuration_cdds import CddsConfig
 from .configuration_pico import PicoConfig
+from .image_decoding_pico import decode_image
 from .loss_pico import image_text_loss
 from .modeling_cdds import CddsModel
 from .modeling_pico import PicoFeatures, PicoModel, PicoOutput, PicoPreTrainedModel
@@ -63,6 +64,7 @@ __all__ = [
     "RetrievalEvaluator",
     "StylePrototypes",
     "StyleReport",
+    "decode_image",
     "image_text_loss",
     "load_captioned_images",
     "match_moments",

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from .checkpoint_pico import FINDING, explained_load_errors, prefer_safetensors, read_config
-from .configuration_pico import check_backbone_sizes
+from .configuration_pico import check_backbone_options
 
 
 # Special tokens before the patches (CLS, distillation token); registers are counted from the configuration.
@@ -69,12 +69,28 @@ def num_prefix_tokens(config: PreTrainedConfig) -> int:
     return _PREFIX_TOKENS[config.model_type] + registers
 
 
-def max_text_length(config: PreTrainedConfig) -> int | None:
-    """Tokens that a text backbone has positions for, or `None` if it states no number."""
-    positions = getattr(config, "max_position_embeddings", None)
-    # RoBERTa counts positions from behind that of padding.
-    counts_from_padding = config.model_type in ("camembert", "roberta", "xlm-roberta")
-    return positions - config.pad_token_id - 1 if positions and counts_from_padding else positions
+def max_text_length(text_model: PreTrainedModel) -> int | None:
+    """Tokens that a text tower has positions for, or `None` if it states no number."""
+    for name, module in text_model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa and its kin (MPNet, Data2Vec, Longformer, ...) count positions from behind that of padding.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return getattr(text_model.config, "max_position_embeddings", None)
+
+
+def limit_text_length(tokenizer: Any, text_model: PreTrainedModel, max_length: int | None = None) -> None:
+    """
+    Sets the tokenizer's `model_max_length`, by which texts are cut in training and in use and which is saved with it.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer of `text_model`.
+        text_model (`PreTrainedModel`): A text tower; texts never get longer than it has positions for.
+        max_length (`int`, *optional*): Length in tokens to cut at; defaults to the tokenizer's own.
+    """
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"The `max_length` of texts must be a positive number of tokens, got {max_length}.")
+    length = tokenizer.model_max_length if max_length is None else max_length
+    tokenizer.model_max_length = min(length, max_text_length(text_model) or length)
 
 
 def hidden_size(config: Any) -> int:
@@ -166,8 +182,8 @@ def load_model(name_or_path: str, **kwargs) -> tuple[PreTrainedModel, dict]:
     prefer_safetensors(name_or_path, kwargs)
     stated = read_config(name_or_path, kwargs)
     for part in ("vision_config", "text_config"):
-        check_backbone_sizes(stated.get(part) or {}, part)
-    check_backbone_sizes(stated, "config")
+        check_backbone_options(stated.get(part) or {}, part)
+    check_backbone_options(stated, "config")
     config = load_config(name_or_path, kwargs)
     check_vision_family(config.vision_config if is_joint(config) else config)
     model_class: Any = AutoModel
@@ -346,6 +362,26 @@ def _finish(model: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states
 
 
+def left_aligned(attention_mask: torch.Tensor, *values: torch.Tensor | None) -> list[Any]:
+    """
+    Moves texts that were padded on the left to the front of their rows, where towers count positions from and have the
+    class token.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(batch, tokens)`): 1 at real tokens.
+        values (`torch.Tensor` of shape `(batch, tokens)`, *optional*): What is moved along; None stays None.
+
+    Returns:
+        The mask and the values, moved.
+    """
+    leading = (attention_mask.cumsum(dim=1) == 0).sum(dim=1, keepdim=True)
+    width = attention_mask.shape[1]
+    places = torch.arange(width, device=attention_mask.device) + leading
+    # Around the end of the row; as a remainder it could not be exported to ONNX.
+    places = torch.where(places < width, places, places - width)
+    return [None if value is None else value.gather(1, places) for value in (attention_mask, *values)]
+
+
 def text_token_mask(attention_mask: torch.Tensor, keep_special_tokens: bool, family: str = "bert") -> torch.Tensor:
     """
     Boolean mask `(batch, tokens)` of the words that take part in the score: the attention mask, on request without the
@@ -388,6 +424,8 @@ __all__ = [
     "is_joint",
     "joint_logit_scale",
     "joint_projections",
+    "left_aligned",
+    "limit_text_length",
     "load_backbone",
     "load_config",
     "load_model",

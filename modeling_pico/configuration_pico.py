@@ -1,6 +1,7 @@
 """Configuration of PICO: two backbone configurations and every switch of the alignment head."""
 
 import math
+import re
 from dataclasses import fields
 from typing import TYPE_CHECKING, ClassVar
 
@@ -37,7 +38,6 @@ _LOWER_BOUNDS = {
     "comparator_hidden_size": (1, True),
     "column_length": (2, True),
     "sharpness": (0.0, False),
-    "negative_slope": (0.0, True),
     "margin": (0.0, True),
     "num_uncertainty_prototypes": (0, True),
     "uncertainty_temperature": (0.0, False),
@@ -53,18 +53,21 @@ _LARGEST = {
     "num_uncertainty_prototypes": 2**16,
 }
 _RERANKING = ("image_weight", "text_weight", "floor", "image_center", "text_center")
-# Names by which backbones state their sizes, and the largest that is allowed where a loop runs over it.
-_BACKBONE_SIZES = {
-    "hidden_size": None,
-    "intermediate_size": None,
-    "image_size": None,
-    "patch_size": None,
-    "num_attention_heads": None,
-    "vocab_size": None,
-    "max_position_embeddings": None,
-    "num_hidden_layers": 1000,
-    "depths": 1000,
-}
+# Names by which backbones state sizes that cannot be 0.
+_BACKBONE_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "image_size",
+    "patch_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "num_hidden_layers",
+    "depths",
+)
+# How the names of numbers of layers end, and the largest: towers are built layer by layer.
+_DEPTH = re.compile(r"(layers|n_layer|depths?|blocks)$")
+_LARGEST_DEPTH = 256
 
 
 @strict
@@ -134,8 +137,6 @@ class PicoConfig(PreTrainedConfig):
             for `"learned"` only. (The comparator's own parameters are trained in either case.)
         sharpness (`float`, *optional*, defaults to 1.0):
             Power to which the semantic probability is raised before it is rescaled.
-        negative_slope (`float`, *optional*, defaults to 1.0):
-            Slope of the LeakyReLU on patch-word similarities; 1.0 is off (0.1 in LAPS, CVPR 2024).
         loss_type (`str`, *optional*, defaults to `"infonce"`):
             `"infonce"` with learned temperature, or `"hinge"` with hardest in-batch negatives.
         margin (`float`, *optional*, defaults to 0.2):
@@ -215,7 +216,6 @@ class PicoConfig(PreTrainedConfig):
     probability_combination: str = "product"
     probability_gradient: bool | None = None
     sharpness: int | float = 1.0
-    negative_slope: int | float = 1.0
     loss_type: str = "infonce"
     margin: int | float = 0.2
     logit_scale_init_value: int | float = 2.6592
@@ -260,6 +260,8 @@ class PicoConfig(PreTrainedConfig):
                 raise ValueError(f"`uncertainty_reranking` may hold {', '.join(_RERANKING)}, but holds {name!r}.")
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= 1e30:
                 raise ValueError(f"`uncertainty_reranking[{name!r}]` must be a finite number, but got {value!r}.")
+        for name in ("vision_config", "text_config"):
+            check_backbone_options(getattr(self, name).to_dict(), name)
         if callable(self.dtype):  # a file may name anything that torch has
             raise ValueError(f"`dtype` must name a data type of torch, but got {self.dtype!r}.")
         if not math.isfinite(self.logit_scale_init_value):
@@ -286,22 +288,45 @@ def _backbone_config(config: PreTrainedConfig | dict | None, name: str, default_
         return AutoConfig.for_model(default_type)
     if isinstance(config, PreTrainedConfig):
         return config
-    check_backbone_sizes(config, name)
+    check_backbone_options(config, name)
     if "model_type" not in config:
         raise ValueError(f"`{name}` must contain `model_type` (such as {default_type!r}), but has {sorted(config)}.")
     return AutoConfig.for_model(**config)
 
 
-def check_backbone_sizes(config: dict, name: str) -> None:
-    """ValueError for sizes of a backbone that no model has: they are mistakes, or meant to exhaust memory."""
-    for option, largest in _BACKBONE_SIZES.items():
-        value = config.get(option)
-        for size in value if isinstance(value, (list, tuple)) else [value]:
-            if not isinstance(size, int):
-                continue  # not given, or of a type that the backbone's own configuration refuses
-            if size < 1 or (largest is not None and size > largest):
-                allowed = "at least 1" if largest is None else f"from 1 to {largest}"
+def check_backbone_options(config: dict, name: str) -> None:
+    """
+    ValueError for numbers that no backbone has: they are mistakes, or meant to exhaust memory or to make scores NaN.
+
+    Args:
+        config (`dict`): Options of a backbone, of any family; dictionaries among them are looked into.
+        name (`str`): What the message calls it.
+    """
+    for option, value in config.items():
+        if isinstance(value, dict):
+            check_backbone_options(value, f"{name}.{option}")
+            continue
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            # Others are refused by the backbone's own configuration, or mean something else.
+            is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+            if is_number and (allowed := _violated(str(option), number)):
                 raise ValueError(f"`{name}.{option}` must be {allowed}, but got {value!r}.")
 
 
-__all__ = ["PicoConfig", "check_backbone_sizes"]
+def _violated(option: str, number: int | float) -> str | None:
+    """What a number of this name must be and is not."""
+    if isinstance(number, float) and not math.isfinite(number):
+        return "finite"
+    if option.endswith(("eps", "epsilon", "rope_theta")) and number <= 0:
+        return "greater than 0"
+    if "drop" in option and not 0 <= number <= 1:
+        return "from 0 to 1"
+    smallest = 1 if option in _BACKBONE_SIZES else 0
+    if _DEPTH.search(option) and not smallest <= number <= _LARGEST_DEPTH:
+        return f"from {smallest} to {_LARGEST_DEPTH}"
+    if option in _BACKBONE_SIZES and number < 1:
+        return "at least 1"
+    return None
+
+
+__all__ = ["PicoConfig", "check_backbone_options"]

@@ -35,7 +35,6 @@ _OPTIONS = (
     "pooling",
     "vision_special_tokens",
     "text_special_tokens",
-    "negative_slope",
     "loss_type",
 )
 _PROTOTYPE_OPTIONS = (

@@ -18,9 +18,11 @@ from .backbones_pico import (
     is_joint,
     joint_logit_scale,
     joint_projections,
+    left_aligned,
     load_backbone,
     load_config,
     load_model,
+    max_text_length,
     num_prefix_tokens,
     plain_tower,
     run_text_tower,
@@ -56,7 +58,8 @@ class PicoModel(PicoPreTrainedModel):
 
     >>> model = PicoModel.from_pretrained("path/to/checkpoint").eval()
     >>> processor = PicoProcessor.from_pretrained("path/to/checkpoint")
-    >>> inputs = processor(images=images, text=["a red circle", "a blue star"], return_tensors="pt", padding=True)
+    >>> texts = ["a red circle", "a blue star"]
+    >>> inputs = processor(images=["a.png", "b.png"], text=texts, return_tensors="pt", padding=True)
     >>> scores = model(**inputs).logits_per_image  # (images, texts)
     ```
     """
@@ -79,6 +82,7 @@ class PicoModel(PicoPreTrainedModel):
         # One object for the composite, the tower and its layers, so that later changes reach them all.
         config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
         self.alignment_head = self.head_classes[config.alignment_head](config)
+        self.max_text_length = max_text_length(self.text_model)
         self.uncertainty_prototypes = UncertaintyPrototypes(config) if config.num_uncertainty_prototypes else None
         # With a dimension: neither FSDP nor DeepSpeed takes parameters without one.
         logit_scale = torch.tensor([float(config.logit_scale_init_value)])
@@ -289,10 +293,28 @@ class PicoModel(PicoPreTrainedModel):
         mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
         return outputs, self._features(states, mask, class_state, "image", weighted)
 
-    def _encode_texts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, weighted: bool, **kwargs):
+    def _encode_texts(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        weighted: bool,
+        position_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        **kwargs,
+    ):
         config = self.config
+        if self.max_text_length is not None and input_ids.shape[1] > self.max_text_length:
+            raise ValueError(
+                f"The texts have {input_ids.shape[1]} tokens, but the text tower has positions for "
+                f"{self.max_text_length}. Let the tokenizer cut them: truncation=True, "
+                f"max_length={self.max_text_length}."
+            )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        attention_mask, input_ids, position_ids, token_type_ids = left_aligned(
+            attention_mask, input_ids, position_ids, token_type_ids
+        )
+        kwargs = {"position_ids": position_ids, "token_type_ids": token_type_ids, **kwargs}
         given = {name: value for name, value in kwargs.items() if value is not None}
         outputs, states = run_text_tower(self.text_model, input_ids, attention_mask, **given)
         class_state = None
@@ -348,7 +370,8 @@ class PicoModel(PicoPreTrainedModel):
         **kwargs,
     ) -> PicoFeatures:
         r"""
-        Encodes texts; see [`PicoModel.get_image_features`].
+        Encodes texts; see [`PicoModel.get_image_features`]. Texts that are padded on the left come out padded on the
+        right, as all others.
 
         Args:
             input_ids (`torch.Tensor` of shape `(batch, words)`): Token ids.
@@ -438,13 +461,7 @@ class PicoModel(PicoPreTrainedModel):
         auxiliary_loss = torch.stack([*auxiliary.values()]).sum() if auxiliary else None
         loss = logits = None
         if return_logits or return_loss:
-            scores = pair_scores(
-                image["embeds"],
-                text["embeds"],
-                image["mask"],
-                text["mask"],
-                negative_slope=self.config.negative_slope,
-            )
+            scores = pair_scores(image["embeds"], text["embeds"], image["mask"], text["mask"])
             logits = scores * logit_scale if return_logits else None
             if return_loss:
                 loss = image_text_loss(

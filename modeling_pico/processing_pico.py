@@ -1,39 +1,94 @@
-"""Processor of PICO: image processor and tokenizer in one, and scores of encoded galleries."""
+"""Processor of PICO: image processor and tokenizer in one, encoding of galleries, and scores of what is encoded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
+from transformers.utils import logging
 
+from .image_decoding_pico import decode_image
 from .scoring_pico import pair_scores
 
 
+logger = logging.get_logger(__name__)
+
 MAX_IMAGE_SIDE = 2**13
+# Which of the arguments of `from_pretrained` say where files come from.
+_HUB_OPTIONS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+
+Embeddings = torch.Tensor | np.ndarray | Sequence[torch.Tensor | np.ndarray]
 
 
 class PicoProcessor(ProcessorMixin):
     r"""
-    Wraps an image processor and a tokenizer.
+    Wraps an image processor and a tokenizer, and prepares images and texts as training does. Images are paths, encoded
+    bytes or PIL images and are decoded by [`decode_image`]; arrays and tensors go to the image processor as they are.
+    Texts are cut to the tokenizer's `model_max_length` unless `truncation` says otherwise.
 
     Args:
         image_processor (`BaseImageProcessor`): Any image processor of transformers.
-        tokenizer (`PreTrainedTokenizerBase`): Any tokenizer of transformers.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Any tokenizer of transformers. It is made to pad on the right and to return attention masks.
+        image_backend (`str`, *optional*):
+            `"pil"` or `"torchvision"`: what the image processor computes with. It is saved, since the two round pixels
+            differently (scores by about 1e-3), and [`from_pretrained`] takes the image processor of that backend.
 
     Example:
 
     ```python
-    >>> inputs = processor(images=images, text=["a red circle"], return_tensors="pt", padding=True)
+    >>> inputs = processor(images=["a.png", "b.png"], text=["a red circle"], return_tensors="pt", padding=True)
     ```
     """
 
-    def __init__(self, image_processor=None, tokenizer=None, **kwargs):
+    def __init__(self, image_processor=None, tokenizer=None, image_backend=None, **kwargs):
         super().__init__(image_processor, tokenizer, **kwargs)
+        self.image_backend = _backend(image_processor) if image_backend is None else image_backend
         _check_image_sizes(self.image_processor)
         # SigLIP's tokenizers leave the mask out, but without it padding would count as words.
         if "attention_mask" not in self.tokenizer.model_input_names:
             self.tokenizer.model_input_names = [*self.tokenizer.model_input_names, "attention_mask"]
+        # Gemma's pad on the left. Only what is among the initial arguments is saved.
+        self.tokenizer.padding_side = self.tokenizer.init_kwargs["padding_side"] = "right"
+
+    def __call__(self, images=None, text=None, **kwargs):
+        if images is not None:
+            images = _decoded(images)
+        if "truncation" not in kwargs:
+            kwargs["text_kwargs"] = {"truncation": True, **kwargs.get("text_kwargs", {})}
+        return super().__call__(images=images, text=text, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> PicoProcessor:  # type: ignore[override]
+        """
+        As `ProcessorMixin.from_pretrained`, with the image processor of the backend that was saved. The auto classes
+        of transformers would take torchvision's wherever it is installed. Warns where that backend is missing.
+        """
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        saved = processor.image_backend
+        if saved != _backend(processor.image_processor):
+            given = {name: value for name, value in kwargs.items() if name in _HUB_OPTIONS}
+            processor.image_processor = AutoImageProcessor.from_pretrained(
+                pretrained_model_name_or_path, backend=saved, **given
+            )
+        if saved != _backend(processor.image_processor):
+            logger.warning(
+                f"{pretrained_model_name_or_path} was made with the image processor of {saved!r}, which is not "
+                f"installed; {_backend(processor.image_processor)!r} rounds pixels differently, so that scores change "
+                "by about 1e-3."
+            )
+        return processor
 
     @classmethod
     def from_backbones(cls, vision: str, text: str | None = None, **kwargs) -> PicoProcessor:
@@ -50,20 +105,72 @@ class PicoProcessor(ProcessorMixin):
             tokenizer=AutoTokenizer.from_pretrained(vision if text is None else text, **kwargs),
         )
 
+    def encode_images(
+        self, model: Any, images: Any, *, batch_size: int = 32, convert_to_numpy: bool = False
+    ) -> list[torch.Tensor] | list[np.ndarray]:
+        r"""
+        Encodes images batch by batch, for [`score_retrieval`] and [`retrieve`]: decoded as in training, without
+        gradients, in evaluation mode, on the device of the model.
+
+        Args:
+            model ([`PicoModel`]): The model, which is left in the mode that it is in.
+            images (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, or a sequence of them):
+                Paths, encoded images or PIL images. Paths are opened when their batch is encoded.
+            batch_size (`int`, *optional*, defaults to 32): Images encoded at a time.
+            convert_to_numpy (`bool`, *optional*, defaults to `False`):
+                Whether to return arrays in main memory instead of tensors on the device of the model.
+
+        Returns:
+            `list[torch.Tensor]` or `list[numpy.ndarray]`: for each image its score-ready token embeddings
+            `(tokens, dim)` in float32, without padding.
+
+        Raises:
+            `ValueError`: If an image cannot be decoded, or `batch_size` is below 1.
+        """
+
+        def encode(batch: Any):
+            inputs = self(images=list(batch), return_tensors="pt").to(model.device, model.dtype)
+            return model.get_image_features(**inputs)
+
+        return _encode(model, images, encode, batch_size, convert_to_numpy)
+
+    def encode_texts(
+        self, model: Any, texts: Any, *, batch_size: int = 32, convert_to_numpy: bool = False
+    ) -> list[torch.Tensor] | list[np.ndarray]:
+        r"""
+        Encodes texts like [`encode_images`] encodes images; they are cut to the tokenizer's `model_max_length`.
+
+        Args:
+            model ([`PicoModel`]): The model, which is left in the mode that it is in.
+            texts (`str` or a sequence of `str`): Texts.
+            batch_size (`int`, *optional*, defaults to 32): Texts encoded at a time.
+            convert_to_numpy (`bool`, *optional*, defaults to `False`): As for images.
+
+        Returns:
+            `list[torch.Tensor]` or `list[numpy.ndarray]`: for each text its score-ready token embeddings
+            `(tokens, dim)` in float32, without padding.
+        """
+
+        def encode(batch: Any):
+            inputs = self(text=list(batch), padding=True, return_tensors="pt").to(model.device)
+            return model.get_text_features(**inputs)
+
+        return _encode(model, texts, encode, batch_size, convert_to_numpy)
+
     @torch.no_grad()
     def score_retrieval(
         self,
-        image_embeds: torch.Tensor | list[torch.Tensor],
-        text_embeds: torch.Tensor | list[torch.Tensor],
-        image_mask: torch.Tensor | None = None,
-        text_mask: torch.Tensor | None = None,
+        image_embeds: Embeddings,
+        text_embeds: Embeddings,
+        image_mask: torch.Tensor | np.ndarray | None = None,
+        text_mask: torch.Tensor | np.ndarray | None = None,
         *,
-        negative_slope: float = 1.0,
         output_device: str | torch.device = "cpu",
     ) -> torch.Tensor:
         r"""
-        Scores every image against every text from embeddings of [`PicoModel.get_image_features`] and
-        [`PicoModel.get_text_features`].
+        Scores every image against every text from embeddings of [`encode_images`] and [`encode_texts`], of the ONNX
+        encoders, of feature extraction pipelines, or of [`PicoModel.get_image_features`] and
+        [`PicoModel.get_text_features`]; tensors or arrays, on one device.
 
         Args:
             image_embeds (`torch.Tensor` of shape `(images, patches, dim)` or list of `(patches_i, dim)`):
@@ -71,30 +178,28 @@ class PicoProcessor(ProcessorMixin):
             text_embeds (`torch.Tensor` of shape `(texts, words, dim)` or list of `(words_i, dim)`):
                 Score-ready text token embeddings.
             image_mask (`torch.Tensor` of shape `(images, patches)`, *optional*):
-                True at tokens that take part; all by default. Not used with a list.
+                True at tokens that take part; by default all but those of zeros, which is how models return padding
+                and what of it pipelines pass on. Not used with a list.
             text_mask (`torch.Tensor` of shape `(texts, words)`, *optional*): Likewise for texts.
-            negative_slope (`float`, *optional*, defaults to 1.0): The model's `config.negative_slope`.
             output_device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Device of the result.
 
         Returns:
             `torch.Tensor` of shape `(images, texts)` in float32; higher is a better match.
         """
-        image_embeds, image_mask = _padded(image_embeds, image_mask)
-        text_embeds, text_mask = _padded(text_embeds, text_mask)
-        scores = pair_scores(image_embeds, text_embeds, image_mask, text_mask, negative_slope=negative_slope)
-        return scores.to(output_device)
+        images, image_mask = _padded(_as_tensors(image_embeds), _as_tensors(image_mask))
+        texts, text_mask = _padded(_as_tensors(text_embeds), _as_tensors(text_mask))
+        return pair_scores(images, texts, image_mask, text_mask).to(output_device)
 
     @torch.no_grad()
     def retrieve(
         self,
-        query_embeds: torch.Tensor | list[torch.Tensor],
-        gallery_embeds: torch.Tensor | list[torch.Tensor],
-        query_mask: torch.Tensor | None = None,
-        gallery_mask: torch.Tensor | None = None,
+        query_embeds: Embeddings,
+        gallery_embeds: Embeddings,
+        query_mask: torch.Tensor | np.ndarray | None = None,
+        gallery_mask: torch.Tensor | np.ndarray | None = None,
         *,
         k: int = 10,
         batch_size: int = 256,
-        negative_slope: float = 1.0,
         output_device: str | torch.device = "cpu",
     ) -> tuple[torch.Tensor, torch.Tensor]:
         r"""
@@ -108,11 +213,10 @@ class PicoProcessor(ProcessorMixin):
             gallery_embeds (`torch.Tensor` of shape `(items, tokens, dim)` or list of `(tokens_i, dim)`):
                 Score-ready token embeddings of what is searched.
             query_mask (`torch.Tensor` of shape `(queries, tokens)`, *optional*):
-                True at tokens that take part; all by default. Not used with a list.
+                True at tokens that take part; by default all but those of zeros. Not used with a list.
             gallery_mask (`torch.Tensor` of shape `(items, tokens)`, *optional*): Likewise for the gallery.
             k (`int`, *optional*, defaults to 10): Matches of each query; a smaller gallery is returned whole.
             batch_size (`int`, *optional*, defaults to 256): Queries and items scored at a time.
-            negative_slope (`float`, *optional*, defaults to 1.0): The model's `config.negative_slope`.
             output_device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Device of the result.
 
         Returns:
@@ -121,19 +225,67 @@ class PicoProcessor(ProcessorMixin):
             token scores 0.
 
         Raises:
-            `ValueError`: If the gallery is empty, `k` or `batch_size` is below 1, or embeddings do not fit.
+            `ValueError`: If the gallery is empty, `k` or `batch_size` is below 1, or embeddings do not fit or are NaN.
         """
         if k < 1 or batch_size < 1:
             raise ValueError(f"k and batch_size must be at least 1, got k={k} and batch_size={batch_size}.")
-        _check_query_and_gallery(query_embeds, gallery_embeds, query_mask, gallery_mask)
-        size = (len(query_embeds), min(k, len(gallery_embeds)))
+        queries, items, query_masks, item_masks = map(
+            _as_tensors, (query_embeds, gallery_embeds, query_mask, gallery_mask)
+        )
+        _check_query_and_gallery(queries, items, query_masks, item_masks)
+        size = (len(queries), min(k, len(items)))
         scores = torch.empty(size, device=output_device)
         indices = torch.empty(size, dtype=torch.int64, device=output_device)
-        for start, query, mask in _batches(query_embeds, query_mask, batch_size):
-            gallery = _batches(gallery_embeds, gallery_mask, batch_size)
+        for start, query, mask in _batches(queries, query_masks, batch_size):
+            gallery = _batches(items, item_masks, batch_size)
             rows = slice(start, start + len(query))
-            scores[rows], indices[rows] = _best_of_gallery(query, mask, gallery, k, negative_slope)
+            scores[rows], indices[rows] = _best_of_gallery(query, mask, gallery, k)
+        if scores.isnan().any():
+            # They would be ranked first.
+            raise ValueError("Some scores are not numbers: embeddings of the queries or of the gallery hold NaN.")
         return scores, indices
+
+
+def _backend(image_processor: Any) -> str | None:
+    # Image processors with code of their own have one way alone and do not name it.
+    return getattr(image_processor, "backend", None)
+
+
+def _decoded(images: Any) -> Any:
+    if isinstance(images, (list, tuple)):
+        return [_decoded(image) for image in images]
+    return images if isinstance(images, (np.ndarray, torch.Tensor)) else decode_image(images)
+
+
+@torch.no_grad()
+def _encode(
+    model: Any, items: Any, encode: Callable, batch_size: int, convert_to_numpy: bool
+) -> list[torch.Tensor] | list[np.ndarray]:
+    """Encodes one item or a sequence of them, with a progress bar if it takes more than five seconds."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    if isinstance(items, (str, bytes)) or not isinstance(items, Sequence):
+        items = [items]
+    encoded: list[Any] = []
+    training = model.training
+    model.eval()
+    try:
+        for start in logging.tqdm(range(0, len(items), batch_size), desc="Encoding", delay=5):
+            features = encode(items[start : start + batch_size])
+            embeds, masks = features.embeds, features.mask
+            if convert_to_numpy:
+                embeds, masks = embeds.cpu().numpy(), masks.cpu().numpy()
+            encoded += [tokens[mask] for tokens, mask in zip(embeds, masks, strict=True)]
+    finally:
+        model.train(training)
+    return encoded
+
+
+def _as_tensors(values: Any) -> Any:
+    """Tensors that share the memory of arrays, also in a list; tensors and None as they are."""
+    if isinstance(values, Sequence):
+        return [torch.as_tensor(value) for value in values]
+    return torch.from_numpy(values) if isinstance(values, np.ndarray) else values
 
 
 def _check_image_sizes(image_processor) -> None:
@@ -172,7 +324,7 @@ def _check_query_and_gallery(
         raise ValueError(f"query_embeds has dim {dims[0]} and gallery_embeds has dim {dims[-1]}; they must be equal.")
 
 
-_Batches = Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]
+_Batches = Iterator[tuple[int, torch.Tensor, torch.Tensor]]
 
 
 def _batches(embeds: torch.Tensor | list[torch.Tensor], mask: torch.Tensor | None, size: int) -> _Batches:
@@ -183,13 +335,13 @@ def _batches(embeds: torch.Tensor | list[torch.Tensor], mask: torch.Tensor | Non
 
 
 def _best_of_gallery(
-    query: torch.Tensor, query_mask: torch.Tensor | None, gallery: _Batches, k: int, negative_slope: float
+    query: torch.Tensor, query_mask: torch.Tensor, gallery: _Batches, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     scores = torch.empty(len(query), 0, device=query.device)
     indices = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
     for start, items, mask in gallery:
-        items, mask = items.to(query.device), None if mask is None else mask.to(query.device)
-        new_scores = _symmetric_scores(query, items, query_mask, mask, negative_slope)
+        items, mask = items.to(query.device), mask.to(query.device)
+        new_scores = _symmetric_scores(query, items, query_mask, mask)
         new_indices = torch.arange(start, start + len(items), device=query.device).expand_as(new_scores)
         # The sort is stable and what was found earlier stands first, so that of equal scores the lower index wins.
         scores, order = torch.cat([scores, new_scores], dim=1).sort(dim=1, descending=True, stable=True)
@@ -201,28 +353,24 @@ def _best_of_gallery(
 def _symmetric_scores(
     query: torch.Tensor,
     items: torch.Tensor,
-    query_mask: torch.Tensor | None,
-    item_mask: torch.Tensor | None,
-    negative_slope: float,
+    query_mask: torch.Tensor,
+    item_mask: torch.Tensor,
 ) -> torch.Tensor:
     # The score is symmetric; it is computed faster with the longer samples in the place of images.
     if query.shape[1] < items.shape[1]:
-        return pair_scores(items, query, item_mask, query_mask, negative_slope=negative_slope).T
-    return pair_scores(query, items, query_mask, item_mask, negative_slope=negative_slope)
+        return pair_scores(items, query, item_mask, query_mask).T
+    return pair_scores(query, items, query_mask, item_mask)
 
 
-def _padded(
-    embeds: torch.Tensor | list[torch.Tensor], mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if isinstance(embeds, torch.Tensor):
-        return embeds, mask
-    if len(embeds) == 0:
-        raise ValueError("An empty list of embeddings has no dimension; give a tensor of shape (0, tokens, dim).")
-    if mask is not None:
-        raise ValueError("A list of embeddings carries its own lengths; give no mask with it.")
-    lengths = torch.tensor([len(item) for item in embeds], device=embeds[0].device)
-    padded = torch.nn.utils.rnn.pad_sequence(list(embeds), batch_first=True)
-    return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+def _padded(embeds: torch.Tensor | list[torch.Tensor], mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    if not isinstance(embeds, torch.Tensor):
+        if len(embeds) == 0:
+            raise ValueError("An empty list of embeddings has no dimension; give a tensor of shape (0, tokens, dim).")
+        if mask is not None:
+            raise ValueError("A list of embeddings carries its own lengths; give no mask with it.")
+        embeds = torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True)
+    # A token has unit length before it is weighted. Zeros are padding, of the list or of the model.
+    return embeds, (embeds != 0).any(dim=-1) if mask is None else mask
 
 
 __all__ = ["PicoProcessor"]

@@ -12,7 +12,6 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.nn.functional import leaky_relu
 from transformers.utils import logging
 
 from .scoring_tiled_pico import tiled_pair_scores
@@ -28,9 +27,7 @@ class ScoresBackendError(RuntimeError):
     """The backend that `PICO_SCORES_BACKEND` asks for cannot serve this call."""
 
 
-def reference_pair_scores(
-    image_embeds: Tensor, text_embeds: Tensor, image_mask: Tensor, text_mask: Tensor, negative_slope: float = 1.0
-) -> Tensor:
+def reference_pair_scores(image_embeds: Tensor, text_embeds: Tensor, image_mask: Tensor, text_mask: Tensor) -> Tensor:
     """Literal form of [`pair_scores`], which documents the arguments; the masks are required and boolean."""
     dtype = torch.promote_types(torch.promote_types(image_embeds.dtype, text_embeds.dtype), torch.float32)
     image_embeds = image_embeds.to(dtype).masked_fill(~image_mask[:, :, None], 0)
@@ -40,10 +37,9 @@ def reference_pair_scores(
         return similarity.sum(dim=(2, 3))  # no token at all on one side: zeros that keep the graph
     real = image_mask[:, None, :, None] & text_mask[None, :, None, :]
     similarity = similarity.masked_fill(~real, torch.finfo(dtype).min)
-    # `max` sends the gradient to the first of equal maxima, `amax` would split it. LeakyReLU never changes the order,
-    # so it may follow the maximum.
-    patch_best = leaky_relu(similarity.max(dim=3).values, negative_slope).masked_fill(~real.any(dim=3), 0)
-    word_best = leaky_relu(similarity.max(dim=2).values, negative_slope).masked_fill(~real.any(dim=2), 0)
+    # `max` sends the gradient to the first of equal maxima, `amax` would split it.
+    patch_best = similarity.max(dim=3).values.masked_fill(~real.any(dim=3), 0)
+    word_best = similarity.max(dim=2).values.masked_fill(~real.any(dim=2), 0)
     patch_mean = patch_best.sum(dim=2) / image_mask.sum(dim=1)[:, None].clamp(min=1)
     return patch_mean + word_best.sum(dim=2) / text_mask.sum(dim=1)[None, :].clamp(min=1)
 
@@ -53,8 +49,6 @@ def pair_scores(
     text_embeds: Tensor,
     image_mask: Tensor | None = None,
     text_mask: Tensor | None = None,
-    *,
-    negative_slope: float = 1.0,
 ) -> Tensor:
     r"""
     Scores every image with every text: `S(V, T) = mean_i max_j s_ij + mean_j max_i s_ij` with `s_ij = <v_i, t_j>` over
@@ -78,8 +72,6 @@ def pair_scores(
             Boolean or integer, `True` or non-zero where a patch is real.
         text_mask (`torch.Tensor` of shape `(texts, words)`, *optional*, defaults to all real):
             The same for words.
-        negative_slope (`float`, *optional*, defaults to 1.0):
-            Slope of the LeakyReLU that `s_ij` passes through, at least 0; 1 switches it off.
 
     Returns:
         `torch.Tensor` of shape `(images, texts)`: the scores, accumulated in float32 (float64 for float64 inputs)
@@ -90,8 +82,6 @@ def pair_scores(
         `ScoresBackendError`: if `PICO_SCORES_BACKEND` names a backend that cannot serve the call.
     """
     _check_embeds(image_embeds, text_embeds)
-    if not 0.0 <= negative_slope < float("inf"):
-        raise ValueError(f"negative_slope is {negative_slope}; it must be a finite number of at least 0")
     image_mask = _boolean_mask("image", image_mask, image_embeds)
     text_mask = _boolean_mask("text", text_mask, text_embeds)
     backend = _backend(image_embeds, text_embeds)
@@ -101,7 +91,7 @@ def pair_scores(
         compute = reference_pair_scores if backend == "reference" else tiled_pair_scores
     device_type = image_embeds.device.type
     with torch.autocast(device_type, enabled=False) if device_type != "meta" else nullcontext():
-        return compute(image_embeds, text_embeds, image_mask, text_mask, negative_slope)
+        return compute(image_embeds, text_embeds, image_mask, text_mask)
 
 
 def _backend(image_embeds: Tensor, text_embeds: Tensor) -> str:

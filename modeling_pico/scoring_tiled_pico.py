@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import leaky_relu, max_pool2d
+from torch.nn.functional import max_pool2d
 
 
 # Elements (4 bytes each in float32). A tile of similarities should stay in the cache of a CPU core and is larger on
@@ -126,7 +126,6 @@ def tiled_pair_scores(
     text_embeds: Tensor,
     image_mask: Tensor,
     text_mask: Tensor,
-    negative_slope: float = 1.0,
     tile_elements: int | None = None,
 ) -> Tensor:
     """Tiled form of `pair_scores`, which documents the arguments; the masks are required and boolean.
@@ -135,11 +134,11 @@ def tiled_pair_scores(
     """
     if tile_elements is None:
         tile_elements = CPU_TILE_ELEMENTS if image_embeds.device.type == "cpu" else DEVICE_TILE_ELEMENTS
-    arguments = (image_embeds, text_embeds, image_mask, text_mask, negative_slope, tile_elements)
+    arguments = (image_embeds, text_embeds, image_mask, text_mask, tile_elements)
     if torch.is_grad_enabled() and (image_embeds.requires_grad or text_embeds.requires_grad):
         return _PairScores.apply(*arguments)
     with torch.no_grad():
-        return _forward(_sides(*arguments[:4]), negative_slope, _tile_tokens(tile_elements))
+        return _forward(_sides(*arguments[:4]), _tile_tokens(tile_elements))
 
 
 def _sides(image_embeds: Tensor, text_embeds: Tensor, image_mask: Tensor, text_mask: Tensor) -> tuple[_Side, _Side]:
@@ -162,7 +161,6 @@ def _matrix(workspace: Tensor, rows: int, columns: int) -> Tensor:
 
 def _forward(
     sides: tuple[_Side, _Side],
-    negative_slope: float,
     tile_tokens: tuple[int, int],
     positions: _Positions | None = None,
 ) -> Tensor:
@@ -183,8 +181,8 @@ def _forward(
                     best = _maxima(similarity, *runs)
                 else:
                     at = positions.of_tile(text, text_tile, image, image_tile)
-                    best = _maxima_with_positions(similarity, *runs, *at, negative_slope)
-                block[text_tile.samples, image_tile.samples] = _mean_scores(*best, *runs, negative_slope)
+                    best = _maxima_with_positions(similarity, *runs, *at)
+                block[text_tile.samples, image_tile.samples] = _mean_scores(*best, *runs)
             scores[image.order[:, None], text.order] = block.T
     return scores
 
@@ -206,10 +204,8 @@ def _maxima_with_positions(
     image_runs: list[_Run],
     word_at: Tensor,
     patch_at: Tensor,
-    negative_slope: float,
 ) -> tuple[Tensor, Tensor]:
-    """Returns what `_maxima` returns and writes the first position of each maximum; `~position` where LeakyReLU
-    damps it."""
+    """Returns what `_maxima` returns and writes the first position of each maximum."""
     word_best = similarity.new_empty(word_at.shape)
     patch_best = similarity.new_empty(patch_at.shape)
     for samples, tokens, shape in image_runs:
@@ -217,9 +213,6 @@ def _maxima_with_positions(
         word_at[:, samples] = at
     for samples, tokens, shape in text_runs:
         patch_best[samples], patch_at[samples] = _max_over_words(similarity[tokens].unflatten(0, shape))
-    if negative_slope != 1.0:
-        for best, at in ((word_best, word_at), (patch_best, patch_at)):
-            at.copy_(torch.where(best > 0, at, ~at))
     return word_best, patch_best
 
 
@@ -232,13 +225,8 @@ def _max_over_words(similarity: Tensor) -> tuple[Tensor, Tensor]:
     return pooled[0].flatten(1), pooled[1].flatten(1)
 
 
-def _mean_scores(
-    word_best: Tensor, patch_best: Tensor, text_runs: list[_Run], image_runs: list[_Run], negative_slope: float
-) -> Tensor:
+def _mean_scores(word_best: Tensor, patch_best: Tensor, text_runs: list[_Run], image_runs: list[_Run]) -> Tensor:
     """Averages the maxima of each sample to scores `(texts, images)`."""
-    if negative_slope != 1.0:
-        # LeakyReLU never changes the order, so it may follow the maximum.
-        word_best, patch_best = leaky_relu(word_best, negative_slope), leaky_relu(patch_best, negative_slope)
     scores = word_best.new_empty(patch_best.shape[0], word_best.shape[1])
     for samples, tokens, shape in text_runs:
         torch.mean(word_best[tokens].unflatten(0, shape), dim=1, out=scores[samples])
@@ -281,21 +269,21 @@ class _PairScores(torch.autograd.Function):
     """Tiled scores with a backward pass that knows only the positions of the maxima."""
 
     @staticmethod
-    def forward(ctx, image_embeds, text_embeds, image_mask, text_mask, negative_slope, tile_elements):
+    def forward(ctx, image_embeds, text_embeds, image_mask, text_mask, tile_elements):
         images, texts = sides = _sides(image_embeds, text_embeds, image_mask, text_mask)
         positions = _Positions.empty(images, texts)
         tile_tokens = _tile_tokens(tile_elements)
-        scores = _forward(sides, negative_slope, tile_tokens, positions)
+        scores = _forward(sides, tile_tokens, positions)
         ctx.save_for_backward(image_embeds, text_embeds, image_mask, text_mask, positions.word_at, positions.patch_at)
-        ctx.options = negative_slope, tile_tokens
+        ctx.tile_tokens = tile_tokens
         return scores
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         *inputs, word_at, patch_at = ctx.saved_tensors
-        grads = _backward(grad, _sides(*inputs), _Positions(word_at, patch_at), ctx.needs_input_grad, *ctx.options)
-        return *grads, None, None, None, None
+        grads = _backward(grad, _sides(*inputs), _Positions(word_at, patch_at), ctx.needs_input_grad, ctx.tile_tokens)
+        return *grads, None, None, None
 
 
 def _backward(
@@ -303,7 +291,6 @@ def _backward(
     sides: tuple[_Side, _Side],
     positions: _Positions,
     needed: tuple[bool, ...],
-    negative_slope: float,
     tile_tokens: tuple[int, int],
 ) -> list[Tensor | None]:
     """Returns the gradients of image and text embeddings, `None` where not needed."""
@@ -325,7 +312,7 @@ def _backward(
                 shares = part / text.counts[text_tile.samples, None], part / image.counts[image_tile.samples]
                 at = positions.of_tile(text, text_tile, image, image_tile)
                 weights = _matrix(workspace, text_tile.size, image_tile.size)
-                _fill_weights(weights, shares, at, text_tile.runs, image_tile.runs, negative_slope)
+                _fill_weights(weights, shares, at, text_tile.runs, image_tile.runs)
                 if patch_grad is not None:
                     patch_grad[image_tile.tokens].addmm_(weights.T, words[text_tile.tokens])
                 if word_grad is not None:
@@ -343,7 +330,6 @@ def _fill_weights(
     at: tuple[Tensor, Tensor],
     text_runs: list[_Run],
     image_runs: list[_Run],
-    negative_slope: float,
 ) -> None:
     """Writes the derivative of the loss by each similarity of a tile: non-zero only where a maximum is.
 
@@ -357,9 +343,5 @@ def _fill_weights(
             patch_of_word = at[0][rows, image_samples].unflatten(0, text_shape).unsqueeze(3)
             word_of_patch = at[1][text_samples, columns].unflatten(1, image_shape).unsqueeze(1)
             for dim, index, share in ((3, patch_of_word, shares[0]), (1, word_of_patch, shares[1])):
-                index = index.long()
                 share = share[text_samples, None, image_samples, None].expand(index.shape)
-                if negative_slope != 1.0:
-                    damped = index < 0
-                    index, share = torch.where(damped, ~index, index), share.where(~damped, share * negative_slope)
-                block.scatter_add_(dim, index, share)
+                block.scatter_add_(dim, index.long(), share)

@@ -53,7 +53,6 @@ def _score_patches(
     word_best,
     word_at,
     patch_sum,
-    slope,
     DIM: tl.constexpr,
     WORDS: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -95,13 +94,10 @@ def _score_patches(
         word_best = tl.where(here, tl.maximum(word_best, word_max[:, None]), word_best)
         # NaN must reach the score. Every similarity passes here, so one side that keeps NaN is enough.
         best = tl.maximum(best, similarity, propagate_nan=tl.PropagateNan.ALL)
-    damped = tl.where(best > 0, best, best * slope)
-    patch_sum += tl.sum(tl.where(real[None, :], damped, 0.0), axis=1)
-    if TRAIN:  # a position is stored as `~position` where LeakyReLU damps the maximum
+    patch_sum += tl.sum(tl.where(real[None, :], best, 0.0), axis=1)
+    if TRAIN:
         tl.store(
-            patch_at + image_row[None, :] * texts + rank[:, None],
-            tl.where(best > 0, at, -1 - at),
-            mask=real[None, :] & (rank < texts)[:, None],
+            patch_at + image_row[None, :] * texts + rank[:, None], at, mask=real[None, :] & (rank < texts)[:, None]
         )
     return word_best, word_at, patch_sum
 
@@ -121,7 +117,6 @@ def _score_kernel(
     texts,
     patches,
     words,
-    slope,
     DIM: tl.constexpr,
     WORDS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -151,34 +146,23 @@ def _score_kernel(
     for first_patch in range(0, split, BLOCK_P):
         word_best, best_patch, patch_sum = _score_patches(
             image_embeds, text_embeds, image_rows, text_rows, patch_at, first_patch, image_count, texts, rank,
-            text_count, longest, word_best, best_patch, patch_sum, slope, DIM, WORDS, BLOCK_P, BLOCK_D, TRAIN,
+            text_count, longest, word_best, best_patch, patch_sum, DIM, WORDS, BLOCK_P, BLOCK_D, TRAIN,
             PRECISION, UPCAST,
         )  # fmt: skip
     if split < image_count:
         word_best, best_patch, patch_sum = _score_patches(
             image_embeds, text_embeds, image_rows, text_rows, patch_at, split, image_count, texts, rank,
-            text_count, longest, word_best, best_patch, patch_sum, slope, DIM, WORDS, TAIL, BLOCK_D, TRAIN,
+            text_count, longest, word_best, best_patch, patch_sum, DIM, WORDS, TAIL, BLOCK_D, TRAIN,
             PRECISION, UPCAST,
         )  # fmt: skip
     columns = tl.arange(0, WORDS)
     spoken = columns[None, :] < text_count[:, None]
-    damped = tl.where(word_best > 0, word_best, word_best * slope)
-    word_sum = tl.sum(tl.where(spoken, damped, 0.0), axis=1)
+    word_sum = tl.sum(tl.where(spoken, word_best, 0.0), axis=1)
     score = patch_sum / tl.maximum(image_count, 1) + word_sum / tl.maximum(text_count, 1)
     score = tl.where((text_count > 0) & (image_count > 0), score, 0.0)
     tl.store(scores + image * texts + rank, score, mask=rank < texts)
     if TRAIN:
-        tl.store(
-            word_at + (image * words + columns[None, :]) * texts + rank[:, None],
-            tl.where(word_best > 0, best_patch, -1 - best_patch),
-            mask=spoken,
-        )
-
-
-@_jit
-def _weights(at, index, share, slope):
-    """Returns the derivative by each similarity whose maximum is at `index`, else 0."""
-    return tl.where(at == index, share, tl.where(at == -1 - index, share * slope, 0.0))
+        tl.store(word_at + (image * words + columns[None, :]) * texts + rank[:, None], best_patch, mask=spoken)
 
 
 @_jit
@@ -196,7 +180,6 @@ def _image_grad_kernel(
     texts,
     patches,
     words,
-    slope,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -228,8 +211,8 @@ def _image_grad_kernel(
             spoken = j < text_count
             text_row = tl.load(text_rows + rank * words + j, mask=spoken, other=0)
             best_patch = tl.load(word_at + (image * words + j) * texts + rank, mask=spoken, other=0).to(tl.int32)
-            weights = _weights(best_word, j, patch_share[None, :], slope)
-            weights += _weights(best_patch[None, :], p[:, None], word_share[None, :], slope)
+            weights = tl.where(best_word == j, patch_share[None, :], 0.0)
+            weights += tl.where(best_patch[None, :] == p[:, None], word_share[None, :], 0.0)
             word = tl.load(
                 text_embeds + text_row[:, None] * DIM + d[None, :], mask=spoken[:, None] & inside[None, :], other=0.0
             )
@@ -252,7 +235,6 @@ def _text_grad_kernel(
     texts,
     patches,
     words,
-    slope,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -283,8 +265,8 @@ def _text_grad_kernel(
             best_word = tl.load(
                 patch_at + image_row[None, :] * texts + rank[:, None], mask=real[None, :] & spoken[:, None], other=0
             ).to(tl.int32)
-            weights = _weights(best_word, j, patch_share[:, None], slope)
-            weights += _weights(best_patch[:, None], p[None, :], word_share[:, None], slope)
+            weights = tl.where(best_word == j, patch_share[:, None], 0.0)
+            weights += tl.where(best_patch[:, None] == p[None, :], word_share[:, None], 0.0)
             patch = tl.load(
                 image_embeds + image_row[:, None] * DIM + d[None, :], mask=real[:, None] & inside[None, :], other=0.0
             )
@@ -318,9 +300,7 @@ def refusal(image_embeds: Tensor, text_embeds: Tensor) -> str | None:
     return None
 
 
-def triton_pair_scores(
-    image_embeds: Tensor, text_embeds: Tensor, image_mask: Tensor, text_mask: Tensor, negative_slope: float = 1.0
-) -> Tensor:
+def triton_pair_scores(image_embeds: Tensor, text_embeds: Tensor, image_mask: Tensor, text_mask: Tensor) -> Tensor:
     """Triton form of `pair_scores`, which documents the arguments; the masks are required and boolean.
 
     The call must be one that [`refusal`] does not refuse. Similarities of float32 embeddings are multiplied in TF32
@@ -331,10 +311,9 @@ def triton_pair_scores(
     if dtype != text_embeds.dtype:
         dtype = torch.promote_types(torch.promote_types(dtype, text_embeds.dtype), torch.float32)
     embeds = image_embeds.to(dtype).contiguous(), text_embeds.to(dtype).contiguous()
-    negative_slope = float(negative_slope)  # an integer would be compiled in
     if torch.is_grad_enabled() and (image_embeds.requires_grad or text_embeds.requires_grad):
-        return _PairScores.apply(*embeds, image_mask, text_mask, negative_slope)
-    return _forward(*embeds, _Tables.of(image_mask, text_mask), negative_slope)
+        return _PairScores.apply(*embeds, image_mask, text_mask)
+    return _forward(*embeds, _Tables.of(image_mask, text_mask))
 
 
 class _Tables(NamedTuple):
@@ -362,7 +341,7 @@ class _Tables(NamedTuple):
 
 
 class _Positions(NamedTuple):
-    """Where the maxima of all pairs are, counted in real tokens; `~position` where LeakyReLU damps the maximum."""
+    """Where the maxima of all pairs are, counted in real tokens."""
 
     patch_at: Tensor  # (images * patches, texts): words
     word_at: Tensor  # (images, words, texts): patches
@@ -410,7 +389,6 @@ def _forward(
     image_embeds: Tensor,
     text_embeds: Tensor,
     tables: _Tables,
-    negative_slope: float,
     positions: _Positions | None = None,
 ) -> Tensor:
     """Scores all pairs; `positions`, if given, receives where the maxima are."""
@@ -425,7 +403,7 @@ def _forward(
     with _on(scores):
         _score_kernel[(images * triton.cdiv(texts, rows),)](
             image_embeds, text_embeds, *tables[:4], scores, *(positions or (scores, scores)),
-            images, texts, patches, words, negative_slope,
+            images, texts, patches, words,
             DIM=dim, WORDS=width, ROWS=rows, BLOCK_P=block,
             TAIL=min(block, max(16, triton.next_power_of_2(patches % block))),
             BLOCK_D=_block_d(dim, 64 if half else 32), TRAIN=positions is not None,
@@ -442,11 +420,10 @@ class _PairScores(torch.autograd.Function):
     """Scores by kernel with a backward pass that knows only the positions of the maxima."""
 
     @staticmethod
-    def forward(ctx, image_embeds, text_embeds, image_mask, text_mask, negative_slope):
+    def forward(ctx, image_embeds, text_embeds, image_mask, text_mask):
         tables, positions = _Tables.of(image_mask, text_mask), _Positions.empty(image_mask, text_mask)
-        scores = _forward(image_embeds, text_embeds, tables, negative_slope, positions)
+        scores = _forward(image_embeds, text_embeds, tables, positions)
         ctx.save_for_backward(image_embeds, text_embeds, *tables, *positions)
-        ctx.negative_slope = negative_slope
         return scores
 
     @staticmethod
@@ -460,8 +437,8 @@ class _PairScores(torch.autograd.Function):
             for embeds, need in zip((image_embeds, text_embeds), ctx.needs_input_grad[:2], strict=True)
         ]
         if image_embeds.numel() and text_embeds.numel():
-            _backward(grad, image_embeds, text_embeds, tables, positions, grads, ctx.negative_slope)
-        return *grads, None, None, None
+            _backward(grad, image_embeds, text_embeds, tables, positions, grads)
+        return *grads, None, None
 
 
 def _backward(
@@ -471,7 +448,6 @@ def _backward(
     tables: _Tables,
     positions: _Positions,
     grads: list[Tensor | None],
-    negative_slope: float,
 ) -> None:
     """Writes the gradients of image and text embeddings into `grads` where not `None`."""
     (images, patches, dim), (texts, words, _) = image_embeds.shape, text_embeds.shape
@@ -486,7 +462,7 @@ def _backward(
             continue
         with _on(grad):
             kernel[(programs, blocks_d)](
-                grad, other, *tables[:4], target, *positions, images, texts, patches, words, negative_slope,
+                grad, other, *tables[:4], target, *positions, images, texts, patches, words,
                 DIM=dim, ROWS=rows, BLOCK_P=block_p, BLOCK_D=block_d, PRECISION=_precision(other.dtype, grads=True),
                 num_warps=8, num_stages=2,
             )  # fmt: skip

@@ -14,8 +14,10 @@ from modeling_pico import PicoConfig, PicoModel, PicoProcessor
 from modeling_pico.backbones_pico import (
     build_backbone,
     image_token_states,
+    limit_text_length,
     load_backbone,
     load_model,
+    max_text_length,
     num_prefix_tokens,
     run_text_tower,
     text_token_mask,
@@ -283,6 +285,83 @@ def test_a_row_depends_neither_on_its_batch_nor_on_padding(vision, text):
             torch.testing.assert_close(alone.embeds[0], together.embeds[row, :length], rtol=1e-4, atol=1e-5)
             alone = model.get_image_features(inputs["pixel_values"][row : row + 1])
             torch.testing.assert_close(alone.embeds[0], image.embeds[row], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("text_special_tokens", [True, False])
+@pytest.mark.parametrize("name", [*JOINT, *TEXT])
+def test_a_text_depends_neither_on_its_batch_nor_on_the_side_of_its_padding(name, text_special_tokens):
+    options = {**OPTIONS, "pooling": "class_token", "text_special_tokens": text_special_tokens}
+    if name in JOINT:
+        model = PicoModel.from_backbones(family(name).build(), **options)
+    else:
+        model = PicoModel.from_backbones(family("vit").build(), family(name).build(), embedding_dim=12, **options)
+    texts = ["red", "a red circle", "two small blue circle above the green square"]
+    made = tokenizer(name)
+    arguments = {"return_tensors": "pt", "return_attention_mask": True}
+    with torch.no_grad():
+        alone = [model.get_text_features(**made([text], **arguments)) for text in texts]
+        for side in ("right", "left"):
+            inputs = made(texts, padding=True, padding_side=side, **arguments)
+            assert inputs["attention_mask"][0, -1 if side == "right" else 0] == 0
+            features = model.get_text_features(**inputs)
+            pooled = model(**inputs).pooler_output
+            for row, expected in enumerate(alone):
+                assert features.mask[row].sum() == expected.mask.sum()
+                ours = features.embeds[row][features.mask[row]]
+                torch.testing.assert_close(ours, expected.embeds[0][expected.mask[0]], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(pooled[row], expected.pooler_output[0], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(
+                    features.pooler_output[row], expected.pooler_output[0], rtol=1e-4, atol=1e-5
+                )
+
+
+@pytest.mark.parametrize(
+    ("model_class", "options", "length"),
+    [
+        (tf.BertModel, {}, 20),
+        (tf.ElectraModel, {"embedding_size": 16}, 20),
+        (tf.DistilBertModel, {"dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}, 20),
+        (tf.CLIPTextModel, {"bos_token_id": 2, "eos_token_id": 3}, 20),
+        (tf.RobertaModel, {}, 18),
+        (tf.RobertaPreLayerNormModel, {}, 18),
+        (tf.XLMRobertaModel, {}, 18),
+        (tf.XLMRobertaXLModel, {}, 18),
+        (tf.CamembertModel, {}, 18),
+        (tf.Data2VecTextModel, {}, 18),
+        (tf.MPNetModel, {}, 18),
+        (tf.LongformerModel, {"attention_window": 4}, 18),
+        (tf.LukeModel, {"entity_vocab_size": 10}, 18),
+        (tf.EsmModel, {"pad_token_id": 1, "mask_token_id": 5}, 18),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_texts_have_no_more_tokens_than_the_tower_has_positions(model_class, options, length):
+    sizes = {**family("bert").config, "max_position_embeddings": 20, "num_hidden_layers": 1}
+    text = model_class(
+        model_class.config_class(**{**sizes, **({"pad_token_id": 1} if length == 18 else {}), **options})
+    )
+    assert max_text_length(text) == length
+    model = PicoModel.from_backbones(family("vit").build(), text, embedding_dim=8, alignment_head="fine_grained")
+    made = tokenizer("bert")
+    made.model_max_length = 10**30
+    limit_text_length(made, text)
+    ids = made("red " * 30, truncation=True, return_tensors="pt").input_ids
+    assert ids.shape == (1, length)
+    assert model.get_text_features(ids).embeds.isfinite().all()
+    with pytest.raises(
+        ValueError, match=f"have {length + 1} tokens, but .* positions for {length}. Let the tokenizer"
+    ):
+        model.get_text_features(torch.full((1, length + 1), 7))
+
+
+def test_a_shorter_text_length_is_kept_and_a_longer_one_is_not(tiny_text_config):
+    text, made = build_backbone(tiny_text_config("bert")), tokenizer("bert")
+    assert made.model_max_length == 16
+    for asked, expected in ((None, 16), (7, 7), (None, 7), (100, 32)):
+        limit_text_length(made, text, asked)
+        assert made.model_max_length == expected
+    with pytest.raises(ValueError, match="`max_length` of texts must be a positive number of tokens, got 0"):
+        limit_text_length(made, text, 0)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("siglip", [3, 5, 8]), ("clip", [2, 4, 7])])

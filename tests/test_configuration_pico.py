@@ -28,7 +28,7 @@ def test_no_argument_gives_vit_and_bert_and_the_documented_defaults():
     assert (config.style_probability, config.probability_estimator) == ("learned", "matched")
     assert (config.loss_type, config.margin, config.logit_scale_init_value) == ("infonce", 0.2, 2.6592)
     assert config.probability_gradient is None
-    assert (config.sharpness, config.negative_slope) == (1.0, 1.0)
+    assert config.sharpness == 1.0
 
 
 @pytest.mark.parametrize("vision", ["clip", "vit", "swin", "dinov2"])
@@ -68,7 +68,6 @@ def test_every_option_survives_disk(tmp_path):
         "probability_combination": "text",
         "probability_gradient": True,
         "sharpness": 1.5,
-        "negative_slope": 0.1,
         "loss_type": "hinge",
         "margin": 0.3,
         "logit_scale_init_value": 1.25,
@@ -127,7 +126,6 @@ def test_every_choice_is_accepted():
         ("column_length", 2, 1),
         ("sharpness", 1e-3, 0.0),
         ("sharpness", 1e-3, math.nan),
-        ("negative_slope", 0.0, -0.1),
         ("margin", 0.0, -0.1),
     ],
 )

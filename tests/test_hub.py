@@ -24,9 +24,18 @@ from modeling_pico import PicoModel
 from modeling_pico.training.staging import STATE_FILE
 
 
+CODE = (
+    "alignment_heads",
+    "configuration",
+    "image_decoding",
+    "modeling",
+    "outputs",
+    "processing",
+    "prototypes",
+    "scoring",
+)
 NEEDED = {"model.safetensors", "config.json", "README.md", "processor_config.json", "tokenizer.json"} | {
-    f"{name}_pico.py"
-    for name in ("alignment_heads", "configuration", "modeling", "outputs", "processing", "prototypes", "scoring")
+    f"{name}_pico.py" for name in CODE
 }
 
 
@@ -98,14 +107,17 @@ def assert_loads_alone(folder: Path, tmp_path: Path, run_without_package: Callab
     run_without_package(
         """
         import torch
+        from PIL import Image
         from transformers import AutoModel, AutoProcessor
 
         model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
         assert type(model).__module__.startswith("transformers_modules")
         state, expected = model.state_dict(), torch.load(sys.argv[2])
         assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
-        inputs = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)(text=["red"], return_tensors="pt")
-        assert model.get_text_features(**inputs).pooler_output.isfinite().all()
+        processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+        Image.new("RGBA", (9, 9)).save("clear.png")
+        embeds = processor.encode_images(model, ["clear.png"]), processor.encode_texts(model, ["red"])
+        assert processor.score_retrieval(*embeds).isfinite().all()
         """,
         folder,
         tmp_path / "state.pt",

@@ -195,7 +195,7 @@ def test_snippets_are_python_and_name_what_exists(model_id):
         compile(snippet, "snippet", "exec")
     for name in re.findall(r"from modeling_pico import (.+)", snippets[0])[0].split(", "):
         assert getattr(modeling_pico, name).from_pretrained
-    assert modeling_pico.PicoModel.get_image_features and modeling_pico.PicoProcessor.score_retrieval
+    assert modeling_pico.PicoProcessor.encode_images and modeling_pico.PicoProcessor.retrieve
 
 
 @pytest.mark.parametrize("head", ALIGNMENT_HEADS)

@@ -267,7 +267,7 @@ def test_pooled_heads(tiny_model, batch):
 
 @pytest.mark.parametrize("head", ALIGNMENT_HEADS)
 def test_features_agree_with_forward_and_give_its_scores(tiny_model, use_prototypes, head, batch):
-    model = tiny_model(alignment_head=head, negative_slope=0.1)
+    model = tiny_model(alignment_head=head)
     if head == "pico":
         use_prototypes(model)
     with torch.no_grad():
@@ -281,7 +281,7 @@ def test_features_agree_with_forward_and_give_its_scores(tiny_model, use_prototy
     for features in (image, text):
         torch.testing.assert_close(features.pooler_output.norm(dim=-1), torch.ones(3))
         assert (features.semantic_probability is not None) == (head == "pico")
-    scores = pair_scores(image.embeds, text.embeds, image.mask, text.mask, negative_slope=0.1)
+    scores = pair_scores(image.embeds, text.embeds, image.mask, text.mask)
     torch.testing.assert_close(outputs.logits_per_image, scores * outputs.logit_scale)
     assert torch.equal(outputs.logits_per_text, outputs.logits_per_image.T)
     assert outputs.logit_scale.item() == pytest.approx(14.285, rel=1e-3)
@@ -637,7 +637,9 @@ def shipped_files() -> list[Path]:
 def test_shipped_files_import_only_the_libraries_and_each_other(path):
     siblings = {file.stem for file in shipped_files()}
     # What transformers itself needs, and the standard library.
-    allowed = {"torch", "transformers", "huggingface_hub", "safetensors", *sys.stdlib_module_names}
+    allowed = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", *sys.stdlib_module_names}
+    if path.stem == "image_decoding_pico":
+        allowed.add("PIL")  # which image processors need, and models do not
     tree = ast.parse(path.read_text(encoding="utf-8"))
     # What a `try` imports is optional: transformers does not ask for it when it loads the file from the Hub.
     optional = {node for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)}

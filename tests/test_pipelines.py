@@ -46,7 +46,9 @@ def test_zero_shot_classification_is_the_softmax_of_scaled_scores(
 ):
     errors = []
     monkeypatch.setattr(logging.getLogger("transformers.pipelines.base"), "error", errors.append)
-    classify = pipeline("zero-shot-image-classification", model=checkpoint)
+    classify = pipeline(
+        "zero-shot-image-classification", model=checkpoint, image_processor=tiny_processor.image_processor
+    )
     assert not errors  # it says so of a class that it does not know
     found = classify(images, candidate_labels=LABELS, hypothesis_template="{}")
     image, text = features(model, tiny_processor, images, LABELS)
@@ -63,7 +65,7 @@ def test_zero_shot_classification_is_the_softmax_of_scaled_scores(
 def test_zero_shot_classification_with_parts_and_batches(model, tiny_processor, images, checkpoint):
     parts = {"image_processor": tiny_processor.image_processor, "tokenizer": tiny_processor.tokenizer}
     classify = pipeline("zero-shot-image-classification", model=model, **parts)
-    one_by_one = pipeline("zero-shot-image-classification", model=checkpoint)(images, candidate_labels=LABELS)
+    one_by_one = pipeline("zero-shot-image-classification", model=checkpoint, **parts)(images, candidate_labels=LABELS)
     assert classify(images, candidate_labels=LABELS) == one_by_one
 
 
@@ -87,7 +89,7 @@ def test_feature_extraction_gives_score_ready_embeddings(tiny_model, use_prototy
 
 
 def test_pooled_image_features(checkpoint, model, tiny_processor, images):
-    encode = pipeline("image-feature-extraction", model=checkpoint)
+    encode = pipeline("image-feature-extraction", model=checkpoint, image_processor=tiny_processor.image_processor)
     pooled = torch.tensor(encode(images, pool=True)).squeeze(1)
     torch.testing.assert_close(pooled, features(model, tiny_processor, images, LABELS)[0].pooler_output)
     torch.testing.assert_close(pooled.norm(dim=1), torch.ones(2))

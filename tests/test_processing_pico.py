@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+import logging
 import sys
 
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoImageProcessor, AutoProcessor
+from transformers.utils import is_torchvision_available
 
 from modeling_pico import PicoModel, PicoProcessor, pair_scores
 
@@ -53,10 +56,42 @@ def test_save_and_load(tiny_processor, images, tmp_path):
         assert again.tokenizer.model_max_length == 16
 
 
+def test_a_backend_that_is_missing_is_named(tiny_processor, tmp_path, caplog, monkeypatch):
+    if is_torchvision_available():
+        pytest.skip("torchvision is installed")
+    tiny_processor.save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    config = json.loads(file.read_text())
+    assert config["image_backend"] == "pil"
+    file.write_text(json.dumps({**config, "image_backend": "torchvision"}))
+    monkeypatch.setattr(logging.getLogger("modeling_pico"), "propagate", True)
+    with caplog.at_level("WARNING", logger="modeling_pico"):
+        again = PicoProcessor.from_pretrained(tmp_path)
+    assert "'torchvision', which is not installed; 'pil' rounds pixels differently" in caplog.text
+    assert again.image_backend == "torchvision"  # what the weights have seen stays known
+
+
+def test_each_backend_is_loaded_as_it_was_saved(tiny_processor, tmp_path, images):
+    pytest.importorskip("torchvision", reason="needs torchvision", exc_type=(ImportError, RuntimeError))
+    from transformers import CLIPImageProcessor, CLIPImageProcessorPil
+
+    for kind, backend in ((CLIPImageProcessor, "torchvision"), (CLIPImageProcessorPil, "pil")):
+        options = {"size": {"height": 16, "width": 16}, "do_center_crop": False}
+        made = PicoProcessor(kind(**options), tiny_processor.tokenizer)
+        made.save_pretrained(tmp_path / backend)
+        for again in (PicoProcessor, AutoProcessor):
+            loaded = again.from_pretrained(tmp_path / backend)
+            assert type(loaded.image_processor) is kind
+            pixels = [part(images=images, return_tensors="pt").pixel_values for part in (made, loaded)]
+            assert torch.equal(*pixels)
+
+
 def test_from_backbones(tiny_processor, tiny_clip, images, tmp_path):
     tiny_processor.tokenizer.save_pretrained(tmp_path)
     arguments = {"images": images, "text": ["a red circle", "blue"], "padding": True, "return_tensors": "pt"}
-    expected = tiny_processor(**arguments)
+    # The image processor that transformers takes here: torchvision's where it is installed.
+    image_processor = AutoImageProcessor.from_pretrained(tiny_clip.folder)
+    expected = PicoProcessor(image_processor, tiny_processor.tokenizer)(**arguments)
     for processor in (
         PicoProcessor.from_backbones(tiny_clip.folder),
         PicoProcessor.from_backbones(tiny_clip.folder, str(tmp_path)),
@@ -77,8 +112,8 @@ def encoded():
 def test_score_retrieval_of_tensors_with_and_without_masks(tiny_processor, encoded):
     images, texts, image_mask, text_mask = encoded
     assert torch.equal(tiny_processor.score_retrieval(images, texts), pair_scores(images, texts))
-    scores = tiny_processor.score_retrieval(images, texts, image_mask, text_mask, negative_slope=0.1)
-    assert torch.equal(scores, pair_scores(images, texts, image_mask, text_mask, negative_slope=0.1))
+    scores = tiny_processor.score_retrieval(images, texts, image_mask, text_mask)
+    assert torch.equal(scores, pair_scores(images, texts, image_mask, text_mask))
     assert scores.dtype == torch.float32
     assert scores.shape == (3, 2)
 
@@ -100,12 +135,10 @@ def test_score_retrieval_of_lists_equals_masked_tensors(tiny_processor, encoded)
 
 
 def test_score_retrieval_equals_the_logits_of_the_model(tiny_processor, tiny_model, use_prototypes, batch):
-    model: PicoModel = use_prototypes(tiny_model(negative_slope=0.5))
+    model: PicoModel = use_prototypes(tiny_model())
     image = model.get_image_features(batch["pixel_values"])
     text = model.get_text_features(batch["input_ids"], batch["attention_mask"])
-    scores = tiny_processor.score_retrieval(
-        image.embeds, text.embeds, image.mask, text.mask, negative_slope=model.config.negative_slope
-    )
+    scores = tiny_processor.score_retrieval(image.embeds, text.embeds, image.mask, text.mask)
     assert not scores.requires_grad
     outputs = model(**batch)
     torch.testing.assert_close(scores * outputs.logit_scale.detach(), outputs.logits_per_image.detach())
@@ -135,9 +168,9 @@ def test_retrieve_by_hand(tiny_processor, shelf, batch_size):
     torch.testing.assert_close(scores, torch.tensor([[1.6, 1.6, 0.4]]))
     assert indices.tolist() == [[1, 2, 0]] and indices.dtype == torch.int64
     assert tiny_processor.retrieve(query, gallery, k=1, batch_size=batch_size)[1].tolist() == [[1]]
-    # The LeakyReLU takes the negative score to -0.08; a gallery smaller than k is returned whole.
-    scores, indices = tiny_processor.retrieve(query, gallery, batch_size=batch_size, negative_slope=0.1)
-    torch.testing.assert_close(scores, torch.tensor([[1.6, 1.6, 0.4, -0.08]]))
+    # A gallery smaller than k is returned whole.
+    scores, indices = tiny_processor.retrieve(query, gallery, batch_size=batch_size)
+    torch.testing.assert_close(scores, torch.tensor([[1.6, 1.6, 0.4, -0.8]]))
     assert indices.tolist() == [[1, 2, 0, 3]]
 
 
@@ -157,10 +190,11 @@ def test_retrieve_equals_sorting_all_scores_in_both_directions(tiny_processor, k
     images = torch.randint(-1, 2, (23, 4, 3), generator=generator).float()
     texts = torch.randint(-1, 2, (9, 2, 3), generator=generator).float()
     image_mask = torch.arange(4) < torch.tensor([0, 1, 2, 4])[torch.randint(4, (23, 1), generator=generator)]
+    text_mask = torch.ones(9, 2, dtype=torch.bool)
     matrix = pair_scores(images, texts, image_mask)
     for query, gallery, masks, expected in (
-        (texts, images, {"gallery_mask": image_mask}, matrix.T),
-        (images, texts, {"query_mask": image_mask}, matrix),
+        (texts, images, {"query_mask": text_mask, "gallery_mask": image_mask}, matrix.T),
+        (images, texts, {"query_mask": image_mask, "gallery_mask": text_mask}, matrix),
     ):
         best, order = expected.sort(dim=1, descending=True, stable=True)
         assert any(len(row.unique()) < len(row) for row in best[:, :k]) or k == 1

@@ -58,11 +58,6 @@ def test_scores_match_hand_computation(path, hand):
     torch.testing.assert_close(path(*hand), expected, rtol=0, atol=0)
 
 
-def test_slope_damps_negative_similarities(path, hand):
-    expected = torch.tensor([[1.5, -0.05], [-0.2, 1.75]])
-    torch.testing.assert_close(path(*hand, 0.1), expected)
-
-
 def test_gradient_of_ties_goes_to_the_first_token(path):
     images, texts = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
     image_grad, text_grad = torch.autograd.grad(
@@ -74,14 +69,13 @@ def test_gradient_of_ties_goes_to_the_first_token(path):
     torch.testing.assert_close(image_grad, torch.tensor([[[2.0, 0.0]]]), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("negative_slope", [1.0, 0.1, 0.0])
-def test_many_ties_have_the_same_gradient_on_both_paths(negative_slope):
+def test_many_ties_have_the_same_gradient_on_both_paths():
     generator = torch.Generator().manual_seed(0)
     # Small integers are exact in every order of summation, so ties are ties on both paths.
     images = torch.randint(-1, 2, (6, 9, 4), generator=generator).float()
     texts = torch.randint(-1, 2, (5, 8, 4), generator=generator).float()
     _, _, image_mask, text_mask = ragged(6, 5, 9, 8)
-    arguments = images, texts, image_mask, text_mask, negative_slope
+    arguments = images, texts, image_mask, text_mask
     for tile_elements in TILES:
         for ours, reference in zip(
             gradients(tiled_pair_scores, *arguments, tile_elements),
@@ -92,10 +86,9 @@ def test_many_ties_have_the_same_gradient_on_both_paths(negative_slope):
 
 
 @pytest.mark.parametrize("tile_elements", TILES)
-@pytest.mark.parametrize("negative_slope", [1.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_tiled_scores_equal_reference(dtype, negative_slope, tile_elements):
-    arguments = (*ragged(dtype=dtype), negative_slope)
+def test_tiled_scores_equal_reference(dtype, tile_elements):
+    arguments = ragged(dtype=dtype)
     expected = reference_pair_scores(*arguments)
     scores = tiled_pair_scores(*arguments, tile_elements)
     assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -103,10 +96,9 @@ def test_tiled_scores_equal_reference(dtype, negative_slope, tile_elements):
 
 
 @pytest.mark.parametrize("tile_elements", TILES)
-@pytest.mark.parametrize("negative_slope", [1.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_tiled_gradients_equal_reference(dtype, negative_slope, tile_elements):
-    arguments = (*ragged(dtype=dtype), negative_slope)
+def test_tiled_gradients_equal_reference(dtype, tile_elements):
+    arguments = ragged(dtype=dtype)
     # A gradient in half precision is rounded once, after a sum whose order differs.
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     for ours, reference in zip(
@@ -127,7 +119,7 @@ def test_training_scores_equal_inference_scores():
 def test_gradients_pass_numerical_check():
     image_embeds, text_embeds, *masks = ragged(3, 3, 4, 3, 3, dtype=torch.float64)
     leaves = image_embeds.requires_grad_(), text_embeds.requires_grad_()
-    assert torch.autograd.gradcheck(lambda *x: tiled_pair_scores(*x, *masks, 0.1, 16), leaves)
+    assert torch.autograd.gradcheck(lambda *x: tiled_pair_scores(*x, *masks, 16), leaves)
 
 
 @pytest.mark.parametrize("side", [0, 1])
@@ -145,7 +137,7 @@ def test_gradient_of_one_side_alone(side):
 
 @pytest.mark.parametrize("chunk_elements", [1, 16 * 10])
 def test_chunks_do_not_change_the_result(monkeypatch, chunk_elements):
-    arguments = (*ragged(), 0.1)
+    arguments = ragged()
     expected, expected_gradients = (
         reference_pair_scores(*arguments),
         gradients(reference_pair_scores, *arguments),
@@ -276,7 +268,7 @@ def test_autocast_does_not_lower_the_precision(monkeypatch, backend):
 
 def test_same_inputs_give_the_same_bits():
     arguments = ragged(16, 16, 20, 12, 32)
-    first, second = (gradients(tiled_pair_scores, *arguments, 1.0, 500) for _ in range(2))
+    first, second = (gradients(tiled_pair_scores, *arguments, 500) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     assert torch.equal(tiled_pair_scores(*arguments), tiled_pair_scores(*arguments))
 
@@ -285,7 +277,7 @@ def test_long_samples_keep_their_positions():
     # More than 128 words and patches do not fit the smallest position type.
     arguments = ragged(2, 3, 300, 200, 4)
     for ours, reference in zip(
-        gradients(tiled_pair_scores, *arguments, 0.1), gradients(reference_pair_scores, *arguments, 0.1), strict=True
+        gradients(tiled_pair_scores, *arguments), gradients(reference_pair_scores, *arguments), strict=True
     ):
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
 
@@ -349,8 +341,8 @@ def test_compiled_call_equals_eager_call(monkeypatch):
     arguments = ragged()
     image_embeds = arguments[0].requires_grad_()
     compiled = torch.compile(pair_scores, fullgraph=True, backend="eager")
-    scores = compiled(*arguments, negative_slope=0.1)
-    torch.testing.assert_close(scores, pair_scores(*arguments, negative_slope=0.1), rtol=1e-5, atol=1e-5)
+    scores = compiled(*arguments)
+    torch.testing.assert_close(scores, pair_scores(*arguments), rtol=1e-5, atol=1e-5)
     assert torch.autograd.grad(scores.sum(), image_embeds)[0].abs().sum() > 0
 
 
@@ -389,8 +381,6 @@ def test_requested_backend_that_cannot_serve_raises(monkeypatch):
         ({"text_mask": torch.ones(3) > 0}, r"text_mask has shape \(3,\); .* needs \(3, 2\)"),
         ({"text_mask": torch.ones(3, 2)}, "text_mask has type torch.float32; expected a boolean or integer"),
         ({"text_mask": torch.ones(3, 2, device="meta") > 0}, "text_mask is on meta and text_embeds on cpu"),
-        ({"negative_slope": -0.1}, "negative_slope is -0.1; it must be a finite number of at least 0"),
-        ({"negative_slope": float("nan")}, "negative_slope is nan"),
     ],
 )
 def test_wrong_input_is_named(change, message):

@@ -297,7 +297,8 @@ def test_fingerprint_is_that_of_the_content(data, tmp_path):
     name = fingerprint_of(rows)
     assert fingerprint_of(tiny.rows(20)) == name != fingerprint_of(tiny.rows(20, seed=5))
     assert fingerprint_of(rows.select(range(19))) != name
-    assert fingerprint_of(rows.map(lambda row: {"image_id": row["image_id"] + "x"})) != name
+    assert fingerprint_of(rows.map(lambda row: {"image_id": row["image_id"] + "x"})) == name
+    assert fingerprint_of(rows.map(lambda row: {"image_id": "x"})) != name
     assert fingerprint_of(rows.map(lambda row: {"captions": row["captions"] + ["more"]})) != name
     # Of files: name and size, wherever they lie.
     names = []
@@ -366,6 +367,15 @@ def test_joint_checkpoint_is_fine_tuned_and_reloads(tiny_clip, data, tmp_path):
     config = PicoConfig.from_pretrained(tmp_path / "run")
     assert (config.embedding_dim, config.vision_config.model_type) == (10, "clip_vision_model")
     assert tiny_clip.folder in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_the_length_of_texts_stays_with_the_model(tiny_clip, data, tmp_path):
+    options = {"model_name_or_path": tiny_clip.folder, "max_steps": 2, "do_eval": True, **dict.fromkeys(TOWERS)}
+    results = train(tmp_path / "run", data, max_text_length=4, **options)
+    processor = PicoProcessor.from_pretrained(tmp_path / "run")
+    assert processor(text=["red " * 30], return_tensors="pt").input_ids.shape == (1, 4)
+    again = evaluate(tmp_path / "again", data, model_name_or_path=str(tmp_path / "run"))
+    assert again["eval_loss"] == pytest.approx(results["eval_loss"])
 
 
 def test_two_towers_of_their_own_are_fine_tuned_and_one_frozen(data, tmp_path):
@@ -705,7 +715,7 @@ def test_bad_flag_names_what_is_allowed(tmp_path, capsys, options, words):
         ({"max_text_length": 0}, ["--max_text_length", "at least 1", "0"]),
         ({"per_device_train_batch_size": 50}, ["50", "20"]),
         ({"train_split": "trian"}, ["trian", "train", "validation"]),
-        ({"eval_split": "val"}, ["val", "test", "validation"]),
+        ({"eval_split": "held_out"}, ["held_out", "test", "validation"]),
         ({"caption_column": "texts"}, ["texts", "caption_column", "captions", "image_id"]),
         ({"id_column": "imgid"}, ["imgid", "id_column", "image_id"]),
         ({"model_name_or_path": "a", "text_model_name_or_path": "b"}, ["either", "not both"]),
@@ -719,6 +729,35 @@ def test_bad_value_stops_before_training(data, tmp_path, options, words):
         train(tmp_path, data, **options)
     assert all(word in str(error.value) for word in words), str(error.value)
     assert not list(tmp_path.glob("**/*.safetensors"))
+
+
+def test_no_row_is_training_and_test_data(finished, data, tmp_path):
+    rows = datasets.load_from_disk(data)["train"]
+    path = str(tmp_path / "rows.parquet")
+    rows.to_parquet(path)
+    for options in ({"do_eval": True}, {"do_eval": None, "do_predict": True}):
+        with pytest.raises(ValueError, match=r"rows.parquet' has no split '(validation|test)'; it has \['train'\]"):
+            train(tmp_path / "run", path, **options)
+    folder = tmp_path / "twice"
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(folder)
+    # Not the same number of rows: every one of them is nevertheless one of training.
+    options = {"do_predict": True, "eval_split": "train", "max_eval_samples": 5}
+    with pytest.raises(ValueError, match="The splits 'train' and 'test' hold the same data"):
+        train(tmp_path / "run", folder, **options)
+    assert not list((tmp_path / "run").glob("**/*.safetensors"))
+    # Looking at the rows of training on purpose is something else.
+    options = {"model_name_or_path": finished.folder, "do_eval": None, "do_predict": True, "test_split": "train"}
+    assert "train_rsum" in evaluate(tmp_path / "seen", path, **options)
+
+
+def test_a_column_of_a_file_says_which_rows_are_a_split(finished, data, tmp_path):
+    parts, words = datasets.load_from_disk(data), {"train": "train", "validation": "val", "test": "test"}
+    named = [parts[name].add_column("split", [word] * len(parts[name])) for name, word in words.items()]
+    datasets.concatenate_datasets(named).to_parquet(str(tmp_path / "rows.parquet"))
+    options = {"model_name_or_path": finished.folder, "do_predict": True}
+    evaluate(tmp_path / "out", str(tmp_path / "rows.parquet"), **options)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert {name: split["images"] for name, split in record["data"].items()} == {"validation": 9, "test": 7}
 
 
 def test_nothing_to_do_and_nothing_to_evaluate(data, tmp_path):

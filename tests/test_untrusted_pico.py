@@ -13,10 +13,10 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoProcessor, CLIPVisionConfig
+from transformers import AutoModel, AutoProcessor
 
 from modeling_pico import CddsConfig, PicoConfig, PicoModel, PicoProcessor
-from modeling_pico.backbones_pico import load_backbone, max_text_length
+from modeling_pico.backbones_pico import load_backbone
 from modeling_pico.checkpoint_pico import check_prototypes, check_tensors
 from modeling_pico.data import load_captioned_images
 from modeling_pico.training import PicoTrainer, PicoTrainingArguments
@@ -209,7 +209,6 @@ def test_a_data_set_with_a_script_runs_nothing(tmp_path):
         (None, "num_style_prototypes", -1, "`num_style_prototypes` must be at least 1, but got -1"),
         (None, "num_style_prototypes", "many", "'num_style_prototypes' expected int, got str"),
         (None, "sharpness", float("nan"), "`sharpness` must be greater than 0.0, but got nan"),
-        (None, "negative_slope", float("inf"), "`negative_slope` must be at most"),
         (None, "logit_scale_init_value", float("nan"), "`logit_scale_init_value` must be a number, but got nan"),
         (None, "uncertainty_reranking", {"floor": float("nan")}, r"reranking\['floor'\]` must be a finite .* got nan"),
         (None, "uncertainty_reranking", {"text_center": "x"}, r"`uncertainty_reranking\['text_center'\]` .* got 'x'"),
@@ -223,8 +222,40 @@ def test_a_data_set_with_a_script_runs_nothing(tmp_path):
             "numbers that the file does not hold, above all for vision_model",
         ),
         ("vision_config", "image_size", 10**9, r"position_embeddings is \(1, 5, 16\) in the file"),
-        ("vision_config", "num_hidden_layers", 10**9, "`vision_config.num_hidden_layers` must be from 1 to 1000"),
+        ("vision_config", "num_hidden_layers", 10**9, "`vision_config.num_hidden_layers` must be from 1 to 256"),
+        ("vision_config", "num_hidden_layers", 1000, "`vision_config.num_hidden_layers` must be from 1 to 256"),
+        ("vision_config", "num_hidden_layers", 0, "`vision_config.num_hidden_layers` must be from 1 to 256"),
         ("vision_config", "num_hidden_layers", 3, "lacks 16 tensors that its configuration asks for: vision_model"),
+        (
+            "vision_config",
+            "num_hidden_layers",
+            99,
+            "asks for .* that the file does not hold, above all for vision_model",
+        ),
+        (
+            "text_config",
+            "encoder_layers",
+            [4, 300],
+            r"`text_config.encoder_layers` must be .* 256, but got \[4, 300\]",
+        ),
+        (
+            "vision_config",
+            "layer_norm_eps",
+            float("nan"),
+            "`vision_config.layer_norm_eps` must be finite, but got nan",
+        ),
+        ("vision_config", "layer_norm_eps", -1.0, "`vision_config.layer_norm_eps` must be greater than 0, but got -1"),
+        ("text_config", "layer_norm_eps", 0, "`text_config.layer_norm_eps` must be greater than 0, but got 0"),
+        ("text_config", "layer_norm_eps", float("inf"), "`text_config.layer_norm_eps` must be finite, but got inf"),
+        ("text_config", "initializer_range", float("nan"), "`text_config.initializer_range` must be finite"),
+        ("text_config", "rope", {"factors": [1.0, float("nan")]}, r"`text_config.rope.factors` must be finite"),
+        (
+            "text_config",
+            "hidden_dropout_prob",
+            1.5,
+            "`text_config.hidden_dropout_prob` must be from 0 to 1, but got 1.5",
+        ),
+        ("vision_config", "attention_probs_dropout_prob", -0.1, "dropout_prob` must be from 0 to 1, but got -0.1"),
         ("vision_config", "patch_size", 0, "`vision_config.patch_size` must be at least 1, but got 0"),
         ("text_config", "hidden_size", -4, "`text_config.hidden_size` must be at least 1, but got -4"),
         ("text_config", "vocab_size", 10**12, r"word_embeddings.weight is \(64, 24\) in the file"),
@@ -265,13 +296,6 @@ def test_a_configuration_that_is_no_object(folder):
         (folder / "config.json").write_text(text)
         with pytest.raises(error, match=message):
             PicoModel.from_pretrained(folder)
-
-
-def test_texts_have_no_more_tokens_than_the_tower_has_positions(tiny_text_config):
-    assert max_text_length(tiny_text_config("bert")) == 32
-    config = tiny_text_config("roberta")
-    assert max_text_length(config) == 34 - config.pad_token_id - 1
-    assert max_text_length(CLIPVisionConfig()) is None
 
 
 def test_image_sizes_that_would_exhaust_memory(folder):

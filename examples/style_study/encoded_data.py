@@ -18,8 +18,8 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutput
 
 from modeling_pico import load_captioned_images
+from modeling_pico.data import decode_image
 from modeling_pico.data.dataset import SampleKey
-from modeling_pico.data.images import decode_image
 from modeling_pico.training.from_scratch import train_tokenizer
 
 

@@ -1,10 +1,12 @@
 """Captioned images: where they come from, how they are decoded, sampled and batched."""
 
+from ..image_decoding_pico import BadImageError, decode_image
 from .collator import PicoDataCollator, count_truncated, default_max_length
 from .dataset import CaptionedImageDataset, RandomCropFlip, SampleKey
-from .images import BadImageError, check_images, decode_image
+from .images import check_images
 from .sampler import UniqueIdBatchSampler
 from .sources import load_captioned_images
+from .splits import check_distinct
 from .styled_shapes import styled_shapes
 
 
@@ -15,6 +17,7 @@ __all__ = [
     "RandomCropFlip",
     "SampleKey",
     "UniqueIdBatchSampler",
+    "check_distinct",
     "check_images",
     "count_truncated",
     "decode_image",

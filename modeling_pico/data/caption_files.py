@@ -1,7 +1,9 @@
-"""The two text formats of retrieval research: Karpathy's JSON and pairs of caption and id files."""
+"""The text formats of retrieval research: JSON of Karpathy and of COCO, and pairs of caption and id files."""
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -9,41 +11,49 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .splits import find_split, split_of_file
+
 
 logger = logging.get_logger(__name__)
 
-# One entry of `read_*`: the image's path (None without images), its captions, and its id.
+# One entry of `read_*`: the image's path (None without images), its captions, and its id. An id counts within its file
+# alone, so that a digest of the file is a part of it: image 7 of one data set is not image 7 of another.
 CaptionRow = dict[str, Any]
 CAPTIONS_PER_IMAGE = 5
 # Halves of a character that JSON can write (\ud83d) and text cannot hold.
 _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-def is_karpathy_json(path: Path) -> bool:
-    """Whether a JSON file is laid out like Karpathy's splits, judged by its beginning."""
+def has_image_list(path: Path) -> bool:
+    """Whether a JSON file is laid out as `{"images": [...]}` (Karpathy's splits, COCO), judged by its beginning."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         start = file.read(1 << 16).lstrip()
     return start.startswith("{") and re.search(r'"images"\s*:\s*\[', start) is not None
 
 
-def read_karpathy_json(path: Path, split: str, image_dir: Path, with_images: bool) -> list[CaptionRow]:
+def read_image_list(path: Path, split: str, image_dir: Path, with_images: bool) -> list[CaptionRow]:
     """
-    Reads one split of a file laid out as `{"images": [{"filename", "filepath"?, "split", "imgid", "sentences"}]}`.
+    Reads one split of a file in one of two layouts.
 
-    `restval` counts as `train`, as is usual for MS-COCO. The image lies at `image_dir/filepath/filename`, or at
-    `image_dir/filename` where there is no folder `filepath`.
+    - Karpathy's: `{"images": [{"filename", "filepath"?, "split", "imgid", "sentences"}]}`. `restval` counts as
+      `train`, as is usual for MS-COCO. The image lies at `image_dir/filepath/filename`, or at `image_dir/filename`
+      where there is no folder `filepath`.
+    - COCO's: `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`, all of which is the split
+      that the name of the file says (`captions_val2017.json`). The image lies at `image_dir/file_name`.
     """
     contents = _read_json(path)
     entries = contents.get("images") if isinstance(contents, dict) else None
     if not isinstance(entries, list):
         raise ValueError(f"{str(path)!r} must be an object with a list 'images'.")
+    if "annotations" in contents:
+        entries = _as_karpathy(path, entries, contents["annotations"])
     problems = [(number, problem) for number, entry in enumerate(entries) if (problem := _entry_problem(entry))]
     if problems:
         first = "; ".join(f"entry {number} {problem}" for number, problem in problems[:5])
         raise ValueError(f"{len(problems)} of {len(entries)} entries of 'images' in {str(path)!r} are wrong: {first}.")
     splits = ["train" if entry["split"] == "restval" else entry["split"] for entry in entries]
-    if split not in splits:
-        raise ValueError(f"{str(path)!r} has no split {split!r}; it has {sorted(set(splits))}.")
+    split = find_split(split, sorted(set(splits)), repr(str(path)))
+    scope = _digest(path)
     folders: dict[str, Path] = {}
     rows = []
     replaced = 0
@@ -60,12 +70,33 @@ def read_karpathy_json(path: Path, split: str, image_dir: Path, with_images: boo
             {
                 "image": str(folders[sub] / entry["filename"]) if with_images else None,
                 "captions": repaired,
-                "image_id": str(entry.get("imgid", number)),
+                "image_id": f"{scope}:{entry.get('imgid', number)}",
             }
         )
     if replaced:
         logger.warning(f"{replaced} captions of {str(path)!r} hold halves of characters, which became \ufffd.")
     return rows
+
+
+def _as_karpathy(path: Path, images: list[Any], annotations: Any) -> list[dict[str, Any]]:
+    """Lists of COCO as entries of Karpathy's list."""
+    split = split_of_file(path)
+    try:
+        entries = {
+            image["id"]: {"filename": image["file_name"], "split": split, "imgid": image["id"], "sentences": []}
+            for image in images
+        }
+        for annotation in annotations:
+            entries[annotation["image_id"]]["sentences"].append({"raw": annotation["caption"]})
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{str(path)!r} is not laid out like COCO's captions ({type(error).__name__}: {error}): each of its "
+            "'images' needs an 'id' and a 'file_name', each of its 'annotations' the 'image_id' of an image and a "
+            "'caption'."
+        ) from error
+    if len(entries) < len(images):
+        raise ValueError(f"{str(path)!r} gives one id to several images.")
+    return list(entries.values())
 
 
 def _entry_problem(entry: Any) -> str:
@@ -103,7 +134,7 @@ def find_caption_files(name: str, split: str) -> tuple[Path, Path, Path | None] 
     folder, prefix = (path, "") if path.is_dir() else (path.parent, path.name + "_")
     if not folder.is_dir():
         return None
-    available = sorted(file.name for file in folder.glob(f"{prefix}*_caps.txt"))
+    available = sorted(file.name for file in folder.glob(f"{glob.escape(prefix)}*_caps.txt"))
     if not available:
         return None
     exact = f"{prefix}{split}_caps.txt"
@@ -147,11 +178,12 @@ def read_caption_files(
     if "" in grouped:
         raise ValueError(f"{str(ids_path)!r} has an empty line among the ids (line {ids.index('') + 1}).")
     files = _image_files(list(grouped), mapping_path, ids_path) if with_images else {}
+    scope = _digest(captions_path, ids_path)
     return [
         {
             "image": str(image_dir / files[image_id]) if with_images else None,
             "captions": image_captions,
-            "image_id": image_id,
+            "image_id": f"{scope}:{image_id}",
         }
         for image_id, image_captions in grouped.items()
     ]
@@ -170,6 +202,13 @@ def _image_files(ids: list[str], mapping_path: Path | None, ids_path: Path) -> d
     if unknown:
         raise ValueError(f"{str(mapping_path)!r} lacks {len(unknown)} of {len(ids)} ids, the first are {unknown[:5]}.")
     return mapping
+
+
+def _digest(*paths: Path) -> str:
+    digest = hashlib.blake2b(digest_size=6)
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _read_text(path: Path) -> str:

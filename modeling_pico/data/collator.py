@@ -26,37 +26,35 @@ class PicoDataCollator:
     after another, `(texts, tokens)`; besides there are `text_ids` `(texts,)`, the image id of each caption, and
     `num_captions` `(batch,)`.
 
-    Texts are padded to the longest of the batch. The attributes `seen_captions` and `truncated_captions` count what
+    Texts are cut to the tokenizer's `model_max_length`, which is saved with it (if it is 10,000 or more, nothing is
+    cut), and padded to the longest of the batch. The attributes `seen_captions` and `truncated_captions` count what
     this object tokenized; in a data loader with workers each worker counts in its own copy, so use [`count_truncated`]
     for a report over a data set.
 
     Args:
         processor (`ProcessorMixin`):
             Has an `image_processor` and a `tokenizer`.
-        max_length (`int`, *optional*):
-            Longer texts are cut to this number of tokens. Defaults to the tokenizer's `model_max_length` if that is
-            below 10,000, else nothing is cut.
         pad_to_multiple_of (`int`, *optional*):
-            Pads texts to a multiple of this number, but never beyond `max_length`.
+            Pads texts to a multiple of this number, but never beyond the length at which they are cut.
 
     Raises:
-        ValueError: for a length that is not positive, an empty batch, or samples of both kinds in one batch.
+        ValueError: for a multiple that is not positive, an empty batch, or samples of both kinds in one batch.
     """
 
-    def __init__(
-        self,
-        processor: ProcessorMixin,
-        max_length: int | None = None,
-        pad_to_multiple_of: int | None = None,
-    ) -> None:
-        for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be a positive number of tokens or None, got {value}.")
+    def __init__(self, processor: ProcessorMixin, pad_to_multiple_of: int | None = None) -> None:
+        if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
+            raise ValueError(
+                f"`pad_to_multiple_of` must be a positive number of tokens or None, got {pad_to_multiple_of}."
+            )
         self.processor = processor
-        self.max_length = default_max_length(processor.tokenizer) if max_length is None else max_length
         self.pad_to_multiple_of = pad_to_multiple_of
         self.seen_captions = 0
         self.truncated_captions = 0
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens at which texts are cut, or `None` if they are not."""
+        return default_max_length(self.processor.tokenizer)
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Returns the tensors of a batch, on the CPU."""

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from .images import decode_image
+from ..image_decoding_pico import decode_image
+from .paths import check_mark
 
 
 class SampleKey(NamedTuple):
@@ -87,6 +88,7 @@ class CaptionedImageDataset(Dataset):
     def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
         row = key.row if isinstance(key, SampleKey) else int(key)
         item = self.dataset[row]
+        check_mark(item["image"] and item["image"]["path"])
         image = decode_image(item["image"])
         image_id = int(self.ids[row])
         if not isinstance(key, SampleKey):

@@ -8,7 +8,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,20 +18,27 @@ import pyarrow as pa
 from huggingface_hub import constants as hub_constants
 from transformers.utils import logging
 
-from .caption_files import find_caption_files, is_karpathy_json, read_caption_files, read_karpathy_json
-from .images import MAX_SKIPPED, check_share, iter_encoded, too_many
-from .paths import Fence, place_paths
+from .caption_files import find_caption_files, has_image_list, read_caption_files, read_image_list
+from .images import MAX_SKIPPED, check_share, image_keys, iter_encoded, too_many
+from .paths import Fence, OutsideError, check_files, files_named_by_card, place_paths, saved_files
+from .splits import choose_split, split_of_file
 from .styled_shapes import styled_shapes
 
 
 logger = logging.get_logger(__name__)
 
 STYLED_SHAPES = "styled_shapes"
-CAPTION_COLUMNS = ("captions", "caption", "sentences", "text")
+IMAGE_COLUMNS = ("image", "image_name", "file_name")
+CAPTION_COLUMNS = ("captions", "caption", "sentences", "text", "comment")
+_LINE_BREAKS = re.compile(r"[\r\n]+")
 # What is neither printable nor a separator between words: C0 and C1 controls, and the separators of lines.
 _NOT_PRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+# Categories of characters that show nothing: controls, formats, separators. All others count as visible, also those
+# that are newer than Python's tables.
+_INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
 _FILE_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
-_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_TABLES = (".csv", ".tsv", ".txt")
+_IMAGE_NAME = re.compile(r"\.(jpe?g|png|gif|webp)\b", re.IGNORECASE)
 # From here on floating-point numbers skip integers: two ids may have become one.
 _FIRST_INEXACT = 2.0**53
 
@@ -75,39 +83,52 @@ def load_captioned_images(
     `dataset_name` decides, in this order:
 
     1. `"styled_shapes"`: the generated data of [`styled_shapes`] (a folder of that name is `"./styled_shapes"`).
-    2. A file: `.json` in the layout of Karpathy's splits (`dataset_flickr30k.json`, `dataset_coco.json`), or any
-       parquet, JSON, JSON lines or CSV file; such a file has no splits, it is the one that is asked for. All columns
-       of a CSV file are text.
+    2. A file: `.json` in the layout of Karpathy's splits (`dataset_flickr30k.json`, `dataset_coco.json`) or of COCO
+       (`captions_val2017.json`), or any parquet, JSON, JSON lines or CSV file, also with tabs, semicolons or bars
+       between its columns and also as `.txt` (`captions.txt` of Flickr8k, `results.csv` of Flickr30k). All columns of
+       a CSV file are text.
     3. A folder written by `save_to_disk`.
     4. A folder with `[prefix_]{split}_caps.txt` and `[prefix_]{split}_ids.txt` (one id a caption, or one an image with
        five captions each), or such a folder followed by the prefix (`"data/f30k"`). `[prefix_]id_mapping.json` gives
        the image files of the ids.
-    5. Everything else goes to `datasets.load_dataset`: a local folder (parquet files, or images with
-       `metadata.jsonl`), a name on the Hub, or the name of a builder with `data_files`.
+    5. Everything else is found as `datasets.load_dataset` finds it: a local folder (parquet files, CSV files, images
+       with `metadata.jsonl` or `metadata.csv`), a name on the Hub, or the name of a builder with `data_files`.
+
+    If the source knows a single split and its rows have a column `split`, that column says which rows are which. A
+    single file without such a column is the split that its name says (`test.csv`), or `train`; the same rows are never
+    handed out as two splits. `val`, `valid`, `dev` and `validation` are the same, and so are `train` and `training`,
+    `test` and `testing`.
 
     Rows that show the same image (the same bytes, or without bytes the same path, and the same id if there is an
     `id_column`) become one row with all their captions, at the place of the first. Rows with one id but different
     images stay separate: they mean the same and look different.
 
-    Captions are stripped, and line breaks and control characters in them become spaces. Empty ones, also those without
-    a visible character, are dropped with a warning.
+    Captions are stripped, and control characters in them become spaces. Empty ones, also those without a visible
+    character, are dropped with a warning. A text with line breaks may be one caption or several: each line of a text
+    file of a WebDataset is a caption, in a list of captions line breaks become spaces with a warning, and elsewhere
+    they are refused.
 
-    Paths of images must not lead out of the folder of the data or `image_dir`, neither by `..` nor as absolute paths
-    nor behind symbolic links; data of the Hub may besides use the caches of `datasets` and `huggingface_hub`.
+    Neither paths of images nor the files that a data set says its rows are in may lead out of the folder of the data
+    or `image_dir`, be it by `..`, as absolute paths, or behind symbolic links; data of the Hub may besides use the
+    caches of `datasets` and `huggingface_hub`.
 
     Args:
         dataset_name (`str`):
             The source, see above.
         split (`str`):
-            Name of the split. Expressions such as `"train[:100]"` work where `load_dataset` reads the data.
-        image_column (`str`, *optional*, defaults to `"image"`):
-            Column with images (the `Image` feature, bytes, or paths).
+            Name of the split. Expressions such as `"train[:100]"` work too, except for 1, 4, and the layouts of
+            Karpathy and COCO.
+        image_column (`str`, *optional*):
+            Column with images (the `Image` feature, `{"bytes", "path"}`, bytes, or paths). Defaults to the first that
+            exists of `image`, `image_name`, `file_name`.
         caption_column (`str`, *optional*):
             Column with a caption or a list of captions (`str`, or `{"raw": str}`). Defaults to the first that exists
-            of `captions`, `caption`, `sentences`, `text`.
+            of `captions`, `caption`, `sentences`, `text`, `comment`.
         id_column (`str`, *optional*):
             Column with the identity of the meaning. Without it each image is a meaning of its own, except in the
-            sources that have ids (1, 4, and Karpathy's layout).
+            sources that have ids (1, 4, and the layouts of Karpathy and COCO). Ids that are not from a column differ
+            between different images of all sources, so that loaded sets can be concatenated; those of a column are
+            kept as they are.
         style_column (`str`, *optional*):
             Column with the name of the style. Defaults to `"style"` if that exists.
         image_dir (`str`, *optional*):
@@ -166,15 +187,16 @@ def _open_source(
     if path.is_file():
         return _from_file(path, split, start, fence, with_images, hub["cache_dir"])
     if path.is_dir() and any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
+        check_files(list(saved_files(path)), fence, str(path))
         return _Source(_from_disk(path, split), False, start, fence)
     files = find_caption_files(str(path), split) if data_files is None else None
     if files is not None:
         start = start or files[0].parent.absolute()
         rows = read_caption_files(*files, start, with_images)
         return _Source(_from_rows(rows), True, start, Fence(_image_folders(files[0].parent.absolute(), start)))
+    rows = _load(name, name, split, fence, data_files=data_files, **hub)
     caches = [hub["cache_dir"] or datasets.config.HF_DATASETS_CACHE, hub_constants.HF_HUB_CACHE]
-    fence = Fence([*fence.folders, *caches])
-    return _Source(_load(name, name, split=split, data_files=data_files, **hub), False, start, fence)
+    return _Source(rows, False, start, Fence([*fence.folders, *caches]))
 
 
 def _image_folders(*folders: Path | None) -> list[Path]:
@@ -189,26 +211,31 @@ def _from_file(
     path: Path, split: str, start: Path | None, fence: Fence, with_images: bool, cache_dir: str | None
 ) -> _Source:
     assert start is not None  # the folder of the file, at least
-    if path.suffix == ".json" and is_karpathy_json(path):
-        return _Source(_from_rows(read_karpathy_json(path, split, start, with_images)), True, start, fence)
-    if path.suffix in _SEPARATORS:
-        return _Source(_from_csv(path, _SEPARATORS[path.suffix]), False, start, fence)
-    if path.suffix not in _FILE_BUILDERS:
-        known = sorted([*_FILE_BUILDERS, *_SEPARATORS])
+    suffix = path.suffix.lower()
+    if suffix == ".json" and has_image_list(path):
+        return _Source(_from_rows(read_image_list(path, split, start, with_images)), True, start, fence)
+    if suffix in _TABLES:
+        rows = choose_split({split_of_file(path): _read_table(path)}, split, repr(str(path)))
+        return _Source(rows, False, start, fence)
+    if suffix not in _FILE_BUILDERS:
+        known = sorted([*_FILE_BUILDERS, *_TABLES])
         raise ValueError(f"Cannot read {str(path)!r}: a data file ends in one of {known}.")
     # Brackets and asterisks of a name are no pattern.
-    files = {"data": glob.escape(str(path))}
-    rows = _load(_FILE_BUILDERS[path.suffix], str(path), split="data", data_files=files, cache_dir=cache_dir)
+    files = {split_of_file(path): glob.escape(str(path))}
+    rows = _load(_FILE_BUILDERS[suffix], str(path), split, fence, data_files=files, cache_dir=cache_dir)
     return _Source(rows, False, start, fence)
 
 
-def _from_csv(path: Path, separator: str) -> datasets.Dataset:
+def _read_table(path: Path) -> datasets.Dataset:
     """
-    All columns as text: guessing types would make the caption "NA" empty and cut the digits of long ids, and a row
-    with a comma too many would shift the columns.
+    Reads a file of separated columns, all as text: guessing types would make the caption "NA" empty and cut the digits
+    of long ids, and a row with a comma too many would shift the columns.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
+            header = file.readline()
+            file.seek(0)
+            separator = next((mark for mark in "\t,;|" if mark in header), ",")
             reader = csv.reader(file, delimiter=separator, strict=True)
             names = next(reader, [])
             rows = [(reader.line_num, row) for row in reader if row]
@@ -218,6 +245,13 @@ def _from_csv(path: Path, separator: str) -> datasets.Dataset:
         raise ValueError(
             f"The first line of {str(path)!r} must name the columns, each once; it holds {str(names)[:80]}."
         )
+    if any(_IMAGE_NAME.search(name) for name in names):
+        raise ValueError(
+            f"The first line of {str(path)!r} must name the columns (for example `image,caption`), but holds a row: "
+            f"{str(names)[:80]}."
+        )
+    if separator == "|":  # which is written with spaces around it
+        names, rows = [name.strip() for name in names], [(line, [f.strip() for f in row]) for line, row in rows]
     wrong = [(line, len(row)) for line, row in rows if len(row) != len(names)]
     if wrong:
         raise ValueError(
@@ -240,25 +274,83 @@ def _from_rows(rows: list[dict[str, Any]]) -> datasets.Dataset:
 
 def _from_disk(path: Path, split: str) -> datasets.Dataset:
     saved = datasets.load_from_disk(str(path))
-    if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            raise ValueError(f"{str(path)!r} has no split {split!r}; it has {sorted(saved)}.")
-        return saved[split]
-    if saved.split is not None and str(saved.split) != split:
-        raise ValueError(f"{str(path)!r} has no split {split!r}; it has ['{saved.split}'].")
-    return saved
+    if not isinstance(saved, datasets.DatasetDict):
+        saved = {str(saved.split or "train"): saved}
+    return choose_split(saved, split, repr(str(path)))
 
 
-def _load(builder: str, source: str, *, split: str, **options: Any) -> datasets.Dataset:
+def _load(builder: str, source: str, split: str, fence: Fence, *, data_files: Any, **options: Any) -> datasets.Dataset:
+    """One split of what `datasets.load_dataset` finds."""
+    folder = Path(source).expanduser()
+    found_by_itself = data_files is None
     try:
-        return datasets.load_dataset(builder, split=split, **options)
-    except OSError:  # what does not exist or cannot be reached
+        if found_by_itself and folder.is_dir():
+            named = files_named_by_card(folder)
+            if glob.has_magic(str(folder.resolve())):
+                if named:
+                    raise ValueError(
+                        "its README.md names files, and the folder's own name reads as a pattern: rename it"
+                    )
+                data_files = _patterns_in(folder)
+        found = datasets.load_dataset_builder(builder, data_files=data_files, **options)
+        if found_by_itself:
+            # Of a folder of images, those that rows name are checked with the rows.
+            images = found.EXTENSIONS if found.name == "imagefolder" else ()
+            files = [file for files in (found.config.data_files or {}).values() for file in files]
+            local = [file for file in files if "://" not in file]
+            check_files([file for file in local if Path(file).suffix.lower() not in images], fence, source)
+        splits = _tables(found)
+        if splits is None:
+            found.download_and_prepare()
+            splits = found.as_dataset()
+    except (OSError, OutsideError):  # what does not exist or cannot be reached, or is not to be read
         raise
     except Exception as error:  # its readers of files fail in many ways when these are not as they should be
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
         cause = error.__cause__ if generating and error.__cause__ is not None else error
         reason = f"{type(cause).__name__}: {cause}" if str(cause) else "it holds no rows"
         raise ValueError(f"Cannot load the split {split!r} of {source!r}: {reason}") from error
+    return choose_split(splits, split, repr(source))
+
+
+def _patterns_in(folder: Path) -> dict[str, list[str]]:
+    """The patterns by which `datasets` searches a folder, with the name of the folder being none."""
+    base = glob.escape(str(folder.resolve()))
+    found = datasets.data_files.get_data_patterns(base)
+    return {str(split): [f"{base}/{pattern}" for pattern in patterns] for split, patterns in found.items()}
+
+
+def _tables(found: datasets.DatasetBuilder) -> dict[str, datasets.Dataset] | None:
+    """The splits of a builder that would guess the types of CSV columns; None for all other builders."""
+    files = found.config.data_files or {}
+    manager = datasets.DownloadManager(
+        base_path=found.base_path, download_config=datasets.DownloadConfig(token=found.token)
+    )
+    if found.name == "csv":
+        local = {split: list(manager.iter_files(manager.download_and_extract(files[split]))) for split in files}
+        return {split: _joined([_read_table(Path(path)) for path in paths]) for split, paths in local.items()}
+    names = {Path(path).name for paths in files.values() for path in paths}
+    if found.name == "imagefolder" and names.intersection(found.METADATA_FILENAMES) == {"metadata.csv"}:
+        local = {split: [Path(path) for path in manager.download(files[split])] for split in files}
+        tables = {split: [path for path in paths if path.name == "metadata.csv"] for split, paths in local.items()}
+        return {split: _joined(list(map(_read_metadata, paths))) for split, paths in tables.items() if paths}
+    return None
+
+
+def _read_metadata(path: Path) -> datasets.Dataset:
+    """A `metadata.csv`, whose column `file_name` is the image, and relative to the file."""
+    rows = _read_table(path)
+    if "file_name" not in rows.column_names:
+        raise ValueError(f"{str(path)!r} has no column 'file_name'; its columns are {rows.column_names}.")
+    images = [str(path.parent / name) if name else "" for name in rows["file_name"]]
+    return rows.remove_columns("file_name").add_column("image", images)
+
+
+def _joined(tables: list[datasets.Dataset]) -> datasets.Dataset:
+    columns = {tuple(sorted(table.column_names)) for table in tables}
+    if len(columns) > 1:
+        raise ValueError(f"the files of one split have different columns: {sorted(columns)}")
+    return datasets.concatenate_datasets(tables)
 
 
 def _choose_columns(
@@ -279,7 +371,8 @@ def _choose_columns(
                 f"The data has none of the usual caption columns {list(CAPTION_COLUMNS)}; its columns are {names}. "
                 "Name the right one with `caption_column`."
             )
-    image_column = image_column or "image"
+    if image_column is None:
+        image_column = next((column for column in IMAGE_COLUMNS if column in names), IMAGE_COLUMNS[0])
     chosen = {"caption_column": caption_column, "id_column": id_column, "style_column": style_column}
     if with_images:
         chosen["image_column"] = image_column
@@ -296,13 +389,16 @@ def _canonical(
     dataset = source.rows.with_format(None)
     if not len(dataset):
         raise ValueError("The data holds no rows.")
-    texts = _caption_lists(dataset, columns.captions)
+    # The text file of a WebDataset holds a caption a line.
+    texts = _caption_lists(dataset, columns.captions, in_lines=dataset.info.builder_name == "webdataset")
     ids = _strings(dataset, columns.image_id) if columns.image_id else None
     images = _image_table(source, columns.image, with_images) if columns.image in dataset.column_names else None
     if images is not None:
-        groups = _group_rows(_image_keys(images), ids)
+        keys = list(image_keys(images))
+        groups = _group_rows(keys, ids)
     else:
-        groups = _group_rows(ids or range(len(dataset)), None)
+        keys = [("row", row) for row in range(len(dataset))]
+        groups = _group_rows(ids or keys, None)
 
     merged = [[text for row in rows for text in texts[row]] for rows in groups]
     captions, dropped = [], 0
@@ -326,7 +422,7 @@ def _canonical(
     first = [groups[index][0] for index in used]
     values: dict[str, Any] = {
         "captions": [captions[index] for index in used],
-        "image_id": [ids[row] for row in first] if ids else [str(index) for index in range(len(used))],
+        "image_id": [ids[row] for row in first] if ids else _made_ids([keys[row] for row in first], texts),
     }
     features = {"captions": datasets.List(datasets.Value("string")), "image_id": datasets.Value("string")}
     if columns.style:
@@ -348,10 +444,21 @@ def _join(
     return datasets.concatenate_datasets([images, rest], axis=1)
 
 
+def _made_ids(keys: list[tuple[str, Any]], texts: list[list[str | None]]) -> list[str]:
+    """
+    An id for each image that no other image of any source has; the same image has the same id in every load. Rows
+    without an image are told apart by their number among all the captions of the source.
+    """
+    if any(kind == "row" for kind, _ in keys):
+        source = hashlib.blake2b(json.dumps(texts).encode()).digest()
+        keys = [(kind, (source, value) if kind == "row" else value) for kind, value in keys]
+    return [hashlib.blake2b(repr(key).encode(), digest_size=8).hexdigest() for key in keys]
+
+
 def _clean(text: str | None) -> str:
     cleaned = _NOT_PRINTABLE.sub(" ", text).strip() if text else ""
     # Without a visible character (zero-width spaces, byte order marks) there is nothing to read.
-    return cleaned if any(character.isprintable() and character != " " for character in cleaned) else ""
+    return cleaned if any(unicodedata.category(character) not in _INVISIBLE for character in cleaned) else ""
 
 
 def _values(dataset: datasets.Dataset, column: str) -> list[Any]:
@@ -393,13 +500,17 @@ def _strings(dataset: datasets.Dataset, column: str) -> list[str]:
     return [str(value) for value in values]
 
 
-def _caption_lists(dataset: datasets.Dataset, column: str) -> list[list[str | None]]:
+def _caption_lists(dataset: datasets.Dataset, column: str, in_lines: bool) -> list[list[str | None]]:
     """The captions of each row as a list, whatever of the known shapes the column has."""
     lists: list[list[str | None]] = []
-    wrong = []
+    wrong, broken = [], []
     for row, value in enumerate(_values(dataset, column)):
-        if value is None or isinstance(value, str):
+        if value is None:
             value = [value]
+        elif isinstance(value, str):
+            value = _LINE_BREAKS.split(value.strip())
+            if len(value) > 1 and not in_lines:
+                broken.append(row)
         elif isinstance(value, dict) and isinstance(value.get("raw"), list):
             value = value["raw"]  # a list of {"raw": ...} as older releases of `datasets` stored it
         elif isinstance(value, list):
@@ -408,6 +519,12 @@ def _caption_lists(dataset: datasets.Dataset, column: str) -> list[list[str | No
         if not all(text is None or isinstance(text, str) for text in texts):
             wrong.append((row, value))
         lists.append(texts or [])
+    if broken:
+        raise ValueError(
+            f"The column {column!r} holds texts of several lines in {len(broken)} of {len(lists)} rows, the first are "
+            f"{broken[:5]}. Whether each is one caption or several cannot be told: put spaces for the line breaks, or "
+            "a list of captions for the text."
+        )
     if wrong:
         row, value = wrong[0]
         raise ValueError(
@@ -415,6 +532,9 @@ def _caption_lists(dataset: datasets.Dataset, column: str) -> list[list[str | No
             f"{len(wrong)} of {len(lists)} rows do not, the first is row {row}, which holds "
             f"{json.dumps(value, default=str)[:80]}."
         )
+    joined = sum(bool(text and _LINE_BREAKS.search(text.strip())) for texts in lists for text in texts)
+    if joined:
+        logger.warning(f"{joined} captions hold line breaks, which became spaces.")
     return lists
 
 
@@ -424,7 +544,9 @@ def _image_table(source: _Source, column: str, with_images: bool) -> datasets.Da
     feature = source.rows.features[column]
     is_text = isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
     is_bytes = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
-    if not (is_text or is_bytes or isinstance(feature, datasets.Image)):
+    # As images are stored by libraries that do not know the feature.
+    is_struct = isinstance(feature, dict) and feature.keys() == {"bytes", "path"}
+    if not (is_text or is_bytes or is_struct or isinstance(feature, datasets.Image)):
         raise ValueError(f"The column {column!r} must hold images, bytes or paths, but holds {feature}.")
     images = source.rows.select_columns([column])
     if column != "image":
@@ -457,19 +579,6 @@ def _placed(images: datasets.Dataset, start: Path | None, fence: Fence | None) -
         first += len(chunk)
     table = datasets.table.InMemoryTable(pa.table({"image": pa.chunked_array(parts)}))
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=images.features))
-
-
-def _image_keys(images: datasets.Dataset) -> Iterator[tuple[str, Any]]:
-    """What makes two images the same: their bytes if they are in the data, else their path."""
-    row = 0
-    for chunk in iter_encoded(images):
-        for content, path in zip(chunk.field("bytes"), chunk.field("path"), strict=True):
-            if content.is_valid:
-                yield "bytes", hashlib.blake2b(content.as_buffer(), digest_size=16).digest()
-            else:
-                # Rows without any image are never the same: each is reported as a bad image of its own.
-                yield ("path", path.as_py()) if path.is_valid else ("row", row)
-            row += 1
 
 
 def _group_rows(keys: Any, ids: list[str] | None) -> list[list[int]]:

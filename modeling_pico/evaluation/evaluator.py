@@ -383,7 +383,6 @@ class RetrievalEvaluator:
         self, model: PicoModel, encoded: EncodedRetrieval, parts: Iterable[tuple[_Block, list[_Block]]]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Scores each block of images with its blocks of texts; gives positions of both and scores in float32."""
-        slope = model.config.negative_slope
         for image_block, text_blocks in parts:
             if not text_blocks:
                 continue
@@ -391,7 +390,7 @@ class RetrievalEvaluator:
             # Texts are weighted tile by tile as well: a weighted copy of a large gallery would double its memory.
             for text_block in text_blocks:
                 texts, text_mask = score_ready(model, encoded, "text", text_block.tokens)
-                tile = pair_scores(images, texts, image_mask, text_mask, negative_slope=slope)
+                tile = pair_scores(images, texts, image_mask, text_mask)
                 yield image_block.positions, text_block.positions, tile.float()
 
     def _loss(self, model: PicoModel, encoded: EncodedRetrieval) -> float:
@@ -405,7 +404,7 @@ class RetrievalEvaluator:
             own = slice(max(start, first) - first, min(start + size, end) - first)
             images, image_mask = score_ready(model, encoded, "image", own)
             texts, text_mask = score_ready(model, encoded, "text", captions[start : start + size])
-            block = pair_scores(images, texts, image_mask, text_mask, negative_slope=config.negative_slope)
+            block = pair_scores(images, texts, image_mask, text_mask)
             rows.append(block.float())
         scores = gather_rows(concatenate_padded(rows))
         total = 0.0

@@ -287,7 +287,6 @@ def measure_styles(
     seen_styles: Sequence[str] | None = None,
     *,
     batch_size: int = 64,
-    max_length: int | None = None,
 ) -> StyleReport:
     r"""
     Encodes a set that shows several styles and measures how retrieval depends on them.
@@ -299,7 +298,6 @@ def measure_styles(
         seen_styles (`Sequence[str]`, *optional*):
             Those of the styles that training has shown. Without it there are no gaps.
         batch_size (`int`, *optional*, defaults to 64): Images encoded at a time.
-        max_length (`int`, *optional*): Longer captions are cut to this number of tokens, see [`PicoDataCollator`].
 
     Returns:
         [`StyleReport`]
@@ -320,7 +318,7 @@ def measure_styles(
         dataset,
         sampler=own_rows(len(dataset)),
         batch_size=batch_size,
-        collate_fn=PicoDataCollator(processor, max_length),
+        collate_fn=PicoDataCollator(processor),
         generator=torch.Generator(),  # else the loader draws from the global one
     )
     encoded = RetrievalEvaluator().encode(model, loader)
@@ -433,14 +431,13 @@ def _rank_images(
 
 def _scores(model: PicoModel, encoded: EncodedRetrieval, images: Tensor, texts: Tensor) -> Tensor:
     """Scores `(images, texts)` of some rows of both sides."""
-    slope = model.config.negative_slope
     rows = []
     for some_images in images.split(_IMAGE_CHUNK):
         image_embeds, image_mask = score_ready(model, encoded, "image", some_images)
         tiles = []
         for some_texts in texts.split(_TEXT_CHUNK):
             text_embeds, text_mask = score_ready(model, encoded, "text", some_texts)
-            tiles.append(pair_scores(image_embeds, text_embeds, image_mask, text_mask, negative_slope=slope))
+            tiles.append(pair_scores(image_embeds, text_embeds, image_mask, text_mask))
         rows.append(torch.cat(tiles, dim=1))
     scores = torch.cat(rows)
     if not torch.isfinite(scores).all():

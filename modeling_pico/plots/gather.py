@@ -95,14 +95,13 @@ def _batch(
 @torch.no_grad()
 def gather_pair_scores(model: PicoModel, pairs: EncodedPairs) -> PairScores:
     """Scores every image of `pairs` with every text; with weights too where the model uses them."""
-    slope, head = model.config.negative_slope, model.alignment_head
-    masks = pairs.image_mask, pairs.text_mask
-    unweighted = pair_scores(pairs.image_tokens, pairs.text_tokens, *masks, negative_slope=slope)
+    head, masks = model.alignment_head, (pairs.image_mask, pairs.text_mask)
+    unweighted = pair_scores(pairs.image_tokens, pairs.text_tokens, *masks)
     weighted = None
     if _built_prototypes(model) is not None:
         images, _ = head.weight(pairs.image_tokens, pairs.image_mask, "image")
         texts, _ = head.weight(pairs.text_tokens, pairs.text_mask, "text")
-        weighted = _array(pair_scores(images, texts, *masks, negative_slope=slope))
+        weighted = _array(pair_scores(images, texts, *masks))
     return PairScores(_array(unweighted), _array(pairs.ids[:, None] == pairs.ids[None, :]), weighted)
 
 
@@ -118,8 +117,7 @@ def gather_risk_coverage(model: PicoModel, pairs: EncodedPairs) -> dict[str, Ris
         raise NothingToDrawError("the model has no uncertainty")
     images, _ = model.alignment_head.weight(pairs.image_tokens, pairs.image_mask, "image")
     texts, _ = model.alignment_head.weight(pairs.text_tokens, pairs.text_mask, "text")
-    slope = model.config.negative_slope
-    scores = pair_scores(images, texts, pairs.image_mask, pairs.text_mask, negative_slope=slope)
+    scores = pair_scores(images, texts, pairs.image_mask, pairs.text_mask)
     to_text, to_image = retrieval_ranks(scores, pairs.ids, pairs.ids)
     of_images = model.uncertainty(pairs.image_tokens, pairs.image_mask, "image")
     of_texts = model.uncertainty(pairs.text_tokens, pairs.text_mask, "text")

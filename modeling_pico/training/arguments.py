@@ -1,9 +1,11 @@
 """Training arguments of PICO: those of transformers, and the staged construction's."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from .run_record import find_secrets, without_secrets
 
@@ -13,13 +15,43 @@ SCHEDULE_UNITS = ("epochs", "share")
 CAPTION_SAMPLINGS = ("random", "all")
 NON_FINITE_LOSSES = ("stop", "skip")
 
+BEST_METRIC = "rsum"
+# How the names of metrics end of which less is better.
+_LESS_IS_BETTER = ("loss", "_median_rank", "_aurc")
+# Options of `TrainingArguments` that could do nothing here, and why.
+_METRICS_OVER_THE_WHOLE_SET = "retrieval metrics are computed over the whole set, without `compute_metrics`"
+_WITHOUT_EFFECT = {
+    "label_smoothing_factor": "pairs have no class labels to smooth",
+    "label_names": "batches have no labels",
+    "average_tokens_across_devices": "the loss is a mean over pairs, not over tokens",
+    "train_sampling_strategy": "batches are drawn at random, so that each holds a meaning once",
+    "length_column_name": "batches are drawn at random, so that each holds a meaning once",
+    "dataloader_in_order": "only batches in order can be resumed exactly",
+    "bf16_full_eval": "evaluations run in the precision of the training, so set `bf16`",
+    "fp16_full_eval": "evaluations run in the precision of the training, so set `fp16`",
+    "eval_accumulation_steps": "scores are ranked in tiles and never gathered",
+    "eval_do_concat_batches": _METRICS_OVER_THE_WHOLE_SET,
+    "eval_use_gather_object": _METRICS_OVER_THE_WHOLE_SET,
+    "include_for_metrics": _METRICS_OVER_THE_WHOLE_SET,
+    "batch_eval_metrics": _METRICS_OVER_THE_WHOLE_SET,
+    "use_liger_kernel": "there are no Liger kernels for PICO",
+    "liger_kernel_config": "there are no Liger kernels for PICO",
+    "parallelism_config": "training is spread by DDP, FSDP 2 or DeepSpeed",
+    "use_cache": "towers encode whole sequences at once",
+}
+# Schedules that follow this metric.
+_METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
+
 
 @dataclass
 class PicoTrainingArguments(TrainingArguments):
     r"""
     Arguments of [`PicoTrainer`]: all of `TrainingArguments`, and the following. Three of theirs are not for choosing:
     `remove_unused_columns` and `enable_jit_checkpoint` are False (SIGTERM writes a checkpoint in any case), and
-    `logging_nan_inf_filter` follows `non_finite_loss`.
+    `logging_nan_inf_filter` follows `non_finite_loss`. Options that could do nothing here are refused by name.
+
+    Where the best checkpoint is asked for and `metric_for_best_model` is not given, it is that of the highest `rsum`.
+    Of several validation sets the first decides, unless the metric is named with another one (`sketches_rsum`).
 
     Args:
         learning_rate (`float`, *optional*, defaults to 2e-4):
@@ -130,9 +162,29 @@ class PicoTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        self._refuse_what_has_no_effect()
+        needs_metric = (
+            self.load_best_model_at_end
+            or self.save_strategy == SaveStrategy.BEST
+            or self.lr_scheduler_type in _METRIC_SCHEDULERS
+        )
+        if self.metric_for_best_model is None and needs_metric:
+            self.choose_best_metric()
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = not self.metric_for_best_model.endswith(_LESS_IS_BETTER)
         if self.eval_strategy == "steps" and self.eval_steps is None and self.logging_steps < 1:
             self.eval_steps = 500  # as transformers' default of `logging_steps` has it: an evaluation takes time
         super().__post_init__()
+        if self.lr_scheduler_type in _METRIC_SCHEDULERS:
+            # They take less for better unless they are told otherwise.
+            mode = "max" if self.greater_is_better else "min"
+            self.lr_scheduler_kwargs = {"mode": mode, **(self.lr_scheduler_kwargs or {})}
+        for name in ("split_batches", "dispatch_batches"):
+            if getattr(self.accelerator_config, name):
+                raise ValueError(
+                    f"`accelerator_config` asks for {name}, but every process reads batches of its own, of "
+                    "per_device_train_batch_size pairs. Leave it out."
+                )
         # Samples are pixels and token ids only after collation, so no column can be judged unused before it.
         self.remove_unused_columns = False
         # [`PicoTrainer`] writes a checkpoint on SIGTERM in any case, at the end of a step with all that belongs to it;
@@ -156,8 +208,30 @@ class PicoTrainingArguments(TrainingArguments):
                 raise ValueError(
                     f"`{name}` must be one of {', '.join(map(repr, allowed))}, but got {getattr(self, name)!r}."
                 )
-        for name in ("prototype_interval", "feedback_kappa", "reservoir_pairs", "eval_num_folds", "prototype_start"):
-            if not getattr(self, name) > 0:  # NaN is refused, too
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"`{option.name}` must be a number, but got nan.")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"`max_steps` must be at least 1, or -1 to train by epochs, but got {self.max_steps}.")
+        if self.max_steps == -1 and self.num_train_epochs <= 0:
+            raise ValueError(
+                f"`num_train_epochs` must be greater than 0, but got {self.num_train_epochs}: nothing would be "
+                "trained. To evaluate alone, leave it out, and `do_train` too."
+            )
+        if self.hinge_warmup_epochs < 0:
+            raise ValueError(f"`hinge_warmup_epochs` must be at least 0, but got {self.hinge_warmup_epochs}.")
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "prototype_interval",
+            "feedback_kappa",
+            "reservoir_pairs",
+            "eval_num_folds",
+            "prototype_start",
+        ):
+            if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be greater than 0, but got {getattr(self, name)}.")
         if self.feedback_images is not None and self.feedback_images < 1:
             raise ValueError(f"`feedback_images` must be at least 1, or None for all, but got {self.feedback_images}.")
@@ -183,6 +257,26 @@ class PicoTrainingArguments(TrainingArguments):
         secrets = find_secrets(self.__dict__)
         texts = {name: value for name, value in self.__dict__.items() if type(value) in (str, dict)}
         return {**self.__dict__, **without_secrets(texts, secrets), "hub_token": None}
+
+    def _refuse_what_has_no_effect(self) -> None:
+        for option in fields(TrainingArguments):
+            if option.name not in _WITHOUT_EFFECT:
+                continue
+            value = getattr(self, option.name)
+            default = option.default if option.default_factory is MISSING else option.default_factory()
+            if value != default:
+                raise ValueError(
+                    f"`{option.name}={value!r}` would have no effect: {_WITHOUT_EFFECT[option.name]}. Leave it out."
+                )
+
+    def choose_best_metric(self) -> None:
+        """Makes `rsum` the metric by which checkpoints are compared; a higher one is better."""
+        if self.greater_is_better is False:
+            raise ValueError(
+                "`greater_is_better=False` without `metric_for_best_model`: the default is 'rsum', of which more is "
+                "better. Name the metric that is meant, such as 'loss', or leave `greater_is_better` out."
+            )
+        self.metric_for_best_model, self.greater_is_better = BEST_METRIC, True
 
     @property
     def feedback_needs_validation(self) -> bool:

@@ -33,10 +33,22 @@ class TrainerBase(Trainer):
     # Auxiliary losses since the last log, by name.
     _auxiliary_log: dict[str, list[torch.Tensor]]
 
+    def _unwrapped_model(self) -> nn.Module:
+        """The model without what Accelerate and `torch.compile` put around it; an adapter (PEFT) stays."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
     def _pico_model(self) -> PicoModel:
-        model = self.accelerator.unwrap_model(self.model)
-        # An adapter (PEFT) holds the model one level down.
-        return model if isinstance(model, PicoModel) else model.get_base_model()
+        model: Any = self._unwrapped_model()
+        if not isinstance(model, PicoModel):
+            try:
+                # An adapter (PEFT) holds the model one level down.
+                model = model.get_base_model()
+            except AttributeError:
+                raise ValueError(
+                    "PicoTrainer trains a PicoModel or a PEFT adapter around one, but `model` is a "
+                    f"{type(model).__name__}. Make one with PicoModel.from_backbones or PicoModel.from_pretrained."
+                ) from None
+        return model
 
 
 __all__ = ["TrainerBase"]

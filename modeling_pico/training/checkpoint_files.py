@@ -9,7 +9,8 @@ import re
 import shutil
 from pathlib import Path
 
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import TrainerState
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
@@ -20,13 +21,49 @@ logger = logging.get_logger(__name__)
 # the Hub leave names out that begin with an underscore.
 UNFINISHED = "_unfinished"
 
+# Sums of losses since the last log.
+LOSS_FILE = "training_loss.json"
+
 
 def is_complete(checkpoint: str | os.PathLike) -> bool:
-    """Whether a folder holds the trainer's state, which is written last."""
+    """Whether a folder holds the trainer's state after some step; it is written last."""
     try:
-        return isinstance(json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError):
+        state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        return isinstance(state.global_step, int) and state.global_step > 0
+    except (OSError, ValueError, TypeError):  # no file, no JSON, no object with the fields of a state
         return False
+
+
+def missing_files(checkpoint: str | os.PathLike) -> list[str]:
+    """What a run would need to continue exactly and a checkpoint lacks: it was damaged, or keeps the model alone."""
+    names = os.listdir(checkpoint)
+
+    def is_there(beginning: str) -> bool:
+        return any(name.startswith(beginning) for name in names)
+
+    # DeepSpeed keeps optimizer and schedule in a folder of its own.
+    by_deepspeed = is_there("global_step")
+    there = {
+        OPTIMIZER_NAME: by_deepspeed or is_there("optimizer"),  # FSDP: optimizer.bin or optimizer_0
+        SCHEDULER_NAME: by_deepspeed or is_there(SCHEDULER_NAME),
+        "rng_state.pth": is_there("rng_state"),  # several processes: rng_state_0.pth and so on
+        LOSS_FILE: is_there(LOSS_FILE),
+    }
+    return [name for name, found in there.items() if not found]
+
+
+def check_resumable(checkpoint: str | os.PathLike) -> None:
+    """ValueError for a checkpoint from which a run would not continue as it was left."""
+    if not is_complete(checkpoint):
+        raise ValueError(
+            f"{str(checkpoint)!r} is not a complete checkpoint: it lacks a readable {TRAINER_STATE_NAME}."
+        )
+    if missing := missing_files(checkpoint):
+        raise ValueError(
+            f"{str(checkpoint)!r} lacks {', '.join(missing)}, so training could not go on as it was left. (With "
+            "save_only_model=True no checkpoint has them.) Delete the folder to continue from an earlier one, or "
+            "train anew from its weights: PicoModel.from_pretrained, or --model_name_or_path with a new --output_dir."
+        )
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:
@@ -152,14 +189,32 @@ def _synchronise_names(folder: Path) -> None:
             os.close(number)
 
 
+def read_results(path: Path) -> dict[str, float]:
+    """The metrics in a file of results; none, with a warning, where it cannot be read as such."""
+    if not path.exists():
+        return {}
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        results = None
+    if not isinstance(results, dict):
+        logger.warning(f"{path} does not hold metrics by name, and is written anew.")
+        return {}
+    return results
+
+
 __all__ = [
+    "LOSS_FILE",
     "UNFINISHED",
+    "check_resumable",
     "clean_up",
     "discard",
     "is_complete",
     "last_checkpoint",
+    "missing_files",
     "move_files",
     "put_in_place",
+    "read_results",
     "rotate",
     "write_text",
 ]

@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,32 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
-from transformers.utils import logging
+from transformers.utils import is_peft_available, logging
 
 from ..modeling_pico import PicoModel
 from .base import TrainerBase
 from .callbacks import EpochEndCallback
 from .checkpoint_files import (
+    LOSS_FILE,
     UNFINISHED,
+    check_resumable,
     clean_up,
-    is_complete,
     last_checkpoint,
     move_files,
     put_in_place,
+    read_results,
     rotate,
     write_text,
 )
+from .run_lock import sole_run
 from .sharding import own_class
 
 
+if is_peft_available():
+    from peft import load_peft_weights, set_peft_model_state_dict
+
 logger = logging.get_logger(__name__)
 
-LOSS_FILE = "training_loss.json"
 # What a shell reports of a process that SIGTERM ended.
 TERMINATED = 128 + signal.SIGTERM
 # After so many steps several processes ask one another whether any was asked to end.
@@ -71,23 +76,21 @@ class CheckpointTrainer(TrainerBase):
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> TrainOutput:
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the newest checkpoint that is complete."""
-        if self.args.should_save:
-            clean_up(str(self.args.output_dir))
-        self.accelerator.wait_for_everyone()
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
-            if resume_from_checkpoint is None:
-                raise ValueError(f"{str(self.args.output_dir)!r} holds no complete checkpoint to resume from.")
-        elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
-            raise ValueError(
-                f"{str(resume_from_checkpoint)!r} is not a complete checkpoint: it lacks a readable "
-                f"{TRAINER_STATE_NAME}."
-            )
-        if resume_from_checkpoint:
-            self._check_sharding(Path(resume_from_checkpoint))
-        self._loss_sums = None
-        with self._noticing_sigterm():
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        run = self._get_output_dir(trial)
+        with sole_run(run) if self.args.should_save else nullcontext():
+            if self.args.should_save:
+                clean_up(run)
+            self.accelerator.wait_for_everyone()
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_checkpoint(run)
+                if resume_from_checkpoint is None:
+                    raise ValueError(f"{run!r} holds no complete checkpoint to resume from.")
+            if resume_from_checkpoint:
+                self._check_sharding(Path(resume_from_checkpoint))
+                check_resumable(resume_from_checkpoint)
+            self._loss_sums = None
+            with self._noticing_sigterm():
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _check_sharding(self, checkpoint: Path) -> None:
         is_sharded = (checkpoint / "optimizer.bin").exists()
@@ -166,7 +169,7 @@ class CheckpointTrainer(TrainerBase):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`; the loss of the whole training is that of all its steps, also where it was resumed."""
-        if "train_loss" in logs:
+        if "train_loss" in logs and "total_flos" in logs:  # not those of evaluating a split named `train`
             steps = self.state.global_step - self._first_step
             logs["train_loss"] = self._total_loss_scalar / max(steps, 0.001)
         super().log(logs, *args, **kwargs)
@@ -247,18 +250,26 @@ class CheckpointTrainer(TrainerBase):
         if not self.is_world_process_zero():
             return
         folder = Path(str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / f"{split}_results.json", json.dumps(metrics, indent=4, sort_keys=True))
-        if combined:
-            path = folder / "all_results.json"
-            known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            write_text(path, json.dumps({**known, **metrics}, indent=4, sort_keys=True))
+        with sole_run(folder):
+            write_text(folder / f"{split}_results.json", json.dumps(metrics, indent=4, sort_keys=True))
+            if combined:
+                path = folder / "all_results.json"
+                write_text(path, json.dumps({**read_results(path), **metrics}, indent=4, sort_keys=True))
 
     # State
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with own_class(self._pico_model()):
+        with self._uncompiled(), own_class(self._pico_model()):
             super()._save(output_dir, state_dict)
+
+    @contextmanager
+    def _uncompiled(self) -> Iterator[None]:
+        """`self.model` without `torch.compile`, whose wrapper gives the weights names that no other model loads."""
+        found, self.model = self.model, self._unwrapped_model()
+        try:
+            yield
+        finally:
+            self.model = found
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -285,6 +296,15 @@ class CheckpointTrainer(TrainerBase):
         if self.construction is not None and checkpoint is not None:
             self.construction.load(checkpoint)
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        name = "rng_state.pth" if self.args.world_size == 1 else f"rng_state_{self.args.process_index}.pth"
+        if checkpoint is not None and not os.path.isfile(os.path.join(checkpoint, name)):
+            logger.warning(
+                f"{checkpoint} has no {name}, as after a run on another number of processes. Dropout draws other "
+                "numbers than it would have."
+            )
+        super()._load_rng_state(checkpoint)
+
     def _restore_loss(self) -> None:
         """Continues the sums of losses that a checkpoint holds; `Trainer` starts them anew."""
         sums, self._loss_sums = self._loss_sums, None
@@ -303,13 +323,15 @@ class CheckpointTrainer(TrainerBase):
         self._first_step = sums["first_step"]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._load_weights(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with self._uncompiled():
+            if not self._load_weights(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        if best is None or not self._load_weights(best):
-            super()._load_best_model()
+        with self._uncompiled():
+            if best is None or not self._load_weights(best):
+                super()._load_best_model()
 
     def _load_weights(self, folder: str) -> bool:
         # Files name the weights of some backbones (ViT) as older releases of transformers did. `from_pretrained`
@@ -319,6 +341,12 @@ class CheckpointTrainer(TrainerBase):
         if not os.path.isdir(folder):
             return False  # `Trainer` warns
         logger.info(f"Loading model from {folder}.")
+        if self.model._hf_peft_config_loaded:
+            # An adapter from `add_adapter`, which `Trainer` saves and cannot load.
+            weights = load_peft_weights(folder, device=str(self.args.device))
+            own = {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}
+            set_peft_model_state_dict(self.model, own, self.model.active_adapters()[0])
+            return True
         self.model.load_state_dict(type(self.model).from_pretrained(folder).state_dict())
         return True
 

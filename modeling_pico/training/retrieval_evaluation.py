@@ -9,7 +9,9 @@ from typing import Any
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 
 from ..data import CaptionedImageDataset
 from ..evaluation.embedding_cache import cache_key, load_embeddings, save_embeddings
@@ -20,8 +22,38 @@ from .base import TrainerBase
 from .staging import PrototypeConstruction
 
 
+logger = logging.get_logger(__name__)
+
+
 class EvaluationTrainer(TrainerBase):
     """Encodes every image and caption once and measures retrieval over the whole set."""
+
+    def _settle_best_metric(self) -> None:
+        """Completes the name of the metric that tells the best checkpoint; refuses one that training cannot change."""
+        args, state = self.args, self.state
+        stops_early = any(isinstance(callback, EarlyStoppingCallback) for callback in self.callback_handler.callbacks)
+        if args.metric_for_best_model is None and stops_early:
+            args.choose_best_metric()
+        if args.metric_for_best_model is None:
+            return
+        metric = args.metric_for_best_model.removeprefix("eval_")
+        if isinstance(self.eval_dataset, dict) and not metric.startswith(
+            tuple(f"{name}_" for name in self.eval_dataset)
+        ):
+            metric = f"{self._feedback_dataset()}_{metric}"
+        args.metric_for_best_model = metric
+        if self._pico_model().trains_uncertainty_only and not metric.endswith("_aurc"):
+            raise ValueError(
+                f"metric_for_best_model={metric!r} cannot tell which checkpoint is the best: it stays as it is where "
+                "only the uncertainty is trained. Choose 'image_to_text_aurc' or 'text_to_image_aurc'."
+            )
+        found = [entry[f"eval_{metric}"] for entry in state.log_history if f"eval_{metric}" in entry]
+        if state.best_metric is not None and state.best_metric not in found:
+            logger.warning(
+                f"The best value so far, {state.best_metric:g}, is not one of {metric!r}: the run was started with "
+                "another metric_for_best_model. Which checkpoint is the best is judged anew from here on."
+            )
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     def _feedback_dataset(self) -> str | None:
         return next(iter(self.eval_dataset)) if isinstance(self.eval_dataset, dict) else None

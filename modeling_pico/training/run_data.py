@@ -12,6 +12,7 @@ from transformers.utils import logging
 from ..data import (
     CaptionedImageDataset,
     RandomCropFlip,
+    check_distinct,
     check_images,
     count_truncated,
     load_captioned_images,
@@ -99,8 +100,9 @@ def load_data(data_args: DataArguments, training_args: PicoTrainingArguments, us
                 for split in data_args.test_split
             }
         data = Data(train, evaluation, tests)
+        check_distinct({name: split.dataset for name, split in data.by_name(data_args).items()})
         if data_args.style_report:
-            data.styled = _join_splits(tests, data_args.id_column is not None)
+            data.styled = CaptionedImageDataset(concatenate_datasets([split.dataset for split in tests.values()]))
             data.seen_styles = _find_seen_styles(data, data_args)
             order_styles(data.styled.styles, data.seen_styles)  # what cannot be reported is refused before training
     check_processes(data.by_name(data_args))
@@ -160,18 +162,6 @@ def _load_split(
     on_bad_image: Any = data_args.on_bad_image
     dataset = check_images(dataset, on_bad_image, data_args.preprocessing_num_workers, data_args.max_skipped)
     return CaptionedImageDataset(dataset, transform=transform)
-
-
-def _join_splits(splits: dict[str, CaptionedImageDataset], shared_ids: bool) -> CaptionedImageDataset:
-    """All splits as one set. Equal ids in two splits are one meaning only if a column of the data says so."""
-    parts = []
-    for name, dataset in splits.items():
-        rows = dataset.dataset
-        if not shared_ids:
-            ids = [f"{name}: {image_id}" for image_id in rows["image_id"]]
-            rows = rows.remove_columns("image_id").add_column("image_id", ids)
-        parts.append(rows)
-    return CaptionedImageDataset(concatenate_datasets(parts))
 
 
 def _find_seen_styles(data: Data, data_args: DataArguments) -> list[str] | None:

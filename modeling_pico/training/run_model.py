@@ -17,7 +17,7 @@ from ..configuration_pico import PicoConfig
 from ..modeling_pico import PicoModel
 from ..processing_pico import PicoProcessor
 from .arguments import PicoTrainingArguments
-from .checkpoint_files import clean_up, is_complete, last_checkpoint
+from .checkpoint_files import check_resumable, clean_up, is_complete, last_checkpoint
 from .from_scratch import (
     check_division,
     small_image_processor,
@@ -50,6 +50,7 @@ def find_checkpoint(args: PicoTrainingArguments) -> str | None:
                 f"--resume_from_checkpoint: {wanted!r} is not a complete checkpoint (a folder with "
                 "trainer_state.json). Give the folder of one, or true, auto, false."
             )
+        check_resumable(wanted)
         return wanted
     with args.main_process_first(local=False, desc="looking for checkpoints"):
         if args.do_train and args.should_save:
@@ -61,6 +62,7 @@ def find_checkpoint(args: PicoTrainingArguments) -> str | None:
                 f"--resume_from_checkpoint: {folder!r} holds no complete checkpoint. With auto, a run starts "
                 "anew where there is none."
             )
+        check_resumable(last)
         return last
     finished = os.path.isfile(os.path.join(folder, "all_results.json"))
     if args.do_train and (last is not None or finished):

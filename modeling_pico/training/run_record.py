@@ -80,8 +80,8 @@ def write_run_record(folder: str | os.PathLike, record: Mapping[str, Any]) -> Pa
 
 def fingerprint(dataset: CaptionedImageDataset, images: bool = True) -> str:
     r"""
-    Names the data by its content: ids, captions, styles, and images in their order. Of images that are files, the name
-    and the size count, not the folder and not the pixels.
+    Names the data by its content: which rows share an id, captions, styles, and images in their order. Of images that
+    are files, the name and the size count, not the folder and not the pixels.
 
     Args:
         dataset ([`CaptionedImageDataset`]): The data.
@@ -89,7 +89,9 @@ def fingerprint(dataset: CaptionedImageDataset, images: bool = True) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     rows = dataset.dataset
-    for name in ("image_id", "captions", "style"):
+    # Not the ids themselves: where none are given they are made of paths, which differ between machines.
+    digest.update(json.dumps(dataset.ids.tolist()).encode())
+    for name in ("captions", "style"):
         if name in rows.column_names:
             digest.update(json.dumps([name, rows[name][:]]).encode())
     if images:

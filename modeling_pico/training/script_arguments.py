@@ -275,6 +275,7 @@ _HELP = {
     "do_predict": "Evaluate on --test_split.",
     "resume_from_checkpoint": "true: go on from the last checkpoint in output_dir; auto: the same, or start anew "
     "where there is none; or the folder of a checkpoint (default: start anew)",
+    "metric_for_best_model": "Metric of the best checkpoint (default: rsum)",
     "save_total_limit": "Checkpoints that are kept, the best one among them (default: all)",
     "hub_model_id": "Name of the repository on the Hub (default: that of output_dir)",
 }

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import BestRun, TrainOutput
 from transformers.utils import logging
 
+from ..backbones_pico import limit_text_length
 from ..data import CaptionedImageDataset, PicoDataCollator, UniqueIdBatchSampler
 from ..evaluation.evaluator import RetrievalEvaluator, gather_rows, own_rows
 from ..loss_pico import image_text_loss
@@ -35,6 +36,19 @@ from .staging import PrototypeConstruction
 
 
 logger = logging.get_logger(__name__)
+
+
+_METRICS_OVER_THE_WHOLE_SET = (
+    "PicoTrainer computes retrieval metrics over the whole evaluation set. Use `modeling_pico.RetrievalEvaluator` for "
+    "metrics of your own."
+)
+# Arguments of `Trainer` that could do nothing here, and why.
+_WITHOUT_EFFECT = {
+    "compute_loss_func": "the loss compares the pairs of all processes. Choose `loss_type` in the model's "
+    "configuration, or override `PicoTrainer.compute_loss`.",
+    "compute_metrics": _METRICS_OVER_THE_WHOLE_SET,
+    "preprocess_logits_for_metrics": _METRICS_OVER_THE_WHOLE_SET,
+}
 
 
 class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
@@ -76,11 +90,9 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         args = PicoTrainingArguments("trainer_output") if args is None else args
         if not isinstance(args, PicoTrainingArguments):
             raise ValueError(f"`args` must be PicoTrainingArguments, but got {type(args).__name__}.")
-        if kwargs.get("compute_metrics") is not None:
-            raise ValueError(
-                "`compute_metrics` is not used: PicoTrainer computes retrieval metrics over the whole evaluation set. "
-                "Use `modeling_pico.RetrievalEvaluator` for metrics of your own."
-            )
+        for name, reason in _WITHOUT_EFFECT.items():
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` is not used: {reason}")
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("PicoTrainer needs a `data_collator` or a `processing_class` to make one from.")
@@ -99,6 +111,8 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if processing_class is not None:
+            limit_text_length(processing_class.tokenizer, self._pico_model().text_model)
         self.evaluator = RetrievalEvaluator(args.eval_num_folds, loss_batch_size=args.per_device_eval_batch_size)
         self.add_callback(LogitScaleCallback)
         self._finite_loss = FiniteLossCallback(args.non_finite_loss, self.train_dataset, self.log)
@@ -157,6 +171,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             kwargs["worker_init_fn"] = heed_only_parent
             kwargs["persistent_workers"] = args.dataloader_persistent_workers
             kwargs["prefetch_factor"] = args.dataloader_prefetch_factor
+            kwargs["multiprocessing_context"] = args.dataloader_multiprocessing_context
         return kwargs
 
     # Optimizer
@@ -214,6 +229,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         # The model exists for certain only here: `model_init` and hyper-parameter search make a new one each time.
+        self._settle_best_metric()
         self.remove_callback(PrototypeCallback)
         self._auxiliary_log.clear()
         model = self._pico_model()
@@ -277,7 +293,9 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             )
 
     def _check_adapter(self, what: str, name: str, module: nn.Module | None) -> None:
-        adapted = self.accelerator.unwrap_model(self.model) is not self._pico_model()
+        model = self._pico_model()
+        # By `peft.get_peft_model`, or in place by `model.add_adapter`.
+        adapted = self._unwrapped_model() is not model or model._hf_peft_config_loaded
         if adapted and module is not None and not hasattr(module, "modules_to_save"):
             raise ValueError(
                 f"The adapter would be saved without the {what}, which lie in `{name}`; configure it with "
@@ -367,13 +385,8 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         }
 
     def _local_loss(self, outputs: PicoOutput, ids: torch.Tensor) -> torch.Tensor:
-        slope = self._pico_model().config.negative_slope
         scores = pair_scores(
-            outputs["image_embeds"],
-            outputs["text_embeds"],
-            outputs["image_mask"],
-            outputs["text_mask"],
-            negative_slope=slope,
+            outputs["image_embeds"], outputs["text_embeds"], outputs["image_mask"], outputs["text_mask"]
         )
         return self._total_loss(
             image_text_loss(scores, scores.T, image_ids=ids, **self._loss_kwargs(outputs)), outputs
@@ -385,16 +398,11 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         return loss if auxiliary is None else loss + auxiliary
 
     def _gathered_loss(self, outputs: PicoOutput, ids: torch.Tensor) -> torch.Tensor:
-        slope = self._pico_model().config.negative_slope
         batch = gather_batch(outputs, ids)
         own = batch.own
         # Own rows and own columns only: scoring all pairs on every process would repeat the work.
-        per_image = pair_scores(
-            batch.image_embeds[own], batch.text_embeds, batch.image_mask[own], batch.text_mask, negative_slope=slope
-        )
-        per_text = pair_scores(
-            batch.image_embeds, batch.text_embeds[own], batch.image_mask, batch.text_mask[own], negative_slope=slope
-        ).T
+        per_image = pair_scores(batch.image_embeds[own], batch.text_embeds, batch.image_mask[own], batch.text_mask)
+        per_text = pair_scores(batch.image_embeds, batch.text_embeds[own], batch.image_mask, batch.text_mask[own]).T
         loss = image_text_loss(
             per_image, per_text, image_ids=ids, all_ids=batch.ids, offset=own.start, **self._loss_kwargs(outputs)
         )

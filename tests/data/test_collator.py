@@ -49,7 +49,8 @@ def test_evaluation_batch(processor):
 
 
 def test_truncation_is_counted(processor):
-    collator = PicoDataCollator(processor, max_length=4)
+    processor.tokenizer.model_max_length = 4
+    collator = PicoDataCollator(processor)
     batch = collator(training("a red cat", "a cat", "dog"))
     assert batch["input_ids"].tolist() == [[2, 4, 5, 3], [2, 4, 7, 3], [2, 8, 3, 0]]
     assert (collator.truncated_captions, collator.seen_captions) == (1, 3)
@@ -60,18 +61,20 @@ def test_truncation_is_counted(processor):
 def test_padding_to_a_multiple_stays_within_the_limit(processor):
     texts = training("a red cat", "dog")
     assert PicoDataCollator(processor, pad_to_multiple_of=8)(texts)["input_ids"].shape == (2, 8)
-    assert PicoDataCollator(processor, max_length=6, pad_to_multiple_of=4)(texts)["input_ids"].shape == (2, 6)
+    processor.tokenizer.model_max_length = 6
+    assert PicoDataCollator(processor, pad_to_multiple_of=4)(texts)["input_ids"].shape == (2, 6)
     processor.tokenizer.padding_side = "left"
-    batch = PicoDataCollator(processor, max_length=6, pad_to_multiple_of=4)(texts)
+    batch = PicoDataCollator(processor, pad_to_multiple_of=4)(texts)
     assert batch["input_ids"].tolist() == [[0, 2, 4, 5, 7, 3], [0, 0, 0, 2, 8, 3]]
 
 
-def test_default_length_is_the_tokenizers(processor):
-    assert default_max_length(processor.tokenizer) is None
-    assert PicoDataCollator(processor)(training("a " * 300))["input_ids"].shape == (1, 302)
+def test_the_length_is_the_tokenizers(processor):
+    collator = PicoDataCollator(processor)
+    assert default_max_length(processor.tokenizer) is collator.max_length is None
+    assert collator(training("a " * 300))["input_ids"].shape == (1, 302)
     processor.tokenizer.model_max_length = 5
-    assert PicoDataCollator(processor).max_length == 5
-    assert PicoDataCollator(processor, max_length=7).max_length == 7
+    assert collator.max_length == 5
+    assert collator(training("a " * 300))["input_ids"].shape == (1, 5)
 
 
 def test_count_truncated(processor):
@@ -82,8 +85,6 @@ def test_count_truncated(processor):
 
 
 def test_errors(processor):
-    with pytest.raises(ValueError, match="`max_length` must be a positive.*got 0"):
-        PicoDataCollator(processor, max_length=0)
     with pytest.raises(ValueError, match="`pad_to_multiple_of` must be a positive.*got -8"):
         PicoDataCollator(processor, pad_to_multiple_of=-8)
     collator = PicoDataCollator(processor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from PIL import Image
 from test_images import decode_bytes, encode
 
-from modeling_pico.data import BadImageError, check_images, decode_image, load_captioned_images
+from modeling_pico.data import BadImageError, CaptionedImageDataset, check_images, decode_image, load_captioned_images
 from modeling_pico.data.paths import Fence
 
 
@@ -39,6 +40,18 @@ def test_the_judge_sees_what_it_has_to_see(tmp_path):
     assert outcome[1].startswith("WRONG")
     assert outcome[2].startswith("WRONG: captions")
     assert outcome[3] == "WRONG: a good row was left out"
+
+
+def test_the_judge_sees_that_the_fence_is_off(tmp_path, monkeypatch):
+    names = ["a path out of the folder", "an absolute path", "a link out of the folder"]
+
+    def outcomes(folder):
+        rng = np.random.default_rng(3)
+        return {dirty_data.run_table(name, "csv", rng, tmp_path / folder / name) for name in names}
+
+    assert outcomes("on") == {"refused"}
+    monkeypatch.setattr(Fence, "mark", lambda self, path: path)
+    assert outcomes("off") == {"WRONG: it was not refused"}
 
 
 def test_every_mutation_by_one_of_the_routes(tmp_path):
@@ -64,6 +77,7 @@ def test_tables_that_are_broken_as_a_whole(kind, tmp_path):
     if kind != "jsonl":
         assert outcomes["nothing"] == outcomes["a row twice"] == outcomes["file with a byte order mark"] == "loaded"
         assert outcomes["a path out of the folder"] == outcomes["an absolute path"] == "refused"
+        assert outcomes["a caption of several lines"] == ("refused" if kind == "csv" else "loaded")
 
 
 # Images
@@ -147,10 +161,10 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
 
 def test_csv_is_read_as_text(tmp_path, make_images):
     make_images("a.png", "b.png")
-    lines = ["image,caption,meaning", "a.png,NA,012345678901234567890", 'b.png,"one, ""two""\nlines",1e3', ""]
+    lines = ["image,caption,meaning", "a.png,NA,012345678901234567890", 'b.png,"one, ""two"" words",1e3', ""]
     (tmp_path / "data.csv").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
     loaded = load_captioned_images(str(tmp_path / "data.csv"), split="train", id_column="meaning")
-    assert loaded["captions"][:] == [["NA"], ['one, "two" lines']]
+    assert loaded["captions"][:] == [["NA"], ['one, "two" words']]
     assert loaded["image_id"][:] == ["012345678901234567890", "1e3"]
 
 
@@ -188,6 +202,11 @@ def test_missing_ids_are_never_one_meaning(tmp_path):
     assert load([1.0, 2.5, -3.0])["image_id"][:] == ["1.0", "2.5", "-3.0"]
 
 
+def known_ids(rows):
+    """The ids as the files give them, without the digest that makes them unique."""
+    return [image_id.split(":")[1] for image_id in rows["image_id"]]
+
+
 def test_files_of_captions_name_what_is_wrong(tmp_path):
     (tmp_path / "train_caps.txt").write_bytes(b"one\ntwo caf\xe9\n")
     (tmp_path / "train_ids.txt").write_bytes(b"\xef\xbb\xbf1\n2\n")
@@ -196,7 +215,7 @@ def test_files_of_captions_name_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match=r"train_caps.txt' is not text in UTF-8: line 2 holds the byte 0xe9"):
         load_captioned_images(str(tmp_path), split="train")
     (tmp_path / "train_caps.txt").write_text("one\ntwo\n")
-    assert load_captioned_images(str(tmp_path), split="train")["image_id"][:] == ["1", "2"]
+    assert known_ids(load_captioned_images(str(tmp_path), split="train")) == ["1", "2"]
     for text, message in (
         ('{"1": "a.png", "2": "b.png", "1": "c.png"}', "says twice what '1' is"),
         ('{"1": "a.png", "2": 5}', "an object that gives the file name of each id"),
@@ -296,6 +315,21 @@ def test_paths_cannot_leave_the_folder(source, path, folder):
     assert len(trusted) == 2
 
 
+def test_a_picture_that_becomes_a_link_is_not_followed(folder):
+    (folder / "images" / "inner.png").symlink_to(folder / "images" / "a.png")
+    (folder / "data.csv").write_text("image,caption\nimages/a.png,x\nimages/inner.png,y\n")
+    rows = load_captioned_images(str(folder / "data.csv"), split="train")
+    data = CaptionedImageDataset(check_images(rows))
+    assert data[0]["image"].size == data[1]["image"].size == (4, 4)
+    (folder / "images" / "a.png").unlink()
+    (folder / "images" / "a.png").symlink_to(folder.parent / "secret" / "s.png")
+    for row in (0, 1):
+        with pytest.raises(ValueError, match="a link that leads out of .*data' since it was loaded"):
+            data[row]
+    with pytest.raises(BadImageError, match="2 of 2 images cannot be read.*\n.*a link that leads out"):
+        check_images(rows)
+
+
 def test_a_folder_of_images_cannot_be_left(folder):
     lines = [{"file_name": "images/a.png", "text": "good"}, {"file_name": "../secret/s.png", "text": "bad"}]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -318,3 +352,82 @@ def test_a_snapshot_in_the_cache_of_the_hub_may_link_to_its_blobs(tmp_path):
     (snapshot / "a.png").symlink_to(blobs / "0123")
     (snapshot / "data.csv").write_text("image,caption\na.png,x\n")
     assert len(check_images(load_captioned_images(str(snapshot / "data.csv"), split="train"))) == 1
+
+
+def test_a_card_cannot_name_files_elsewhere(folder, monkeypatch):
+    """Neither a file outside of the folder is read, nor a host asked."""
+    (folder / "data.csv").write_text("image,caption\nimages/a.png,good\n")
+    (folder.parent / "secret" / "data.csv").write_text("image,caption\na.png,secret\n")
+    monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("a host was asked"))
+    for files in (
+        "../secret/data.csv",
+        str(folder.parent / "secret" / "*.csv"),
+        "http://127.0.0.1:9/data.csv",
+        ["data.csv", "images/../../secret/data.csv"],
+        [{"split": "train", "path": ["file:///etc/passwd"]}],
+    ):
+        for name, text in (("README.md", "---\n%s\n---\n"), (".huggingface.yaml", "%s\n")):
+            configs = json.dumps({"configs": [{"config_name": "default", "data_files": files}]})
+            (folder / name).write_text(text % configs)
+            with pytest.raises(ValueError, match="README.md of .* names 1 files that do not lie in its folder"):
+                load_captioned_images(str(folder), split="train")
+            (folder / name).unlink()
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: data.csv\n---\n")
+    assert load_captioned_images(str(folder), split="train")["captions"][:] == [["good"]]
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.jsonl", "metadata.jsonl", "metadata.csv"])
+def test_files_of_rows_cannot_be_links_out_of_the_folder(name, folder):
+    secret = folder.parent / "secret" / name
+    row = {"file_name" if "metadata" in name else "image": "a.png", "text": "secret"}
+    lines = [json.dumps(row)] if "json" in name else [",".join(row), ",".join(row.values())]
+    secret.write_text("\n".join(lines))
+    (folder / "images" / name).symlink_to(secret)
+    with pytest.raises(ValueError, match="1 of 1 files of .* lie outside of its folder or are links that lead out"):
+        load_captioned_images(str(folder), split="train")
+    (folder / "images" / name).unlink()
+    shutil.copy(secret, folder / "images" / name)
+    rows = load_captioned_images(str(folder), split="train", image_dir=str(folder / "images"))
+    assert rows["captions"][:] == [["secret"]]
+
+
+def test_a_saved_data_set_cannot_name_files_elsewhere(folder):
+    for name, caption in (("saved", "good"), ("hidden", "secret")):
+        rows = datasets.Dataset.from_dict({"image": ["a.png"], "caption": [caption]})
+        datasets.DatasetDict(train=rows).save_to_disk(str(folder.parent / name))
+    saved = folder.parent / "saved"
+    file = "data-00000-of-00001.arrow"
+    for place, content in (
+        ("dataset_dict.json", {"splits": ["../hidden/train"]}),
+        ("train/state.json", {"_data_files": [{"filename": f"../../hidden/train/{file}"}]}),
+        ("train/state.json", {"_data_files": [{"filename": str(folder.parent / "hidden" / "train" / file)}]}),
+    ):
+        before = (saved / place).read_text()
+        (saved / place).write_text(json.dumps({**json.loads(before), **content}))
+        with pytest.raises(ValueError, match="files of .*saved' lie outside of its folder"):
+            load_captioned_images(str(saved), split="train")
+        (saved / place).write_text(before)
+    (saved / "train" / file).unlink()
+    (saved / "train" / file).symlink_to(folder.parent / "hidden" / "train" / file)
+    with pytest.raises(ValueError, match="files of .*saved' lie outside of its folder"):
+        load_captioned_images(str(saved), split="train")
+    (saved / "train" / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not as `save_to_disk` writes it: KeyError: '_data_files'"):
+        load_captioned_images(str(saved), split="train")
+
+
+def test_a_folder_is_not_read_in_place_of_another(tmp_path):
+    for name, caption in (("set[1]", "right"), ("set1", "wrong")):
+        (tmp_path / name / "images" / "train").mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "images" / "train" / "a.png")
+        line = json.dumps({"file_name": "a.png", "text": caption})
+        (tmp_path / name / "images" / "train" / "metadata.jsonl").write_text(line)
+        (tmp_path / name / "tables").mkdir()
+        (tmp_path / name / "tables" / "test.csv").write_text(f"image,caption\na.png,{caption}\n")
+        (tmp_path / f"{name}_dev_caps.txt").write_text(f"{caption}\n")
+        (tmp_path / f"{name}_dev_ids.txt").write_text("1\n")
+    for source, split in (("set[1]/images", "train"), ("set[1]/tables", "test"), ("set[1]", "dev")):
+        if split == "dev":
+            shutil.rmtree(tmp_path / "set[1]")
+        loaded = load_captioned_images(str(tmp_path / source), split=split, with_images=False)
+        assert loaded["captions"][:] == [["right"]], (source, split)

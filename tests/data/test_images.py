@@ -13,6 +13,7 @@ from modeling_pico.data import BadImageError, check_images, decode_image
 
 
 images = importlib.import_module("modeling_pico.data.images")
+decoding = importlib.import_module("modeling_pico.image_decoding_pico")
 
 
 def encode(image, kind="PNG", **options):
@@ -128,7 +129,7 @@ def test_bad_files_are_named(bad_files):
 def test_bad_values_are_named():
     with pytest.raises(BadImageError, match="an empty image entry"):
         decode_image({"path": None, "bytes": None})
-    with pytest.raises(BadImageError, match="7 bytes in the data set is not an image"):
+    with pytest.raises(BadImageError, match="7 bytes is not an image"):
         decode_bytes(b"nothing")
     with pytest.raises(BadImageError, match="object of type NoneType"):
         decode_image(None)
@@ -206,3 +207,33 @@ def test_check_images_with_bytes_processes_and_no_rows(make_images):
     dataset = datasets.Dataset.from_dict({"image": [{"bytes": c, "path": None} for c in content]}, features=features)
     assert len(check_images(dataset, on_bad_image="skip", num_proc=2)) == 2
     assert len(check_images(dataset.select([]))) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "P")]
+)
+def test_large_images_are_reduced_by_averaging(kind, mode, monkeypatch):
+    """A batch of the largest allowed images fits into memory."""
+    monkeypatch.setattr(decoding, "MAX_DECODED_PIXELS", 40 * 30)
+    ramp = np.linspace(0, 255, 400).astype(np.uint8)
+    picture = Image.fromarray(np.broadcast_to(ramp, (300, 400)).copy()).convert("RGB").convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    decoded = decode_bytes(encode(picture, kind, exif=exif))
+    assert decoded.size == (30, 40)
+    np.testing.assert_allclose(np.asarray(decoded)[:, 15, 0], np.linspace(0, 255, 400).reshape(40, 10).mean(1), atol=6)
+    # A PIL image, which is whole already, becomes the same.
+    with Image.open(io.BytesIO(encode(picture, kind, exif=exif))) as opened:
+        opened.load()
+        np.testing.assert_allclose(np.asarray(decode_image(opened)), np.asarray(decoded), atol=3)
+    assert decode_image(Image.new("RGB", (40, 30))).size == (40, 30)
+    assert decode_image(Image.new("RGB", (41, 30))).size == (40, 29)
+
+
+def test_a_large_jpeg_is_never_decoded_whole(monkeypatch):
+    monkeypatch.setattr(decoding, "MAX_DECODED_PIXELS", 40 * 30)
+    sizes = []
+    convert = decoding._convert
+    monkeypatch.setattr(decoding, "_convert", lambda image, size: sizes.append(image.size) or convert(image, size))
+    decode_bytes(encode(Image.new("RGB", (400, 300)), "JPEG"))
+    assert sizes == [(50, 38)]

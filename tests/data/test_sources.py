@@ -1,12 +1,18 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
+import tarfile
+from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from modeling_pico.data import load_captioned_images
+from modeling_pico.data import CaptionedImageDataset, SampleKey, load_captioned_images
 
 
 sources = importlib.import_module("modeling_pico.data.sources")
@@ -31,6 +37,11 @@ def check_canonical(dataset, with_style=False):
     assert dataset.column_names == ["image", "captions", "image_id"] + ["style"] * with_style
 
 
+def known_ids(dataset):
+    """The ids as the files give them, without the digest that makes them unique."""
+    return [image_id.split(":")[1] for image_id in dataset["image_id"]]
+
+
 # Sources
 
 
@@ -44,7 +55,7 @@ def test_parquet_file_with_bytes(tmp_path, make_images):
     loaded = load_captioned_images(file, split="train", cache_dir=str(tmp_path / "cache"))
     check_canonical(loaded, with_style=True)
     assert loaded["captions"][:] == [["a", "b"], ["c"]]
-    assert loaded["image_id"][:] == ["0", "1"]
+    assert len(set(loaded["image_id"])) == 2
     assert loaded["style"][:] == ["x", "y"]
     assert loaded[1]["image"]["bytes"] == two.read_bytes()
 
@@ -73,13 +84,169 @@ def test_image_folder_with_metadata(tmp_path, make_images):
     ]
 
 
+def test_metadata_csv_is_read_as_any_csv(tmp_path, make_images):
+    make_images(*(f"folder/train/images/{name}.png" for name in "abcd"))
+    lines = ["images/a.png,NA,0012", "images/b.png,None,012", "images/c.png,null,12", 'images/d.png,"1.50",1e3']
+    (tmp_path / "folder/train/metadata.csv").write_text("\n".join(["file_name,text,meaning", *lines]))
+    loaded = load_captioned_images(str(tmp_path / "folder"), split="train", id_column="meaning")
+    check_canonical(loaded)
+    assert loaded["captions"][:] == [["NA"], ["None"], ["null"], ["1.50"]]
+    assert loaded["image_id"][:] == ["0012", "012", "12", "1e3"]
+    assert [image["path"][-12:] for image in loaded["image"][:]] == [f"images/{name}.png" for name in "abcd"]
+    (tmp_path / "folder/train/metadata.csv").write_text("file_name,text\nimages/a.png,red, blue\n")
+    with pytest.raises(ValueError, match=r"1 of 1 rows of .*metadata.csv.*\[\(2, 3\)\].*need quotes"):
+        load_captioned_images(str(tmp_path / "folder"), split="train")
+
+
+def test_a_folder_of_csv_files_is_read_as_any_csv(tmp_path, make_images):
+    make_images("folder/a.png")
+    for name in ("train-1", "train-2", "test"):
+        (tmp_path / f"folder/{name}.csv").write_text(f"image,caption,meaning\na.png,NA,0012\na.png,{name},012\n")
+    loaded = load_captioned_images(str(tmp_path / "folder"), split="train", id_column="meaning")
+    assert loaded["captions"][:] == [["NA", "NA"], ["train-1", "train-2"]]
+    assert loaded["image_id"][:] == ["0012", "012"]
+    (tmp_path / "folder/train-2.csv").write_text("image,text\na.png,x\n")
+    with pytest.raises(ValueError, match="the files of one split have different columns"):
+        load_captioned_images(str(tmp_path / "folder"), split="train")
+
+
+def write_shard(path, samples):
+    with tarfile.open(path, "w") as shard:
+        for name, content in samples.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+
+
+def test_lines_of_a_webdataset_are_captions(tmp_path, make_images):
+    one, two = make_images("one.png", "two.png")
+    (tmp_path / "shards").mkdir()
+    samples = {"1.png": one.read_bytes(), "1.txt": b"a1\na2\r\n\na3\n", "2.png": two.read_bytes(), "2.txt": b"b1"}
+    write_shard(tmp_path / "shards/train-000.tar", samples)
+    options = {"split": "train", "image_column": "png", "caption_column": "txt"}
+    loaded = load_captioned_images(str(tmp_path / "shards"), **options)
+    check_canonical(loaded)
+    assert loaded["captions"][:] == [["a1", "a2", "a3"], ["b1"]]
+
+
+def test_lines_of_other_texts_are_never_joined_in_silence(tmp_path, warnings_of):
+    (tmp_path / "data.csv").write_text('image,caption\na.png,"one\ntwo"\nb.png,"three\n"\n')
+    with pytest.raises(
+        ValueError, match=r"'caption' holds texts of several lines in 1 of 2 rows, the first are \[0\]"
+    ):
+        load_captioned_images(str(tmp_path / "data.csv"), split="train")
+    messages = warnings_of(sources)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"image": "a.png", "captions": ["one\ntwo", "three\n"]}))
+    loaded = load_captioned_images(str(tmp_path / "data.jsonl"), split="train")
+    assert loaded["captions"][:] == [["one two", "three"]]
+    assert messages == ["1 captions hold line breaks, which became spaces."]
+
+
+def test_layouts_of_well_known_data(tmp_path):
+    (tmp_path / "results.csv").write_text(
+        'image_name| comment_number| comment\n1.jpg| 0| Two "young" guys, one "old" .\n1.jpg| 1| "Hi" , he said\n'
+    )
+    loaded = load_captioned_images(str(tmp_path / "results.csv"), split="train")
+    assert loaded["captions"][:] == [['Two "young" guys, one "old" .', '"Hi" , he said']]
+    assert Path(loaded[0]["image"]["path"]) == tmp_path / "1.jpg"
+    for name in ("captions.txt", "CAPTIONS.CSV"):
+        (tmp_path / name).write_text('image,caption\n1.jpg,A child .\n2.jpg,"A dog , running"\n')
+        loaded = load_captioned_images(str(tmp_path / name), split="train")
+        assert loaded["captions"][:] == [["A child ."], ["A dog , running"]]
+    (tmp_path / "tokens.txt").write_text("1.jpg#0\tA child .\n1.jpg#1\tA girl .\n")
+    with pytest.raises(
+        ValueError, match=r"tokens.txt' must name the columns \(for example `image,caption`\), but holds"
+    ):
+        load_captioned_images(str(tmp_path / "tokens.txt"), split="train")
+
+
+def test_captions_of_coco(tmp_path):
+    contents = {
+        "info": {"year": 2017},
+        "images": [{"id": 9, "file_name": "a.jpg"}, {"id": 4, "file_name": "b.jpg"}],
+        "annotations": [
+            {"id": n, "image_id": i, "caption": c} for n, i, c in ((1, 4, "b1"), (2, 9, "a1"), (3, 4, "b2"))
+        ],
+    }
+    file = tmp_path / "captions_val2017.json"
+    file.write_text(json.dumps(contents))
+    loaded = load_captioned_images(str(file), split="validation")
+    check_canonical(loaded)
+    assert loaded["captions"][:] == [["a1"], ["b1", "b2"]]
+    assert [Path(image["path"]) for image in loaded["image"]] == [tmp_path / "a.jpg", tmp_path / "b.jpg"]
+    with pytest.raises(ValueError, match=r"no split 'train'; it has \['validation'\]"):
+        load_captioned_images(str(file), split="train")
+    for change in ({"annotations": [{"image_id": 5, "caption": "x"}]}, {"annotations": [{"image_id": 9, "id": 1}]}):
+        file.write_text(json.dumps({**contents, **change}))
+        with pytest.raises(ValueError, match="is not laid out like COCO's captions"):
+            load_captioned_images(str(file), split="val")
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_images_stored_without_the_feature(tmp_path, make_images, wide):
+    one, two = (path.read_bytes() for path in make_images("one.png", "two.png"))
+    kinds = (pa.large_binary(), pa.large_string()) if wide else (pa.binary(), pa.string())
+    images = [{"bytes": one, "path": "x.png"}, {"bytes": two, "path": None}]
+    struct = pa.struct(list(zip(("bytes", "path"), kinds, strict=True)))
+    pq.write_table(pa.table({"image": pa.array(images, struct), "caption": ["a", "b"]}), tmp_path / "data.parquet")
+    loaded = load_captioned_images(str(tmp_path / "data.parquet"), split="train")
+    check_canonical(loaded)
+    assert [image["bytes"] for image in loaded["image"][:]] == [one, two]
+
+
+@pytest.mark.parametrize(
+    "kind", ["csv", "jsonl", "bytes", "metadata.csv", "metadata.jsonl", "karpathy", "caption files"]
+)
+def test_every_caption_stays_with_its_image(kind, tmp_path):
+    """Of more rows than small tests have, in the table and in the samples made of it."""
+    count = 130
+    (tmp_path / "train").mkdir()
+    names, texts = [f"train/{row}.png" for row in range(count)], [f"picture {row}" for row in range(count)]
+    for row, name in enumerate(names):
+        Image.new("RGB", (1, 1), (row, 255 - row, 7)).save(tmp_path / name)
+    source = tmp_path / f"data.{kind}"
+    pairs = list(zip(names, texts, strict=True))
+    if kind == "csv":
+        source.write_text("\n".join(["image,caption", *map(",".join, pairs)]))
+    elif kind == "jsonl":
+        source.write_text("\n".join(json.dumps({"image": name, "caption": text}) for name, text in pairs))
+    elif kind == "bytes":
+        rows = [{"image": png(tmp_path / name), "caption": text} for name, text in pairs]
+        source = save_parquet(tmp_path / "data.parquet", rows, image=datasets.Image())
+    elif kind == "metadata.csv":
+        lines = [f"{row}.png,{text}" for row, text in enumerate(texts)]
+        (tmp_path / "train" / kind).write_text("\n".join(["file_name,text", *lines]))
+        source = tmp_path
+    elif kind == "metadata.jsonl":
+        lines = [json.dumps({"file_name": f"{row}.png", "text": text}) for row, text in enumerate(texts)]
+        (tmp_path / "train" / kind).write_text("\n".join(lines))
+        source = tmp_path
+    elif kind == "karpathy":
+        entries = [{"filename": n, "split": "train", "sentences": [{"raw": t}]} for n, t in pairs]
+        source = tmp_path / "data.json"
+        source.write_text(json.dumps({"images": entries}))
+    else:
+        write_lines(tmp_path / "train_caps.txt", texts)
+        write_lines(tmp_path / "train_ids.txt", map(str, range(count)))
+        (tmp_path / "id_mapping.json").write_text(json.dumps(dict(enumerate(names))))
+        source = tmp_path
+    data = CaptionedImageDataset(load_captioned_images(str(source), split="train"))
+    assert len(data) == count
+    for row in range(count):
+        whole, sample = data[row], data[SampleKey(row, 0, 0)]
+        shown = whole["image"].getpixel((0, 0))[0]
+        assert whole["captions"] == [sample["caption"]] == [f"picture {shown}"]
+        assert sample["image"].getpixel((0, 0))[0] == shown
+        assert whole["image_id"] == sample["image_id"] == data.ids[row]
+
+
 def test_saved_to_disk(tmp_path, make_images):
     (one,) = make_images("one.png")
     dataset = datasets.Dataset.from_dict({"image": [str(one)], "caption": ["x"]})
     datasets.DatasetDict(train=dataset).save_to_disk(str(tmp_path / "splits"))
     loaded = load_captioned_images(str(tmp_path / "splits"), split="train", image_dir=str(tmp_path))
     check_canonical(loaded)
-    assert loaded[0]["image"]["path"] == str(one)
+    assert Path(loaded[0]["image"]["path"]) == one
     with pytest.raises(ValueError, match="no split 'test'; it has \\['train'\\]"):
         load_captioned_images(str(tmp_path / "splits"), split="test")
     datasets.Dataset.from_dict(dataset[:], split="dev").save_to_disk(str(tmp_path / "single"))
@@ -93,10 +260,10 @@ def test_csv_file_with_relative_paths(tmp_path, make_images):
     (tmp_path / "data.csv").write_text("image,caption\npictures/one.png,hello\n")
     cache = str(tmp_path / "cache")
     loaded = load_captioned_images(str(tmp_path / "data.csv"), split="train", cache_dir=cache)
-    assert loaded[0]["image"]["path"] == str(one)
+    assert Path(loaded[0]["image"]["path"]) == one
     (tmp_path / "data.csv").write_text("image,caption\none.png,hello\n")
     options = {"split": "train", "cache_dir": cache, "image_dir": str(tmp_path / "pictures")}
-    assert load_captioned_images(str(tmp_path / "data.csv"), **options)[0]["image"]["path"] == str(one)
+    assert Path(load_captioned_images(str(tmp_path / "data.csv"), **options)[0]["image"]["path"]) == one
 
 
 KARPATHY = [
@@ -119,13 +286,13 @@ def test_karpathy_json(tmp_path):
     loaded = load_captioned_images(str(file), split="train", image_dir=str(tmp_path / "images"))
     check_canonical(loaded)
     assert loaded["captions"][:] == [["a1", "a2"], ["b1"]]
-    assert loaded["image_id"][:] == ["7", "3"]
-    assert [i["path"] for i in loaded["image"][:]] == [
-        str(tmp_path / "images/val2014/a.jpg"),
-        str(tmp_path / "images/b.jpg"),
+    assert known_ids(loaded) == ["7", "3"]
+    assert [Path(i["path"]) for i in loaded["image"]] == [
+        tmp_path / "images/val2014/a.jpg",
+        tmp_path / "images/b.jpg",
     ]
     # Without `image_dir` the images lie beside the file; a folder `filepath` that does not exist is left out.
-    assert load_captioned_images(str(file), split="train")[0]["image"]["path"] == str(tmp_path / "a.jpg")
+    assert Path(load_captioned_images(str(file), split="train")[0]["image"]["path"]) == tmp_path / "a.jpg"
     assert load_captioned_images(str(file), split="test", with_images=False)[0]["image"] is None
     with pytest.raises(ValueError, match="no split 'val'; it has \\['test', 'train'\\]"):
         load_captioned_images(str(file), split="val")
@@ -144,8 +311,8 @@ def test_caption_files_one_id_a_caption(tmp_path):
     loaded = load_captioned_images(str(tmp_path), split="test", image_dir=str(tmp_path))
     check_canonical(loaded)
     assert loaded["captions"][:] == [["a1", "a2 still a2"], ["b1"]]
-    assert loaded["image_id"][:] == ["10", "11"]
-    assert loaded[0]["image"]["path"] == str(tmp_path / "x/a.jpg")
+    assert known_ids(loaded) == ["10", "11"]
+    assert Path(loaded[0]["image"]["path"]) == tmp_path / "x/a.jpg"
     assert load_captioned_images(str(tmp_path / "f30k"), split="test")["image"][:] == loaded["image"][:]
 
 
@@ -154,7 +321,7 @@ def test_caption_files_one_id_an_image(tmp_path):
     write_lines(tmp_path / "train_ids.txt", ["4", "2"])
     loaded = load_captioned_images(str(tmp_path), split="train", with_images=False)
     assert loaded["image"][:] == [None, None]
-    assert loaded["image_id"][:] == ["4", "2"]
+    assert known_ids(loaded) == ["4", "2"]
     assert loaded["captions"][:] == [[f"caption {i}" for i in range(5)], [f"caption {i}" for i in range(5, 10)]]
 
 
@@ -206,7 +373,7 @@ def test_rows_of_one_image_become_one_row(load_rows):
     ]
     loaded = load_rows(rows)
     assert loaded["captions"][:] == [["a1", "a2"], ["b1"]]
-    assert loaded["image_id"][:] == ["0", "1"]
+    assert len(set(loaded["image_id"])) == 2
     assert [image["path"].rsplit("/")[-1] for image in loaded["image"][:]] == ["a.png", "b.png"]
 
 
@@ -282,7 +449,15 @@ def test_captions_are_cleaned_and_empty_ones_dropped(load_rows, warnings_of):
     messages = warnings_of(sources)
     loaded = load_rows([{"image": "a", "captions": [" two\r\nlines\x00 ", "  ", "", None, "caf\u00e9"]}])
     assert loaded[0]["captions"] == ["two lines", "caf\u00e9"]
-    assert messages == ["3 of 5 captions are empty and were dropped."]
+    assert messages == [
+        "1 captions hold line breaks, which became spaces.",
+        "3 of 5 captions are empty and were dropped.",
+    ]
+
+
+def test_captions_of_characters_newer_than_python_are_not_empty(load_rows):
+    signs = ["\U0001fae9", "\U0001faea", "\ue000"]  # of Unicode 16, of Unicode 17, of a font of one's own
+    assert load_rows([{"image": "a", "captions": [*signs, "\u200b\ufeff", "\u00ad"]}])[0]["captions"] == signs
 
 
 def test_rows_without_captions(load_rows, warnings_of):
@@ -321,7 +496,7 @@ def test_benchmark_captions(shared_data, name, split, images):
         assert len(set(loaded["image_id"])) == images
     if name == "f30k":
         with_paths = load_captioned_images(str(source), split=split, image_dir=str(shared_data))
-        assert with_paths[0]["image"]["path"] == str(shared_data / "1007129816.jpg")
+        assert Path(with_paths[0]["image"]["path"]) == shared_data / "1007129816.jpg"
 
 
 @pytest.mark.shared

@@ -241,7 +241,7 @@ def many(folder: Path) -> dict:
         # 20 images and shorter batches at the end, which the processes share.
         "hinge": run(
             folder / "hinge",
-            {"loss_type": "hinge", "negative_slope": 0.1},
+            {"loss_type": "hinge"},
             hinge_warmup_epochs=0.5,
             num_train_epochs=2,
             dataloader_drop_last=False,

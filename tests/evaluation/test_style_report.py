@@ -35,7 +35,7 @@ class Head:
 
 
 def model_of(kept=None) -> SimpleNamespace:
-    return SimpleNamespace(alignment_head=Head(kept), config=SimpleNamespace(negative_slope=1.0))
+    return SimpleNamespace(alignment_head=Head(kept))
 
 
 def encode(scores, image_ids, text_ids) -> EncodedRetrieval:

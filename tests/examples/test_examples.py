@@ -71,13 +71,13 @@ def retrieve():
 
 @pytest.fixture
 def search(retrieve, tiny_model, use_prototypes, tiny_processor, tmp_path):
-    """Runs the example on a folder of five pictures, one of them broken."""
-    use_prototypes(tiny_model(negative_slope=0.1)).save_pretrained(tmp_path / "model")
+    """Runs the example on a folder of four pictures, one without a suffix, and two files that are none."""
+    use_prototypes(tiny_model()).save_pretrained(tmp_path / "model")
     tiny_processor.save_pretrained(tmp_path / "model")
     folder = tmp_path / "pictures"
     (folder / "more").mkdir(parents=True)
-    for number, name in enumerate(("a.png", "b.jpg", "more/a.png", "more/d.webp")):
-        noise(number, (30, 20 + 10 * number)).save(folder / name)
+    for number, name in enumerate(("a.png", "b.jpg", "more/a.png", "more/d")):
+        noise(number, (30, 20 + 10 * number)).save(folder / name, {"b.jpg": "JPEG", "more/d": "WEBP"}.get(name, "PNG"))
     (folder / "broken.png").write_bytes(b"no picture")
     (folder / "notes.txt").write_text("no picture either")
 
@@ -91,8 +91,8 @@ def search(retrieve, tiny_model, use_prototypes, tiny_processor, tmp_path):
 
 def test_retrieve_finds_what_the_model_scores_best(search, tmp_path, capsys):
     hits = search()
-    names = ["a.png", "b.jpg", "more/a.png", "more/d.webp"]
-    images = [Image.open(tmp_path / "pictures" / name).convert("RGB") for name in names]
+    names = ["a.png", "b.jpg", "more/a.png", "more/d"]
+    images = [tmp_path / "pictures" / name for name in names]
     model, processor = (kind.from_pretrained(tmp_path / "model") for kind in (PicoModel, PicoProcessor))
     inputs = processor(images=images, text=["the red star"], return_tensors="pt")
     with torch.no_grad():
@@ -102,26 +102,30 @@ def test_retrieve_finds_what_the_model_scores_best(search, tmp_path, capsys):
     assert [path.relative_to(tmp_path / "pictures").as_posix() for path, _ in hits] == [names[row] for row in order]
     assert [score for _, score in hits] == pytest.approx([scores[row].item() for row in order], abs=2e-3)
     said = capsys.readouterr().out
-    assert "broken.png" in said and "notes.txt" not in said
+    left_out = [line for line in said.splitlines() if line.startswith("Left out: ")]
+    assert len(left_out) == 2 and "broken.png" in left_out[0] and "notes.txt" in left_out[1]
     assert len(search(top_k=2)) == 2
 
 
-def test_retrieve_encodes_only_what_is_new(search, tmp_path, capsys):
-    def to_encode() -> int:
-        return int(capsys.readouterr().out.split(" pictures, ")[1].split()[0])
+@pytest.fixture
+def to_encode(capsys):
+    """How many files the last search had to encode; two files that are no pictures are tried every time."""
+    return lambda: int(capsys.readouterr().out.split(" files, ")[1].split()[0]) - 2
 
+
+def test_retrieve_encodes_only_what_is_new(search, tmp_path, to_encode):
     picture = tmp_path / "pictures" / "b.jpg"
     first = search()
-    assert to_encode() == 5
+    assert to_encode() == 4
     assert search() == first
-    assert to_encode() == 1  # the broken one is tried again
+    assert to_encode() == 0
     noise(9).save(picture)
     os.utime(picture, ns=(1, 1))
     assert search() != first
-    assert to_encode() == 2
+    assert to_encode() == 1
     picture.unlink()
     assert len(search()) == 3
-    assert to_encode() == 1
+    assert to_encode() == 0
     (file,) = (tmp_path / "cache").iterdir()
     import safetensors.torch
 
@@ -131,7 +135,82 @@ def test_retrieve_encodes_only_what_is_new(search, tmp_path, capsys):
         model.alignment_head.visual_projection.weight[0, 0] += 1
     model.save_pretrained(tmp_path / "model")
     search()
-    assert to_encode() == 4  # another model, other embeddings
+    assert to_encode() == 3  # another model, other embeddings
+
+
+def test_retrieve_sees_that_a_file_of_the_same_size_has_changed(search, tmp_path, to_encode):
+    """In place, so that nothing but the times tells."""
+    picture = tmp_path / "pictures" / "same.bmp"
+    noise(1).save(picture)
+    before, size = search(), picture.stat().st_size
+    to_encode()
+    with picture.open("r+b") as file:
+        noise(2).save(file, "BMP")
+    assert picture.stat().st_size == size
+    after = search()
+    assert to_encode() == 1 and dict(after)[picture] != dict(before)[picture]
+
+
+def test_retrieve_sees_that_two_pictures_have_changed_places(search, tmp_path, to_encode):
+    first, second, third = (tmp_path / "pictures" / name for name in ("1.bmp", "2.bmp", "3.bmp"))
+    for number, path in enumerate((first, second)):
+        noise(number).save(path)
+        os.utime(path, ns=(5, 5))
+    before = dict(search())
+    to_encode()
+    first.rename(third)
+    second.rename(first)
+    third.rename(second)
+    after = dict(search())
+    assert to_encode() == 2
+    assert (after[first], after[second]) == (before[second], before[first]) and before[first] != before[second]
+
+
+def test_retrieve_never_fails_for_its_cache(search, tmp_path, to_encode, capsys):
+    expected = search()
+    (file,) = (tmp_path / "cache").iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", b"nonsense", whole[: len(whole) // 2]):
+        file.write_bytes(damaged)
+        assert search() == expected
+        said = capsys.readouterr().out
+        assert f"Warning: the cache {file} cannot be read" in said and "6 files, 6 of them to encode." in said
+        assert search() == expected  # the cache is whole again
+        assert to_encode() == 0
+    (tmp_path / "no folder").write_text("")
+    assert search(cache_dir=tmp_path / "no folder") == expected
+    assert "cannot be written" in capsys.readouterr().out
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # nothing unfinished
+
+
+def test_retrieve_ranks_nothing_that_is_no_number(search, tmp_path, to_encode, capsys):
+    import safetensors.torch
+
+    expected = search()
+    (file,) = (tmp_path / "cache").iterdir()
+    cached = safetensors.torch.load_file(file)
+    damaged = sorted(cached)[0]
+    cached[damaged][0, 0] = float("nan")
+    safetensors.torch.save_file(cached, file)
+    to_encode()
+    assert search() == expected
+    assert to_encode() == 1
+    model = PicoModel.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        model.alignment_head.visual_projection.weight[0, 0] = float("nan")
+    with pytest.raises(SystemExit, match="None of the files is a picture"):
+        model.save_pretrained(tmp_path / "model")
+        search()
+    assert "Left out: the model gives no numbers for" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["hits.png", "hits.jpg", "hits.webp"])
+def test_retrieve_does_not_find_its_own_sheets(search, tmp_path, capsys, name):
+    expected = search()
+    assert search(output=tmp_path / "pictures" / name) == expected
+    capsys.readouterr()
+    assert search(output=tmp_path / "pictures" / "other.png") == expected
+    assert f"{name}' is a contact sheet" in capsys.readouterr().out
 
 
 def test_contact_sheet_shows_pictures_in_order(retrieve, tmp_path):
@@ -156,10 +235,10 @@ def test_retrieve_says_what_is_wrong(search, tmp_path):
     with pytest.raises(SystemExit, match="pictures is not a folder"):
         search()
     (tmp_path / "pictures").mkdir()
-    with pytest.raises(SystemExit, match="There is no picture in"):
+    with pytest.raises(SystemExit, match="There is no file in"):
         search()
     (tmp_path / "pictures" / "a.png").write_bytes(b"")
-    with pytest.raises(SystemExit, match="None of the pictures can be read"):
+    with pytest.raises(SystemExit, match="None of the files is a picture that can be read"):
         search()
 
 

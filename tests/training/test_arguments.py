@@ -22,6 +22,16 @@ from modeling_pico.training import PicoTrainingArguments
         ({"prototype_schedule": "share"}, ["share", "between 0 and 1", "3"]),
         ({"feedback_ema_weight": 1.5}, ["feedback_ema_weight", "(0, 1]", "1.5"]),
         ({"gradient_cache_chunk_size": 0}, ["gradient_cache_chunk_size", "at least 1"]),
+        ({"num_train_epochs": 0}, ["num_train_epochs", "greater than 0", "got 0", "do_train"]),
+        ({"num_train_epochs": -1}, ["num_train_epochs", "greater than 0", "got -1"]),
+        ({"max_steps": 0}, ["max_steps", "at least 1", "-1", "got 0"]),
+        ({"max_steps": -5}, ["max_steps", "at least 1", "got -5"]),
+        ({"per_device_train_batch_size": 0}, ["per_device_train_batch_size", "greater than 0", "got 0"]),
+        ({"gradient_accumulation_steps": -1}, ["gradient_accumulation_steps", "greater than 0", "got -1"]),
+        ({"hinge_warmup_epochs": -1.0}, ["hinge_warmup_epochs", "at least 0", "got -1"]),
+        # No comparison with NaN holds, so whatever follows from one would be skipped in silence.
+        ({"prototype_update_start": float("nan")}, ["prototype_update_start", "must be a number", "nan"]),
+        ({"max_grad_norm": float("nan")}, ["max_grad_norm", "must be a number", "nan"]),
     ],
 )
 def test_bad_option_is_refused_with_what_is_allowed(tmp_path, options, words):
@@ -34,6 +44,7 @@ def test_bad_option_is_refused_with_what_is_allowed(tmp_path, options, words):
 def test_edges_are_allowed(tmp_path):
     arguments(tmp_path, feedback_ema_weight=1.0, prototype_start=0.01, prototype_update_start=0.02)
     arguments(tmp_path, prototype_schedule="share", prototype_start=0.25, prototype_update_start=1)
+    arguments(tmp_path, num_train_epochs=0, max_steps=3)
 
 
 def test_defaults_of_the_trainer_that_cannot_work_here_are_changed(tmp_path):

@@ -30,6 +30,7 @@ from modeling_pico.training.checkpoint_files import (
     rotate,
     write_text,
 )
+from modeling_pico.training.run_lock import LOCK_FILE
 from modeling_pico.training.signals import heed_only_parent
 
 
@@ -45,7 +46,7 @@ def make(folder: Path, content: str = "") -> Path:
     """A folder that passes for a checkpoint."""
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_text(content)
-    (folder / "trainer_state.json").write_text("{}")
+    (folder / "trainer_state.json").write_text('{"global_step": 3}')
     return folder
 
 
@@ -54,7 +55,9 @@ def names(folder: Path) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """All files but the lock of a run in progress."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK_FILE)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 # Folders
@@ -70,6 +73,8 @@ def test_last_checkpoint_is_the_newest_complete_one(tmp_path):
     (tmp_path / "checkpoint-13").mkdir()
     (make(tmp_path / "checkpoint-14") / "trainer_state.json").write_text('{"global_step": 1')
     (tmp_path / "checkpoint-15").write_text("a file")
+    for number, state in enumerate(("{}", "[]", '{"global_step": 0}', '{"global_step": "x"}', '{"unheard_of": 1}')):
+        (make(tmp_path / f"checkpoint-{number + 16}") / "trainer_state.json").write_text(state)
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
@@ -446,6 +451,39 @@ def test_incomplete_checkpoints_are_refused(tmp_path):
         made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run with checkpoints after steps 3 and 6."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer(folder, **QUICK).train()
+    return folder
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_loss.json"])
+@pytest.mark.parametrize("by", ["name", "choice"])
+def test_a_checkpoint_from_which_a_run_would_not_go_on_exactly_is_refused(run, tmp_path, name, by):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    (folder / "checkpoint-6" / name).unlink()
+    before = contents(folder)
+    with pytest.raises(ValueError, match=f"checkpoint-6' lacks {name}, so .* not go on .* save_only_model.*Delete"):
+        trainer(folder, **QUICK).train(resume_from_checkpoint=by == "choice" or str(folder / "checkpoint-6"))
+    assert contents(folder) == before
+
+
+def test_checkpoints_of_the_model_alone_are_refused_with_all_they_lack(tmp_path):
+    made = trainer(tmp_path, max_steps=3, save_only_model=True)
+    made.train()
+    with pytest.raises(ValueError, match="lacks optimizer.pt, scheduler.pt, rng_state.pth, training_loss.json, so"):
+        made.train(resume_from_checkpoint=True)
+
+
+def test_random_numbers_of_another_number_of_processes_are_told(run, tmp_path, caplog):
+    folder = Path(shutil.copytree(run / "checkpoint-3", tmp_path / "checkpoint-3"))
+    (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
+    trainer(tmp_path, **{**QUICK, "max_steps": 4}).train(resume_from_checkpoint=str(folder))
+    assert "has no rng_state.pth, as after a run on another number of processes" in caplog.text
+
+
 def test_killed_trainings_end_as_the_uninterrupted_one():
     """Few kills here; `--kills 50` for many."""
     command = [sys.executable, str(BENCHMARK), "--kills", "4", "--seed", "3"]
@@ -461,3 +499,11 @@ def test_metrics_are_added_to_those_of_earlier_calls(tmp_path):
     assert json.loads((tmp_path / "all_results.json").read_text()) == {"a": 2, "b": 1.5}
     assert json.loads((tmp_path / "test_results.json").read_text()) == {"a": 2}
     assert names(tmp_path) == ["all_results.json", "eval_results.json", "test_results.json"]
+
+
+@pytest.mark.parametrize("content", ['{"a": 1', "[1, 2]", "", "null"])
+def test_unreadable_results_are_no_reason_to_lose_new_ones(tmp_path, caplog, content):
+    (tmp_path / "all_results.json").write_text(content)
+    trainer(tmp_path).save_metrics("eval", {"b": 1.5})
+    assert json.loads((tmp_path / "all_results.json").read_text()) == {"b": 1.5}
+    assert "all_results.json does not hold metrics by name, and is written anew" in caplog.text

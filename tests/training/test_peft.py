@@ -18,11 +18,19 @@ peft = pytest.importorskip("peft")
 TARGETS = ["q_proj", "v_proj", "query", "value"]  # of ViT and of BERT
 
 
+def lora(modules_to_save):
+    saved = None if modules_to_save is None else list(modules_to_save)
+    return peft.LoraConfig(r=2, target_modules=TARGETS, modules_to_save=saved)
+
+
 def adapted(modules_to_save=("alignment_head",), **options):
-    config = peft.LoraConfig(
-        r=2, target_modules=TARGETS, modules_to_save=None if modules_to_save is None else list(modules_to_save)
-    )
-    return peft.get_peft_model(model(**options), config)
+    return peft.get_peft_model(model(**options), lora(modules_to_save))
+
+
+def adapted_in_place(modules_to_save=("alignment_head",), **options):
+    net = model(**options)
+    net.add_adapter(lora(modules_to_save))
+    return net
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -118,13 +126,30 @@ def test_best_adapter_is_loaded(tmp_path):
     assert_same_state(made.model, kept)
 
 
-def test_an_adapter_that_loses_the_prototypes_is_refused(tmp_path):
+@pytest.mark.parametrize("adapt", [adapted, adapted_in_place])
+def test_an_adapter_that_loses_the_prototypes_is_refused(tmp_path, adapt):
     with pytest.raises(ValueError, match=r"without the style prototypes.*modules_to_save=\[\"alignment_head\"\]"):
-        trainer(tmp_path, net=adapted(modules_to_save=None)).train()
+        trainer(tmp_path, net=adapt(modules_to_save=None)).train()
     # Heads without prototypes need not be trained.
-    made = trainer(tmp_path, net=adapted(modules_to_save=None, alignment_head="fine_grained"), max_steps=1)
+    made = trainer(tmp_path, net=adapt(modules_to_save=None, alignment_head="fine_grained"), max_steps=1)
     made.train()
     assert made.construction is None
+
+
+def test_an_adapter_added_in_place_is_saved_and_resumed(tmp_path):
+    whole = trainer(tmp_path / "whole", net=adapted_in_place(), num_train_epochs=5, load_best_model_at_end=True)
+    whole.train()
+    assert 3 < whole.state.best_global_step < 15  # neither the first nor the last weights
+    best, last = (tmp_path / "whole" / f"checkpoint-{step}" for step in (whole.state.best_global_step, 15))
+    loaded = model()
+    loaded.load_adapter(str(last))
+    assert int(loaded.style_prototypes.stage) == STAGE_UPDATED
+    resumed = trainer(tmp_path / "resumed", net=adapted_in_place(), num_train_epochs=5)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert_same_state(resumed.model, loaded)
+    kept = model()
+    kept.load_adapter(str(best))
+    assert_same_state(whole.model, kept)
 
 
 def test_an_adapter_that_loses_a_network_of_the_head_is_refused(tmp_path):

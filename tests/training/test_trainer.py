@@ -10,7 +10,7 @@ from tiny import CountedDataset, arguments, assert_same_state, model, processor,
 from torch.utils.data import Subset
 from transformers import TrainerCallback
 
-from modeling_pico import PicoModel
+from modeling_pico import PicoModel, PicoProcessor
 from modeling_pico.training import PicoTrainer
 from modeling_pico.training.callbacks import MAX_LOGIT_SCALE
 
@@ -425,6 +425,15 @@ def test_heads_without_prototypes_use_the_same_trainer(tmp_path, head):
 
 
 # Wrong use
+
+
+def test_texts_are_never_longer_than_the_tower_has_positions(tmp_path):
+    unlimited = processor()
+    unlimited.tokenizer.model_max_length = 10**30
+    made = PicoTrainer(model(), arguments(tmp_path, eval_strategy="no"), processing_class=unlimited)
+    assert made.data_collator.max_length == unlimited.tokenizer.model_max_length == 24
+    made.save_model(tmp_path / "saved")
+    assert PicoProcessor.from_pretrained(tmp_path / "saved").tokenizer.model_max_length == 24
 
 
 def test_batch_of_one_is_refused(tmp_path):

@@ -1,0 +1,134 @@
+"""Which rows of a source belong to a split, and that no two splits are the same rows."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.data_files import SPLIT_KEYWORDS
+
+from .images import image_keys, iter_encoded
+
+
+SPLIT_COLUMN = "split"
+# "train", "training"; "validation", "valid", "dev", "val"; "test", "testing", ...
+_SPLIT_OF_WORD = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
+
+
+def split_of_file(path: Path) -> str:
+    """The split that the name of a file says (`captions_val2017.json`: `"validation"`), by default `"train"`."""
+    found = {_SPLIT_OF_WORD.get(word) for word in re.split(r"[-._ 0-9]+", path.name.lower())} - {None}
+    return str(found.pop()) if len(found) == 1 else "train"
+
+
+def find_split(split: str, names: Collection[str], source: str) -> str:
+    """The one of `names` that is the split, under its own name or another usual one (`val` for `validation`)."""
+    if split in names:
+        return split
+    common = _SPLIT_OF_WORD.get(split.lower())
+    same = [name for name in names if common is not None and _SPLIT_OF_WORD.get(name.lower()) == common]
+    if len(same) == 1:
+        return same[0]
+    raise ValueError(f"{source} has no split {split!r}; it has {list(names)}.")
+
+
+def choose_split(splits: Mapping[str, datasets.Dataset], split: str, source: str) -> datasets.Dataset:
+    """
+    The rows of one split. The rows of a source that is not split are told apart by their column `split`, if there is
+    one.
+
+    Args:
+        splits (`Mapping[str, datasets.Dataset]`): What the source itself tells apart.
+        split (`str`): The split that is asked for, or an expression such as `"train[:100]"`.
+        source (`str`): Names the source in messages.
+
+    Raises:
+        ValueError: if there is no such split. A source that is not split is only what its own name says, and `train`
+            where that says nothing: the same rows must not be training, validation and test data.
+    """
+    splits = {str(name): rows for name, rows in splits.items()}
+    rows = next(iter(splits.values()))
+    hint = ""
+    if len(splits) == 1 and SPLIT_COLUMN in rows.column_names:
+        splits, source = _by_column(rows, source), f"The column {SPLIT_COLUMN!r} of {source}"
+    elif len(splits) == 1:
+        hint = (
+            " Its rows are not told apart, and so serve one purpose. Give a folder with a file for each split "
+            f"(train.csv, validation.csv, test.csv), or add a column {SPLIT_COLUMN!r} that says it of each row. "
+            f"To use all of its rows, ask for the split {next(iter(splits))!r}."
+        )
+    try:
+        if split not in splits and re.search(r"[\[+]", split):
+            return _expression(splits, split)
+        return splits[find_split(split, list(splits), source)]
+    except ValueError as error:
+        raise ValueError(f"{error}{hint}") from None
+
+
+def _by_column(rows: datasets.Dataset, source: str) -> dict[str, datasets.Dataset]:
+    values, feature = rows[SPLIT_COLUMN][:], rows.features[SPLIT_COLUMN]
+    if isinstance(feature, datasets.ClassLabel):
+        values = [None if value is None or value < 0 else feature.int2str(value) for value in values]
+    members: dict[str, list[int]] = {}
+    for row, value in enumerate(values):
+        members.setdefault("" if value is None else str(value), []).append(row)
+    if "" in members:
+        missing = members[""]
+        raise ValueError(
+            f"The column {SPLIT_COLUMN!r} of {source} is empty in {len(missing)} rows, the first are {missing[:5]}."
+        )
+    return {name: rows.select(chosen) for name, chosen in members.items()}
+
+
+def _expression(splits: Mapping[str, datasets.Dataset], expression: str) -> datasets.Dataset:
+    lengths = {name: len(rows) for name, rows in splits.items()}
+    parts = datasets.ReadInstruction.from_spec(expression).to_absolute(lengths)
+    return datasets.concatenate_datasets(
+        [splits[part.splitname].select(range(lengths[part.splitname])[part.from_ : part.to]) for part in parts]
+    )
+
+
+def check_distinct(splits: Mapping[str, datasets.Dataset]) -> None:
+    """
+    Refuses splits of which one holds nothing but rows (images with their captions) of another.
+
+    Args:
+        splits (`Mapping[str, datasets.Dataset]`): Rows as [`load_captioned_images`] gives them, by name of the split.
+
+    Raises:
+        ValueError: names both splits.
+    """
+    outlines = {name: set(_outlines(rows)) for name, rows in splits.items() if len(rows)}
+    for pair in itertools.combinations(outlines, 2):
+        small, large = sorted(pair, key=lambda name: len(outlines[name]))
+        # Pictures are read only where captions and sizes already agree.
+        if outlines[small] <= outlines[large] and set(_contents(splits[small])) <= set(_contents(splits[large])):
+            first, second = pair
+            raise ValueError(
+                f"The splits {first!r} and {second!r} hold the same data: each of the {len(splits[small])} rows of "
+                f"{small!r} is also a row of {large!r}, so that one says nothing that the other does not. Name splits "
+                "of different rows."
+            )
+
+
+def _outlines(rows: datasets.Dataset) -> Iterator[tuple[Any, ...]]:
+    """What can be known of each row without reading its picture: captions, and the size of the picture in bytes."""
+    captions = iter(rows["captions"])
+    for chunk in iter_encoded(rows.select_columns("image")):
+        for content, path in zip(chunk.field("bytes"), chunk.field("path").to_pylist(), strict=True):
+            size = content.as_buffer().size if content.is_valid else _file_size(path)
+            yield (size, *next(captions))
+
+
+def _file_size(path: str | None) -> int:
+    return os.path.getsize(path) if path is not None and os.path.isfile(path) else -1
+
+
+def _contents(rows: datasets.Dataset) -> Iterator[tuple[Any, ...]]:
+    images = image_keys(rows.select_columns("image"), read_files=True)
+    return ((image, *captions) for image, captions in zip(images, rows["captions"], strict=True))
