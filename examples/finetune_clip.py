@@ -48,10 +48,9 @@ training_args = PicoTrainingArguments(
     weight_decay=1e-2,
     lr_scheduler_type="cosine",
     warmup_steps=0.1,
-    # Style prototypes: first ones after a fifth of the training, updated each epoch after two fifths.
-    prototype_schedule="share",
-    prototype_start=0.2,
-    prototype_update_start=0.4,
+    # Style prototypes: first ones after two epochs, updated each epoch from the fourth on.
+    prototype_start=2,
+    prototype_update_start=4,
     # Recall on the validation split chooses the checkpoint and tells how much new prototypes are worth.
     eval_strategy="epoch",
     save_strategy="epoch",

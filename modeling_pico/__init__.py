@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
 
 from .configuration_cdds import CddsConfig
-from .configuration_pico import PicoConfig
+from .configuration_pico import PICO_LITERAL, PicoConfig
 from .image_decoding_pico import decode_image
 from .loss_pico import image_text_loss
 from .modeling_cdds import CddsModel
@@ -48,6 +48,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "PICO_LITERAL",
     "CaptionedImageDataset",
     "CddsConfig",
     "CddsModel",

@@ -62,7 +62,7 @@ def num_prefix_tokens(config: PreTrainedConfig) -> int:
     if config.model_type not in _PREFIX_TOKENS:
         raise ValueError(
             f"It is not known how many special tokens the vision family {config.model_type!r} puts before its "
-            "patches, which vision_special_tokens=False, pooling='class_token' and column_mode='position' need. "
+            "patches, which vision_special_tokens=False and pooling='class_token' need. "
             f"Known: {', '.join(sorted(_PREFIX_TOKENS))}."
         )
     registers = config.to_dict().get("num_register_tokens", 0)

@@ -23,9 +23,7 @@ MAX_FRESH_ELEMENTS = 2**27
 # Options with which a checkpoint may be loaded otherwise than it was saved, and what is then freshly initialised.
 _FRESH = {
     "alignment_head": ("style_prototypes.",),
-    "style_probability": ("_comparator.",),
-    "comparator": ("_comparator.",),
-    "comparator_statistics": ("_comparator.",),
+    "style_probability": ("_rates.",),
     "num_uncertainty_prototypes": ("uncertainty_prototypes.",),
     "semantic_probability": ("style_prototypes.",),
 }
@@ -242,7 +240,7 @@ def _allowed_range(name: str) -> tuple[float, float]:
         return -1e-3, 1 + 1e-3  # rounding may lead out of [0, 1]
     if name.endswith(("temperature", "column_scale")):
         return torch.finfo(torch.float32).tiny, largest
-    if name.startswith(("matched_", "mismatched_")):
+    if name.startswith("matched_"):
         return 0, largest
     return -largest, largest
 

@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -11,33 +11,29 @@ from transformers import AutoConfig, PreTrainedConfig
 
 ALIGNMENT_HEADS = ("pico", "fine_grained", "instance_norm", "clip_style")
 POOLINGS = ("mean", "class_token")
-COLUMN_MODES = ("moments", "statistics", "quantile", "position")
-PROBABILITY_ESTIMATORS = ("matched", "chance_corrected", "magnitude", "best_aligned", "meaning_share")
-STYLE_PROBABILITIES = ("learned", "purity", "nearest", "cosine", "global")
-COMPARATORS = ("style_rates", "network", "free_gate")
-PROBABILITY_COMBINATIONS = ("product", "image", "text")
+COLUMN_MODES = ("moments", "quantile")
+STYLE_PROBABILITIES = ("style_rates", "purity")
 LOSS_TYPES = ("infonce", "hinge")
 
-# Mean, standard deviation, maximum and minimum of a column.
-NUM_COLUMN_STATISTICS = 4
+# The options of the literal reconstruction of the paper: no part of the weights is learned.
+PICO_LITERAL: dict[str, Any] = {
+    "alignment_head": "pico",
+    "column_mode": "quantile",
+    "style_probability": "purity",
+}
 
 CHOICES = {
     "alignment_head": ALIGNMENT_HEADS,
     "pooling": POOLINGS,
     "column_mode": COLUMN_MODES,
-    "probability_estimator": PROBABILITY_ESTIMATORS,
     "style_probability": STYLE_PROBABILITIES,
-    "comparator": COMPARATORS,
-    "probability_combination": PROBABILITY_COMBINATIONS,
     "loss_type": LOSS_TYPES,
 }
 # Smallest value allowed, and whether it is allowed itself.
 _LOWER_BOUNDS = {
     "embedding_dim": (1, True),
     "num_style_prototypes": (1, True),
-    "comparator_hidden_size": (1, True),
     "column_length": (2, True),
-    "sharpness": (0.0, False),
     "margin": (0.0, True),
     "num_uncertainty_prototypes": (0, True),
     "uncertainty_temperature": (0.0, False),
@@ -48,7 +44,6 @@ _LOWER_BOUNDS = {
 _LARGEST = {
     "embedding_dim": 2**16,
     "num_style_prototypes": 2**16,
-    "comparator_hidden_size": 2**16,
     "column_length": 2**16,
     "num_uncertainty_prototypes": 2**16,
 }
@@ -76,7 +71,8 @@ class PicoConfig(PreTrainedConfig):
     Configuration of a [`PicoModel`]: a vision and a text backbone and the alignment head between them and the score.
 
     Method: PICO, "Reliable Cross-modal Alignment via Prototype Iterative Construction" (arXiv 2510.11175). Where the
-    paper's formula is not published, the form is our reconstruction; those options are marked *(ours)*.
+    paper's formula is not published, the form is our reconstruction; those options are marked *(ours)*. The literal
+    reconstruction is `PicoConfig(**PICO_LITERAL)`.
 
     Args:
         vision_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a `ViTConfig`):
@@ -103,40 +99,13 @@ class PicoConfig(PreTrainedConfig):
             Style prototypes of each modality.
         column_mode (`str`, *optional*, defaults to `"moments"`):
             How a feature column is described *(ours)*: its mean and standard deviation, what image stylisation takes
-            for style (`"moments"`); these with its maximum and minimum (`"statistics"`); its sorted values at
-            `column_length` points (`"quantile"`); or the values in patch order (`"position"`: images of one fixed
-            grid only, with texts as quantiles).
+            for style (`"moments"`); or its sorted values at `column_length` points (`"quantile"`).
         column_length (`int`, *optional*, defaults to 16):
-            Points of a `"quantile"` column; number of patches of a `"position"` column. The others
-            have lengths of their own.
-        probability_estimator (`str`, *optional*, defaults to `"matched"`):
-            Pseudo-semantic probability of a column: share of positive products over matched pairs (`"matched"`, the
-            paper's); *(ours)* that share corrected for the share over mismatched pairs (`"chance_corrected"`), with
-            products counted by their size (`"magnitude"`), or over each patch with its most similar word and each
-            word with its most similar patch alone (`"best_aligned"`); or, where meanings repeat, the share of
-            a column's variance over samples that lies between meanings (`"meaning_share"`: each side its own, their
-            mean for `style_probability="global"`; needs thousands of `reservoir_pairs`).
-        style_probability (`str`, *optional*, defaults to `"learned"`):
-            How a column's style probability follows from the prototypes *(all ours)*: `"learned"` (see `comparator`),
-            `"purity"` (soft assignment times the prototypes' style rates), `"nearest"` (Gaussian of the distance to
-            the nearest), `"cosine"` (highest cosine), or `"global"` (the pseudo-semantic probability itself, without
-            prototypes).
-        comparator (`str`, *optional*, defaults to `"style_rates"`):
-            What is learned with `style_probability="learned"`: for every feature column its own style rate of every
-            prototype, weighted by soft assignment as in `"purity"` (`"style_rates"`); a small network, shared by all
-            columns, that reads the distances to the prototypes (`"network"`); or, as an ablation, such a network that
-            reads the column's statistics and knows no prototypes (`"free_gate"`). All start neutral.
-        comparator_hidden_size (`int`, *optional*, defaults to 32):
-            Hidden units of the two networks.
-        comparator_statistics (`bool`, *optional*, defaults to `False`):
-            Whether `comparator="network"` also reads the column's mean, standard deviation, maximum and minimum.
-        probability_combination (`str`, *optional*, defaults to `"product"`):
-            Sides that are weighted: both (`"product"`), `"image"` or `"text"` *(ours)*.
-        probability_gradient (`bool`, *optional*):
-            Whether the gradient flows through the semantic probability into the token embeddings. By default it does
-            for `"learned"` only. (The comparator's own parameters are trained in either case.)
-        sharpness (`float`, *optional*, defaults to 1.0):
-            Power to which the semantic probability is raised before it is rescaled.
+            Points of a `"quantile"` column; `"moments"` has two values.
+        style_probability (`str`, *optional*, defaults to `"style_rates"`):
+            How a column's style probability follows from the prototypes *(ours)*: soft assignment times style rates of
+            the prototypes that are learned for every feature and start neutral (`"style_rates"`), or times the rate
+            that was measured for each prototype, without gradient (`"purity"`).
         loss_type (`str`, *optional*, defaults to `"infonce"`):
             `"infonce"` with learned temperature, or `"hinge"` with hardest in-batch negatives.
         margin (`float`, *optional*, defaults to 0.2):
@@ -208,14 +177,7 @@ class PicoConfig(PreTrainedConfig):
     num_style_prototypes: int = 16
     column_mode: str = "moments"
     column_length: int = 16
-    probability_estimator: str = "matched"
-    style_probability: str = "learned"
-    comparator: str = "style_rates"
-    comparator_hidden_size: int = 32
-    comparator_statistics: bool = False
-    probability_combination: str = "product"
-    probability_gradient: bool | None = None
-    sharpness: int | float = 1.0
+    style_probability: str = "style_rates"
     loss_type: str = "infonce"
     margin: int | float = 0.2
     logit_scale_init_value: int | float = 2.6592
@@ -275,12 +237,7 @@ class PicoConfig(PreTrainedConfig):
     @property
     def column_size(self) -> int:
         """Numbers that describe one feature column."""
-        return {"statistics": NUM_COLUMN_STATISTICS, "moments": 2}.get(self.column_mode, self.column_length)
-
-    @property
-    def textual_column_mode(self) -> str:
-        """Column mode of texts: they have no fixed grid, so `"position"` becomes `"quantile"`."""
-        return "quantile" if self.column_mode == "position" else self.column_mode
+        return 2 if self.column_mode == "moments" else self.column_length
 
 
 def _backbone_config(config: PreTrainedConfig | dict | None, name: str, default_type: str) -> PreTrainedConfig:
@@ -329,4 +286,4 @@ def _violated(option: str, number: int | float) -> str | None:
     return None
 
 
-__all__ = ["PicoConfig", "check_backbone_options"]
+__all__ = ["PICO_LITERAL", "PicoConfig", "check_backbone_options"]

@@ -27,29 +27,20 @@ def feature_columns(
         mask (`torch.Tensor` of shape `(batch, tokens)`):
             True at real tokens. A sample without any gives zeros.
         mode (`str`, *optional*, defaults to `"moments"`):
-            `"moments"`: mean and standard deviation. `"statistics"`: these, maximum and minimum.
-            `"quantile"`: the sorted values, linearly interpolated to `length` points. `"position"`: the values in
-            order; `length` must be the token count.
+            `"moments"`: mean and standard deviation. `"quantile"`: the sorted values, linearly interpolated to
+            `length` points.
         length (`int`, *optional*):
-            Number of values for `"quantile"` and `"position"`.
+            Number of values for `"quantile"`.
 
     Returns:
-        `torch.Tensor` of shape `(batch, dim, length)` in float32; `length` is 4 for `"statistics"` and 2 for
-        `"moments"`.
+        `torch.Tensor` of shape `(batch, dim, length)` in float32; `length` is 2 for `"moments"`.
     """
-    if mode in ("statistics", "moments"):
-        return _ColumnStatistics.apply(tokens, mask.bool(), mode == "statistics")
-    values = tokens.float() * tokens.shape[-1] ** 0.5
-    valid = mask.bool().unsqueeze(-1)
-    if mode == "position":
-        if values.shape[1] != length:
-            raise ValueError(
-                f"column_mode='position' needs images of exactly column_length={length} patches, but got "
-                f"{values.shape[1]}; use column_mode='quantile' or 'statistics' for other sizes."
-            )
-        return (values * valid).transpose(1, 2)
+    if mode == "moments":
+        return _ColumnMoments.apply(tokens, mask.bool())
     if mode != "quantile":
         raise ValueError(f"column mode must be one of {', '.join(map(repr, COLUMN_MODES))}, but got {mode!r}.")
+    values = tokens.float() * tokens.shape[-1] ** 0.5
+    valid = mask.bool().unsqueeze(-1)
     count = valid.sum(dim=1).clamp(min=1)  # (batch, 1)
     ordered = values.masked_fill(~valid, torch.inf).sort(dim=1).values
     place = torch.linspace(0, 1, length, device=values.device) * (count - 1)  # (batch, length)
@@ -64,17 +55,16 @@ def feature_columns(
     return columns.masked_fill(~mask.bool().any(dim=1).view(-1, 1, 1), 0.0)
 
 
-class _ColumnStatistics(torch.autograd.Function):
+class _ColumnMoments(torch.autograd.Function):
     """
-    Mean, standard deviation and, with `extremes`, maximum and minimum of each column, with a gradient in few passes
-    over the tokens.
+    Mean and standard deviation of each column, with a gradient in few passes over the tokens.
 
-    The gradient that autograd derives from the four reductions takes longer than a small tower's; the values are the
-    same. Equal extremes share the gradient, as in `torch.amax`.
+    The gradient that autograd derives from the two reductions takes longer than a small tower's; the values are the
+    same.
     """
 
     @staticmethod
-    def forward(ctx, tokens: torch.Tensor, mask: torch.Tensor, extremes: bool) -> torch.Tensor:
+    def forward(ctx, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         unit = tokens.shape[-1] ** 0.5
         values = tokens.detach().float()
         # Looked at only where that neither waits for a device nor breaks a graph that is being traced.
@@ -86,51 +76,35 @@ class _ColumnStatistics(torch.autograd.Function):
         # The small constant keeps the gradient of the root finite at a constant column.
         centred = values - mean.unsqueeze(1)
         spread = ((weights @ centred.square_()).squeeze(1) + 1e-8 / unit**2).sqrt()
-        found: tuple[torch.Tensor, ...] = ()
-        # Not `max`, whose indices take most of its time; the positions are found again in the backward pass.
-        if extremes and ctx.has_padding:
-            padding = torch.zeros_like(weights).masked_fill_(~mask.unsqueeze(1), torch.inf).transpose(1, 2)
-            found = (values - padding).amax(dim=1), (values + padding).amin(dim=1)
-        elif extremes:
-            found = values.amax(dim=1), values.amin(dim=1)
-        ctx.save_for_backward(tokens, mask, count, mean, spread, *found)
-        columns = torch.stack([mean, spread, *found], dim=-1) * unit
-        # A sample without a real token has infinities above.
+        ctx.save_for_backward(tokens, mask, count, mean, spread)
+        columns = torch.stack([mean, spread], dim=-1) * unit
+        # A sample without a real token has the root of the small constant above.
         return columns.masked_fill(~mask.any(dim=1).view(-1, 1, 1), 0.0) if ctx.has_padding else columns
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        tokens, mask, count, mean, spread, *extremes = ctx.saved_tensors
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        tokens, mask, count, mean, spread = ctx.saved_tensors
         values = tokens.float()
         gradient = gradient * (tokens.shape[-1] ** 0.5 * mask.any(dim=1).view(-1, 1, 1))
-        of_mean, of_spread, *of_extremes = gradient.unbind(dim=-1)
+        of_mean, of_spread = gradient.unbind(dim=-1)
         slope = of_spread / (count * spread)
         offset = of_mean / count - slope * mean
         result = torch.addcmul(offset.unsqueeze(1), slope.unsqueeze(1), values)
-        for extreme, of_extreme in zip(extremes, of_extremes, strict=True):
-            is_extreme = torch.eq(values, extreme.unsqueeze(1), out=torch.empty_like(values))
-            if ctx.has_padding:
-                is_extreme *= mask.unsqueeze(-1)
-            share = of_extreme / is_extreme.sum(dim=1).clamp(min=1)
-            result.addcmul_(is_extreme, share.unsqueeze(1))
         if ctx.has_padding:
             result *= mask.unsqueeze(-1)
-        return result.to(tokens.dtype), None, None
+        return result.to(tokens.dtype), None
 
 
-def column_weights(semantic_probability: torch.Tensor, sharpness: float = 1.0) -> torch.Tensor:
+def column_weights(semantic_probability: torch.Tensor) -> torch.Tensor:
     """
-    Weights of the feature columns: probabilities `(..., dim)` raised to `sharpness` and rescaled to a mean of one, so
-    that a constant probability gives the unweighted score *(ours)*.
+    Weights of the feature columns: probabilities `(..., dim)` rescaled to a mean of one, so that a constant
+    probability gives the unweighted score *(ours)*.
     """
     probability = semantic_probability.clamp(min=MIN_PROBABILITY)
-    # The rescaling cancels any common factor; this one keeps high powers of small probabilities from underflow, and
-    # the weights of a constant probability at exactly one.
-    powered = probability / probability.detach().amax(dim=-1, keepdim=True)
-    if sharpness != 1:
-        powered = powered**sharpness
-    return powered / powered.mean(dim=-1, keepdim=True)
+    # The rescaling cancels any common factor; this one keeps the weights of a constant probability at exactly one.
+    probability = probability / probability.detach().amax(dim=-1, keepdim=True)
+    return probability / probability.mean(dim=-1, keepdim=True)
 
 
 __all__ = ["MIN_PROBABILITY", "column_weights", "feature_columns"]

@@ -46,11 +46,7 @@ _OPTIONS = (
 _PROTOTYPE_OPTIONS = (
     "num_style_prototypes",
     "column_mode",
-    "probability_estimator",
     "style_probability",
-    "probability_combination",
-    "probability_gradient",
-    "sharpness",
 )
 _DECOUPLING_OPTIONS = (
     "unet_num_layers",
@@ -314,12 +310,8 @@ def _option_table(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
         names += _DECOUPLING_OPTIONS
     if _has_prototypes(config):
         names += _PROTOTYPE_OPTIONS
-        if config.get("column_mode") in ("quantile", "position"):
+        if config.get("column_mode") == "quantile":
             names.append("column_length")
-        if config.get("style_probability") == "learned":
-            names.append("comparator")
-            if config.get("comparator") == "network":
-                names += ["comparator_hidden_size", "comparator_statistics"]
     if config.get("num_uncertainty_prototypes"):
         names += _UNCERTAINTY_OPTIONS
     sides = [side for side in ("vision_config", "text_config") if config.get(side)]

@@ -95,10 +95,7 @@ class PicoModel(PicoPreTrainedModel):
         self.post_init()
 
     def _freeze_unused(self) -> None:
-        config, prototypes = self.config, self.style_prototypes
-        if prototypes is not None and config.style_probability == "learned":
-            prototypes.visual_comparator.requires_grad_(prototypes.is_weighted("image"))
-            prototypes.textual_comparator.requires_grad_(prototypes.is_weighted("text"))
+        config = self.config
         freeze_unused(self.vision_model, config.alignment_head == "clip_style" and config.pooling == "class_token")
 
     def enable_input_require_grads(self) -> None:

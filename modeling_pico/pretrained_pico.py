@@ -20,7 +20,7 @@ from .checkpoint_pico import (
     read_config,
 )
 from .configuration_pico import PicoConfig
-from .prototypes_pico import ColumnComparator, StylePrototypes, StyleRates
+from .prototypes_pico import StylePrototypes, StyleRates
 from .uncertainty_pico import UncertaintyPrototypes
 
 
@@ -52,14 +52,12 @@ class PicoPreTrainedModel(PreTrainedModel):
         "textual_column_scale",
         "visual_temperature",
         "textual_temperature",
-        "visual_comparator",
-        "textual_comparator",
+        "visual_rates",
+        "textual_rates",
         "pseudo_semantic_probability",
         "feedback_log_sum",
         "matched_sum",
-        "mismatched_sum",
         "matched_count",
-        "mismatched_count",
         "uncertainty_prototypes",
     ]
 
@@ -150,12 +148,6 @@ class PicoPreTrainedModel(PreTrainedModel):
         elif isinstance(module, StylePrototypes):
             for name, value in module.initial_buffers().items():
                 init.constant_(getattr(module, name), value)
-        elif isinstance(module, ColumnComparator):
-            init.normal_(module.hidden_weight, std=module.hidden_weight.shape[1] ** -0.5)
-            init.zeros_(module.hidden_bias)
-            # A zero output layer makes the probability constant, so training starts at the unweighted score.
-            init.zeros_(module.output_weight)
-            init.constant_(module.output_bias, 2.0)
         elif isinstance(module, StyleRates):
             init.zeros_(module.rate)
             init.constant_(module.bias, 2.0)
@@ -176,8 +168,7 @@ def _size_message(path, kwargs: dict, details: str) -> str:
         "embedding_dim",
         "num_uncertainty_prototypes",
     )
-    options = (*names, "comparator", "comparator_hidden_size", "comparator_statistics")
-    asked = ", ".join(f"{name}={kwargs[name]!r}" for name in options if name in kwargs)
+    asked = ", ".join(f"{name}={kwargs[name]!r}" for name in names if name in kwargs)
     return (
         f"The tensors of {str(path)!r} do not have the sizes that the configuration asks for"
         f"{f' ({asked})' if asked else ''}: {details}. The number and length of prototypes "

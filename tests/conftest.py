@@ -162,7 +162,7 @@ def tiny_config() -> Callable[..., PicoConfig]:
     """Builds a tiny PICO configuration; options are those of `PicoConfig`, and the two families."""
 
     def build(vision: str = "vit", text: str = "bert", **options) -> PicoConfig:
-        options = {"embedding_dim": 12, "num_style_prototypes": 3, "comparator_hidden_size": 8, **options}
+        options = {"embedding_dim": 12, "num_style_prototypes": 3, **options}
         return PicoConfig(vision_config=_vision_config(vision), text_config=_text_config(text), **options)
 
     return build
@@ -185,7 +185,7 @@ def tiny_model(tiny_config) -> Callable[..., PicoModel]:
 
 @pytest.fixture(scope="session")
 def use_prototypes() -> Callable[[PicoModel], PicoModel]:
-    """Gives a model prototypes, statistics and a trained comparator, as after its third construction."""
+    """Gives a model prototypes, statistics and trained style rates, as after its third construction."""
 
     @torch.no_grad()
     def fill(model: PicoModel) -> PicoModel:
@@ -199,7 +199,7 @@ def use_prototypes() -> Callable[[PicoModel], PicoModel]:
         # A number that float16 and bfloat16 cannot hold.
         prototypes.num_constructions.fill_(4097)
         for name, parameter in prototypes.named_parameters():
-            if name.endswith(("output_weight", "output_bias", "rate", "bias")):
+            if name.endswith(("rate", "bias")):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
         return model
 

@@ -24,7 +24,7 @@ from modeling_pico.backbones_pico import (
 )
 
 
-OPTIONS = {"num_style_prototypes": 3, "comparator_hidden_size": 8}
+OPTIONS = {"num_style_prototypes": 3}
 # What a checkpoint may hold beside the towers: heads for other tasks.
 LEFT_OUT = {"blip": "crossattention", "blip_retrieval": "crossattention", "bert": "pooler", "roberta": "pooler"}
 LEFT_OUT |= {"vit": "pooler", "deit": "pooler"}

@@ -7,15 +7,13 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, BertConfig, CLIPTextConfig, CLIPVisionConfig, ViTConfig
 
-from modeling_pico import PicoConfig
+from modeling_pico import PICO_LITERAL, PicoConfig, PicoModel
 from modeling_pico.configuration_pico import (
     ALIGNMENT_HEADS,
     CHOICES,
     COLUMN_MODES,
     LOSS_TYPES,
     POOLINGS,
-    PROBABILITY_COMBINATIONS,
-    PROBABILITY_ESTIMATORS,
     STYLE_PROBABILITIES,
 )
 
@@ -25,10 +23,8 @@ def test_no_argument_gives_vit_and_bert_and_the_documented_defaults():
     assert (config.vision_config.model_type, config.text_config.model_type) == ("vit", "bert")
     assert (config.embedding_dim, config.num_style_prototypes, config.column_length) == (512, 16, 16)
     assert (config.alignment_head, config.pooling, config.column_mode) == ("pico", "mean", "moments")
-    assert (config.style_probability, config.probability_estimator) == ("learned", "matched")
+    assert config.style_probability == "style_rates"
     assert (config.loss_type, config.margin, config.logit_scale_init_value) == ("infonce", 0.2, 2.6592)
-    assert config.probability_gradient is None
-    assert config.sharpness == 1.0
 
 
 @pytest.mark.parametrize("vision", ["clip", "vit", "swin", "dinov2"])
@@ -36,7 +32,7 @@ def test_no_argument_gives_vit_and_bert_and_the_documented_defaults():
 def test_sub_configs_survive_json_and_disk(vision, text, tiny_vision_config, tiny_text_config, tmp_path):
     vision_config = CLIPVisionConfig(hidden_size=24) if vision == "clip" else tiny_vision_config(vision)
     text_config = CLIPTextConfig(hidden_size=24) if text == "clip" else tiny_text_config(text)
-    config = PicoConfig(vision_config=vision_config, text_config=text_config, embedding_dim=7, sharpness=2)
+    config = PicoConfig(vision_config=vision_config, text_config=text_config, embedding_dim=7, margin=2)
     config.save_pretrained(tmp_path)
     for again in (
         PicoConfig(**json.loads(config.to_json_string(use_diff=False))),
@@ -48,7 +44,7 @@ def test_sub_configs_survive_json_and_disk(vision, text, tiny_vision_config, tin
         assert type(again.text_config) is type(text_config)
         assert again.vision_config.to_dict() == vision_config.to_dict()
         assert again.text_config.to_dict() == text_config.to_dict()
-        assert (again.embedding_dim, again.sharpness) == (7, 2)
+        assert (again.embedding_dim, again.margin) == (7, 2)
 
 
 def test_every_option_survives_disk(tmp_path):
@@ -60,14 +56,7 @@ def test_every_option_survives_disk(tmp_path):
         "num_style_prototypes": 5,
         "column_mode": "quantile",
         "column_length": 9,
-        "probability_estimator": "chance_corrected",
         "style_probability": "purity",
-        "comparator": "network",
-        "comparator_hidden_size": 3,
-        "comparator_statistics": True,
-        "probability_combination": "text",
-        "probability_gradient": True,
-        "sharpness": 1.5,
         "loss_type": "hinge",
         "margin": 0.3,
         "logit_scale_init_value": 1.25,
@@ -107,9 +96,7 @@ def test_every_choice_is_accepted():
         "alignment_head": ALIGNMENT_HEADS,
         "pooling": POOLINGS,
         "column_mode": COLUMN_MODES,
-        "probability_estimator": PROBABILITY_ESTIMATORS,
         "style_probability": STYLE_PROBABILITIES,
-        "probability_combination": PROBABILITY_COMBINATIONS,
         "loss_type": LOSS_TYPES,
     }.items():
         assert CHOICES[name] == allowed
@@ -122,10 +109,9 @@ def test_every_choice_is_accepted():
     [
         ("embedding_dim", 1, 0),
         ("num_style_prototypes", 1, 0),
-        ("comparator_hidden_size", 1, 0),
         ("column_length", 2, 1),
-        ("sharpness", 1e-3, 0.0),
-        ("sharpness", 1e-3, math.nan),
+        ("uncertainty_temperature", 1e-3, 0.0),
+        ("uncertainty_temperature", 1e-3, math.nan),
         ("margin", 0.0, -0.1),
     ],
 )
@@ -153,11 +139,15 @@ def test_sub_configuration_without_model_type_is_refused(name):
         PicoConfig(**{name: {"hidden_size": 16}})
 
 
-def test_column_size_and_textual_mode():
-    assert (PicoConfig().column_size, PicoConfig().textual_column_mode) == (2, "moments")
-    statistics = PicoConfig(column_mode="statistics")
-    assert (statistics.column_size, statistics.textual_column_mode) == (4, "statistics")
-    quantile = PicoConfig(column_mode="quantile", column_length=9)
-    assert (quantile.column_size, quantile.textual_column_mode) == (9, "quantile")
-    position = PicoConfig(column_mode="position", column_length=9)
-    assert (position.column_size, position.textual_column_mode) == (9, "quantile")
+def test_column_size():
+    assert PicoConfig().column_size == 2
+    assert PicoConfig(column_mode="quantile", column_length=9).column_size == 9
+
+
+def test_the_literal_reconstruction_is_one_name(tiny_model):
+    towers = tiny_model(alignment_head="fine_grained")
+    model = PicoModel.from_backbones(towers.vision_model, towers.text_model, **PICO_LITERAL)
+    for config in (model.config, PicoConfig(**PICO_LITERAL)):
+        assert (config.alignment_head, config.column_mode, config.style_probability) == ("pico", "quantile", "purity")
+    # No part of the weights is learned.
+    assert not list(model.style_prototypes.parameters())

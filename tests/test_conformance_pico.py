@@ -32,7 +32,7 @@ families = pytest.mark.parametrize(("vision", "text"), FAMILIES, ids=lambda name
 
 @functools.cache
 def _model(vision: str, text: str, **options) -> PicoModel:
-    options = {"num_style_prototypes": 3, "comparator_hidden_size": 8, **options}
+    options = {"num_style_prototypes": 3, **options}
     with torch.random.fork_rng():
         torch.manual_seed(1)
         if vision == text:

@@ -106,12 +106,10 @@ def test_fixed_weights_of_clip_from_the_command_line(fixed, tiny_processor, tmp_
     [
         {"vision": "swin", "text": "roberta", "alignment_head": "fine_grained", "text_special_tokens": False},
         {"vision": "dinov2", "alignment_head": "clip_style", "pooling": "class_token"},
-        {"style_probability": "nearest", "column_mode": "position", "column_length": 4, "sharpness": 2.0},
-        {"style_probability": "cosine", "vision_special_tokens": False},
-        {"style_probability": "global", "probability_combination": "text"},
-        {"comparator_statistics": True, "column_mode": "quantile", "column_length": 6},
+        {"style_probability": "purity", "vision_special_tokens": False},
+        {"column_mode": "quantile", "column_length": 6},
     ],
-    ids=lambda options: options.get("style_probability", options.get("alignment_head", "learned")),
+    ids=lambda options: options.get("style_probability", options.get("alignment_head", "style_rates")),
 )
 def test_other_heads_and_towers(tiny_model, use_prototypes, tiny_processor, tmp_path, options):
     model = tiny_model(**options)

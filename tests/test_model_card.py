@@ -92,7 +92,7 @@ def test_full_card():
     assert tables["Epoch"][0] == ["Epoch", "Stage", "Δ rSum", "Feedback weight", "Movement, image side"]
     assert tables["Epoch"][2:] == [["2", "1", "–", "–", "0.5"], ["3", "2", "+0.0", "0.78", "0.0123"]]
     assert tables["Hyper-parameter"][2:] == [["learning_rate", "0.0002"], ["seed", "0"]]
-    assert ["style_probability", "learned"] in tables["Option"] and ["vision_config.model_type", "vit"] in tables[
+    assert ["style_probability", "style_rates"] in tables["Option"] and ["vision_config.model_type", "vit"] in tables[
         "Option"
     ]
     assert "Prototype stage: 2, prototypes updated." in card.text
@@ -245,7 +245,7 @@ def test_options_follow_the_configuration():
     config = {**CONFIG.to_dict(), "loss_type": "hinge", "column_mode": "quantile", "style_probability": "purity"}
     options = next(table for table in _tables(_full_card(config=config)) if table[0][0] == "Option")
     names = [row[0] for row in options]
-    assert {"margin", "column_length"} <= set(names) and "comparator_hidden_size" not in names
+    assert {"margin", "column_length"} <= set(names)
 
 
 @pytest.mark.parametrize("model_id", ["", " \n"])

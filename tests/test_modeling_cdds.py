@@ -374,7 +374,8 @@ def test_auto_classes_load_it_whole(folder, cdds, use_prototypes, batch):
     assert half.alignment_head.visual_unet.noise_layer.linear1.weight.dtype == torch.bfloat16
     assert half.style_prototypes.num_constructions == 4097
     with torch.no_grad():
-        assert torch.equal(model(**batch).logits_per_image, source(**batch).logits_per_image)
+        # Weights of a file lie elsewhere in memory, and products of matrices then round otherwise.
+        torch.testing.assert_close(model(**batch).logits_per_image, source(**batch).logits_per_image)
         assert half(**{**batch, "pixel_values": batch["pixel_values"].bfloat16()}).logits_per_image.isfinite().all()
 
 
@@ -392,10 +393,10 @@ def test_a_pico_checkpoint_is_a_start(tiny_model, tmp_path):
 
 
 def test_a_checkpoint_is_a_start_of_pico_with_nothing_of_its_own(cdds, tmp_path):
-    cdds(ranking_weight=0.0, semantic_probability=True, sharpness=2.0).save_pretrained(tmp_path)
+    cdds(ranking_weight=0.0, semantic_probability=True, margin=2.0).save_pretrained(tmp_path)
     model = PicoModel.from_pretrained(tmp_path, alignment_head="fine_grained")
     found = model.config.to_dict()
-    assert (model.config.ranking_weight, found["sharpness"], found["embedding_dim"]) == (1.0, 2.0, 12)
+    assert (model.config.ranking_weight, found["margin"], found["embedding_dim"]) == (1.0, 2.0, 12)
     own = {"ranking_weight", "semantic_probability", "auto_map", "threshold_init", "unet_num_layers"}
     assert not own & found.keys()
     for name, value in (("ranking_weight", -3), ("alignment_heads", ["cdds"])):

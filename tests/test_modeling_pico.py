@@ -27,11 +27,6 @@ from modeling_pico.configuration_pico import ALIGNMENT_HEADS, LOSS_TYPES, STYLE_
 
 
 FAMILIES = [("vit", "bert"), ("swin", "roberta"), ("dinov2", "bert")]
-COMPARATOR_START = {
-    "style_rates": {"rate": 0.0, "bias": 2.0},
-    "network": {"hidden_bias": 0.0, "output_weight": 0.0, "output_bias": 2.0},
-    "free_gate": {"hidden_bias": 0.0, "output_weight": 0.0, "output_bias": 2.0},
-}
 
 
 @pytest.fixture
@@ -436,17 +431,6 @@ def test_every_trainable_parameter_gets_a_gradient(tiny_model, use_prototypes, h
         assert model.text_model.embeddings.word_embeddings.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize(("weighted", "unused"), [("image", "textual"), ("text", "visual")])
-def test_the_comparator_of_a_side_without_weights_is_frozen(tiny_model, batch, weighted, unused, tmp_path):
-    model = tiny_model(probability_combination=weighted)
-    model.save_pretrained(tmp_path)
-    for made in (model, PicoModel.from_pretrained(tmp_path)):
-        made(**batch, return_loss=True).loss.backward()
-        frozen = {name for name, parameter in made.named_parameters() if not parameter.requires_grad}
-        assert frozen and all(f"{unused}_comparator" in name for name in frozen)
-        assert frozen == {name for name, parameter in made.named_parameters() if parameter.grad is None}
-
-
 def test_a_temperature_learned_by_infonce_passes_into_a_hinge_model(tiny_model, tmp_path):
     model = tiny_model()
     with torch.no_grad():
@@ -563,22 +547,17 @@ def test_autocast_gives_scores_in_float32(trained, batch):
     torch.testing.assert_close(outputs.logits_per_image, expected.logits_per_image, rtol=0.05, atol=0.7)
 
 
-@pytest.mark.parametrize("kind", COMPARATOR_START)
-def test_everything_the_checkpoint_lacks_is_initialised(tiny_config, batch, kind):
+def test_everything_the_checkpoint_lacks_is_initialised(tiny_config, batch):
     # From an empty state dict the model is built on the meta device and all is filled in afterwards.
-    config = tiny_config(logit_scale_init_value=1.5, comparator=kind)
+    config = tiny_config(logit_scale_init_value=1.5)
     model = PicoModel.from_pretrained(None, config=config, state_dict={})
     prototypes = model.style_prototypes
     for name, value in prototypes.initial_buffers().items():
         buffer = prototypes.get_buffer(name)
         assert torch.equal(buffer, torch.full_like(buffer, value)), name
         assert buffer.device.type == "cpu"
-    for comparator in (prototypes.visual_comparator, prototypes.textual_comparator):
-        for name, value in COMPARATOR_START[kind].items():
-            parameter = comparator.get_parameter(name)
-            assert torch.equal(parameter, torch.full_like(parameter, value)), name
-        if kind != "style_rates":
-            assert 0.1 < comparator.hidden_weight.std() * 3**0.5 < 3
+    for rates in (prototypes.visual_rates, prototypes.textual_rates):
+        assert torch.equal(rates.rate, torch.zeros(12, 3)) and torch.equal(rates.bias, torch.full((12,), 2.0))
     assert model.logit_scale.item() == 1.5
     assert 0.5 < model.alignment_head.visual_projection.weight.std() * 16**0.5 < 2
     with torch.no_grad():
@@ -597,7 +576,7 @@ def test_a_fresh_model_equals_one_built_on_the_meta_device_and_initialised(tiny_
         buffer = prototypes.get_buffer(name)
         assert torch.equal(buffer, torch.full_like(buffer, value)), name
     assert all(parameter.isfinite().all() for parameter in model.parameters())
-    assert torch.equal(prototypes.visual_comparator.bias, torch.full((12,), 2.0))
+    assert torch.equal(prototypes.visual_rates.bias, torch.full((12,), 2.0))
 
 
 def test_another_number_of_prototypes_than_the_checkpoint_has_is_refused(tiny_model, tmp_path):

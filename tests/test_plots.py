@@ -390,18 +390,18 @@ def test_gathered_probability_by_style(trained, collator, dataset):
         f"{style} ({split})" for split in ("validation", "test") for style in ("neon", "flat") for _ in range(3)
     ]
     dataset.styles = None
-    plain = gather.gather_semantic_probability(trained(probability_combination="text"), collator, {"a": dataset}, 5)
-    assert plain.groups is None and set(plain.probability) == {"text"} and len(plain.probability["text"]) == 5
+    plain = gather.gather_semantic_probability(trained(), collator, {"a": dataset}, 5)
+    assert plain.groups is None and set(plain.probability) == {"image", "text"} and len(plain.probability["text"]) == 5
 
 
 # Prototypes
 
 
-@pytest.mark.parametrize("mode", ["statistics", "moments", "quantile", "position"])
+@pytest.mark.parametrize("mode", ["moments", "quantile"])
 @pytest.mark.parametrize("count", [1, 64])
 def test_prototypes_are_readable(mode, count):
     rng = np.random.default_rng(0)
-    length = {"statistics": 4, "moments": 2}.get(mode, 49)
+    length = 2 if mode == "moments" else 49
     item = features.PrototypeSet(rng.normal(size=(count, length)), rng.random(count), mode, rng.integers(0, 9, count))
     figure = features.plot_prototypes({"image": item, "text": item})
     check_readable(figure)
@@ -418,14 +418,14 @@ def test_prototypes_of_one_point_and_without_counts():
         features.plot_prototypes({})
 
 
-@pytest.mark.parametrize("options", [{}, {"column_mode": "position", "column_length": 4}])
+@pytest.mark.parametrize("options", [{}, {"column_mode": "quantile", "column_length": 4}])
 def test_gathered_prototypes_count_the_nearest_columns(trained, collator, dataset, options):
     model = trained(**options)
     pairs = gather.encode_pairs(model, collator, dataset, range(5))
     sides = gather.gather_prototypes(model, pairs)
     assert sides["text"].mode == ("quantile" if options else "moments")
     held = model.style_prototypes
-    columns = held.columns(pairs.text_tokens, pairs.text_mask, "text") / held.textual_column_scale
+    columns = held.columns(pairs.text_tokens, pairs.text_mask) / held.textual_column_scale
     distances = (columns[:, :, None] - held.textual_prototypes / held.textual_column_scale).square().sum(dim=-1)
     expected = torch.bincount(distances.argmin(dim=-1).flatten(), minlength=3)
     assert sides["text"].assigned.tolist() == expected.tolist()

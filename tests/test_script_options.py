@@ -61,7 +61,7 @@ def test_value_of_a_file_is_checked_as_that_of_a_flag(tmp_path, name, value, sai
 
 def test_value_of_a_file_means_what_it_means_as_a_flag(tmp_path):
     values = {"eval_strategy": "no", "learning_rate": "1e-3", "do_train": "yes", "dataset_name": "0012"}
-    values |= {"weight_decay": "5E-2", "seed": "7", "cache_dir": "2024-01-01", "sharpness": "2", "output_dir": "-out"}
+    values |= {"weight_decay": "5E-2", "seed": "7", "cache_dir": "2024-01-01", "margin": "2", "output_dir": "-out"}
     file = write(tmp_path / "run.yaml", "".join(f"{name}: {value}\n" for name, value in values.items()))
     of_file, of_flags = (
         parse_arguments([file]),
@@ -70,7 +70,7 @@ def test_value_of_a_file_means_what_it_means_as_a_flag(tmp_path):
     assert of_file[:2] == of_flags[:2]
     for name in values.keys() & {item.name for item in fields(PicoTrainingArguments)}:
         assert getattr(of_file[2], name) == getattr(of_flags[2], name)
-    assert (of_file[0].sharpness, of_file[1].dataset_name, of_file[1].cache_dir) == (2.0, "0012", "2024-01-01")
+    assert (of_file[0].margin, of_file[1].dataset_name, of_file[1].cache_dir) == (2.0, "0012", "2024-01-01")
     assert (of_file[2].learning_rate, of_file[2].weight_decay, of_file[2].eval_strategy) == (1e-3, 5e-2, "no")
 
 
@@ -145,7 +145,7 @@ def test_no_abbreviation_is_accepted_and_no_value_is_repeated(argv):
 def test_options_of_the_model_are_the_fields_of_its_configuration():
     own = {item.name for item in fields(CddsConfig)} - {item.name for item in fields(PreTrainedConfig)}
     learned = {"vision_config", "text_config", "projection_bias", "alignment_head", "uncertainty_reranking"}
-    assert own - {item.name for item in fields(ModelArguments)} == learned | {"comparator_hidden_size"}
+    assert own - {item.name for item in fields(ModelArguments)} == learned
     assert ModelArguments().config_options(PicoModel) == {}
 
 
@@ -186,7 +186,7 @@ def test_curves_of_short_runs_have_points():
         ({"text_model_name_or_path": "no-such-model"}, "--text_model_name_or_path: 'no-such-model' is no checkpoint"),
         ({"model_revision": "v2"}, "--model_revision is that of a checkpoint, but none is named"),
         ({"attn_implementation": "nonsense"}, "--attn_implementation must be one of eager, .*but got 'nonsense'"),
-        ({"sharpness": 0.0}, "`sharpness` must be greater than 0"),
+        ({"margin": -1.0}, "`margin` must be at least 0"),
         ({"text_num_heads": 5}, "`text_hidden_size` must be a multiple of `text_num_heads`"),
         ({"image_size": 50}, "`image_size` must be a multiple of `patch_size`"),
     ],

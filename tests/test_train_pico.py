@@ -192,7 +192,7 @@ def test_resume_continues_and_repeats_the_tokenizer(data, tmp_path):
     [
         ({"method": "fine_grained"}, "--method fine_grained .the run has pico."),
         ({"method": "cdds"}, "--method cdds .the run has pico."),
-        ({"sharpness": 2}, "--sharpness 2.0 .the run has 1.0."),
+        ({"margin": 2}, "--margin 2.0 .the run has 0.2."),
         ({"loss_type": "hinge"}, "--loss_type hinge .the run has infonce."),
         ({"num_style_prototypes": 4}, "--num_style_prototypes 4 .the run has 3."),
         ({"image_size": 24}, "--image_size 24 .the run has 16."),
@@ -206,7 +206,7 @@ def test_another_model_is_refused_on_resume(finished, data, options, said):
 
 def test_model_that_cannot_be_is_refused_before_any_data_is_read(data, tmp_path, monkeypatch):
     monkeypatch.setattr("train_pico.load_data", lambda *args: pytest.fail("read the data"))
-    for options in ({"model_name_or_path": "no/such/model"}, {"attn_implementation": "nonsense"}, {"sharpness": 0}):
+    for options in ({"model_name_or_path": "no/such/model"}, {"attn_implementation": "nonsense"}, {"margin": -1}):
         with pytest.raises(ValueError):
             train(tmp_path, data, **options)
     with pytest.raises(ValueError, match="Give --model_name_or_path to evaluate a trained model"):
@@ -342,7 +342,7 @@ def test_errors_of_card_and_pictures_cost_neither_model_nor_results(data, tmp_pa
     monkeypatch.setattr("train_pico.save_run_plots", fail)
     monkeypatch.setattr("train_pico.PicoTrainer.create_model_card", fail)
     monkeypatch.setattr("train_pico.wants_plots", lambda plots: True)
-    results = train(tmp_path, data, num_train_epochs=1, prototype_start=0.5, prototype_update_start=1)
+    results = train(tmp_path, data, num_train_epochs=1)
     assert [error.split(" could")[0] for error in errors] == ["The model card", "The pictures"]
     assert json.loads((tmp_path / "all_results.json").read_text()) == pytest.approx(results)
     PicoModel.from_pretrained(tmp_path)
@@ -353,7 +353,7 @@ def test_training_without_a_validation_split(tmp_path):
     options = {"eval_strategy": "no", "save_strategy": "no", "num_train_epochs": 1}
     with pytest.raises(ValueError, match="has no split 'validation'; it has .'train'"):
         train(tmp_path / "a", tmp_path / "data", **options)
-    results = train(tmp_path / "b", tmp_path / "data", feedback="uniform", **options)
+    results = train(tmp_path / "b", tmp_path / "data", feedback="constant", **options)
     assert "train_loss" in results
     results = train(tmp_path / "c", tmp_path / "data", method="fine_grained", **options)
     assert "train_loss" in results
@@ -411,7 +411,7 @@ def test_push_uploads_model_processor_card_and_code(data, tmp_path, monkeypatch)
 
     monkeypatch.setattr("transformers.trainer.hf_api", lambda *args, **kwargs: Hub())
     options = {"num_train_epochs": 1, "save_strategy": "no", "push_to_hub": True, "hub_model_id": "pico-shapes"}
-    train(tmp_path / "run", data, prototype_start=0.5, **options)
+    train(tmp_path / "run", data, **options)
     [(repository, files, _)] = uploads
     assert repository == "someone/pico-shapes"
     needed = {"model.safetensors", "config.json", "README.md", "processor_config.json", "tokenizer.json"}
@@ -471,7 +471,7 @@ def test_mistakes_are_one_line_until_the_first_batch(capsys):
 
 
 def test_metrics_are_one_table(data, tmp_path, capsys):
-    results = train(tmp_path, data, do_eval=True, do_predict=True, num_train_epochs=1, prototype_start=0.5)
+    results = train(tmp_path, data, do_eval=True, do_predict=True, num_train_epochs=1)
     *lines, end = capsys.readouterr().out.split("\n")
     [start] = [number for number, line in enumerate(lines) if line.split() == ["train", "eval", "test"]]
     table = {words[0]: words[1:] for words in map(str.split, lines[start + 1 :])}
@@ -519,7 +519,7 @@ def test_uncertainty_is_added_to_a_trained_model_and_re_ranks(finished, data, tm
     options = {"model_name_or_path": finished.folder, "num_uncertainty_prototypes": 4, "num_train_epochs": 1}
     options |= dict.fromkeys(SIZES)
     flags = {"train_uncertainty_only": True, "uncertainty_reranking": True, "do_eval": True, "do_predict": True}
-    results = train(tmp_path / "run", data, prototype_start=0.5, prototype_update_start=0.7, **options, **flags)
+    results = train(tmp_path / "run", data, **options, **flags)
     assert results["test_rsum"] == finished.results["test_rsum"]
     assert {"eval_reranked_rsum", "test_reranked_rsum", "test_image_to_text_aurc"} <= set(results)
     assert "uncertainty_reranking_text_weight" in results
@@ -688,7 +688,7 @@ def test_none_on_the_command_line_is_what_null_is_in_a_file(tmp_path):
         ({"on_bad_image": "ignore"}, ["ignore", "error", "skip"]),
         ({"on_empty_captions": "ignore"}, ["ignore", "error", "skip"]),
         ({"plots": "maybe"}, ["maybe", "auto", "true", "false"]),
-        ({"feedback": "best"}, ["best", "counterfactual", "uniform"]),
+        ({"feedback": "best"}, ["best", "counterfactual", "constant"]),
         ({"caption_sampling": "one"}, ["one", "random", "all"]),
         ({"num_train_epochs": "many"}, ["num_train_epochs", "many"]),
         ({"num_train_epochs": "none"}, ["num_train_epochs", "invalid float", "none"]),
@@ -706,10 +706,10 @@ def test_bad_flag_names_what_is_allowed(tmp_path, capsys, options, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"column_mode": "histogram"}, ["column_mode", "'histogram'", "'statistics'", "'quantile'"]),
+        ({"column_mode": "histogram"}, ["column_mode", "'histogram'", "'moments'", "'quantile'"]),
         ({"loss_type": "triplet"}, ["loss_type", "'triplet'", "'infonce'", "'hinge'"]),
         ({"pooling": "max"}, ["pooling", "'max'", "'mean'", "'class_token'"]),
-        ({"sharpness": 0}, ["sharpness", "greater than 0"]),
+        ({"margin": -1}, ["margin", "at least 0"]),
         ({"patch_size": 7}, ["image_size", "patch_size", "16", "7"]),
         ({"min_crop_scale": -1}, ["--min_crop_scale", "-1"]),
         ({"max_text_length": 0}, ["--max_text_length", "at least 1", "0"]),
@@ -804,7 +804,7 @@ def test_bad_images(data, tmp_path, messages):
     spoilt = spoil(data, tmp_path / "data", "image", bad)
     with pytest.raises(ValueError, match="(?s)2 of 20 images cannot be read.*row 3.*row 5.*gone.png.*'skip'"):
         train(tmp_path / "a", spoilt)
-    results = train(tmp_path / "b", spoilt, on_bad_image="skip", num_train_epochs=1, prototype_start=0.5, max_steps=1)
+    results = train(tmp_path / "b", spoilt, on_bad_image="skip", num_train_epochs=1, max_steps=1)
     assert "train_loss" in results
     assert any("2 of 20 images" in message and "gone.png" in message for message in messages)
 

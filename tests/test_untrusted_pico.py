@@ -204,11 +204,10 @@ def test_a_data_set_with_a_script_runs_nothing(tmp_path):
         (None, "num_style_prototypes", 10**12, "`num_style_prototypes` must be at most 65536, but got 1000000000000"),
         (None, "embedding_dim", 10**9, "`embedding_dim` must be at most 65536"),
         (None, "column_length", 10**9, "`column_length` must be at most 65536"),
-        (None, "comparator_hidden_size", 10**9, "`comparator_hidden_size` must be at most 65536"),
         (None, "embedding_dim", 60000, r"matched_sum is \(\d+,\) in the file, the configuration asks for \(60000,\)"),
         (None, "num_style_prototypes", -1, "`num_style_prototypes` must be at least 1, but got -1"),
         (None, "num_style_prototypes", "many", "'num_style_prototypes' expected int, got str"),
-        (None, "sharpness", float("nan"), "`sharpness` must be greater than 0.0, but got nan"),
+        (None, "margin", float("nan"), "`margin` must be at least 0.0, but got nan"),
         (None, "logit_scale_init_value", float("nan"), "`logit_scale_init_value` must be a number, but got nan"),
         (None, "uncertainty_reranking", {"floor": float("nan")}, r"reranking\['floor'\]` must be a finite .* got nan"),
         (None, "uncertainty_reranking", {"text_center": "x"}, r"`uncertainty_reranking\['text_center'\]` .* got 'x'"),
@@ -384,7 +383,7 @@ def test_what_may_be_fresh(folder, tiny_model, tmp_path):
     edit_json(tmp_path / "plain" / "config.json", lambda config: config.update(alignment_head="pico"))
     with pytest.raises(ValueError, match="lacks .* tensors that its configuration asks for: .*style_prototypes"):
         PicoModel.from_pretrained(tmp_path / "plain")
-    other = PicoModel.from_pretrained(folder, comparator="network")
+    other = PicoModel.from_pretrained(folder, style_probability="purity")
     assert other.style_prototypes.num_constructions == 4097
 
 

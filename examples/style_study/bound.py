@@ -28,13 +28,13 @@ from typing import Any
 import study
 import torch
 from encoded_data import load_splits
+from free_gate import column_statistics
 from safetensors.torch import load_file
 from torch import nn
 
 from modeling_pico import RetrievalEvaluator, image_text_loss, match_moments, pair_scores
 from modeling_pico.evaluation.evaluator import EncodedRetrieval
 from modeling_pico.feature_columns_pico import column_weights, feature_columns
-from modeling_pico.pseudo_probability_pico import meaning_share
 
 
 GATES = ("constant", "linear")
@@ -56,7 +56,7 @@ class Gate(nn.Module):
         """Weighted tokens `(batch, tokens, dim)` and the weights `(batch, dim)`: what an alignment head gives."""
         logit = self.bias[modality].expand(len(tokens), -1)
         if self.kind == "linear":
-            columns = feature_columns(tokens, mask, "statistics")
+            columns = column_statistics(tokens, mask)
             logit = logit + (columns * self.slope[modality]).sum(dim=-1)
         weights = column_weights(logit.clamp(-RANGE, RANGE).exp())
         return tokens * weights.unsqueeze(1), weights
@@ -90,6 +90,17 @@ def halves(encoded: EncodedRetrieval) -> list[EncodedRetrieval]:
     chosen = meanings[torch.randperm(len(meanings), generator=torch.Generator().manual_seed(0))[: len(meanings) // 2]]
     own = torch.isin(encoded.image_ids, chosen)
     return [encoded.subset(rows.nonzero().squeeze(1)) for rows in (own, ~own)]
+
+
+def meaning_share(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """
+    Share of the variance of each feature over samples `(samples, dim)` that lies between meanings and not within them
+    (the intraclass correlation), in [0, 1].
+    """
+    _, row, count = ids.unique(return_inverse=True, return_counts=True)
+    of_meaning = torch.zeros_like(values[: len(count)]).index_add_(0, row, values) / count[:, None]
+    within = (values - of_meaning[row]).square().sum(dim=0) / (len(ids) - len(count))
+    return (1 - within / values.var(dim=0).clamp(min=1e-12)).clamp(0, 1)
 
 
 def bounds(
@@ -129,8 +140,8 @@ def bounds(
             gains.append((measured[own] - plain[own], measured[1 - own] - plain[1 - own]))
         found[kind] = tuple(sum(values) / 2 for values in zip(*gains, strict=True))
     trained = evaluator.encode(model, data.splits["train"].batches(256))
-    means = feature_columns(trained.image_tokens, trained.image_mask)[..., :1]
-    shares = column_weights(meaning_share(means, trained.image_ids).clamp(min=0.01)[None])
+    means = feature_columns(trained.image_tokens, trained.image_mask)[..., 0]
+    shares = column_weights(meaning_share(means, trained.image_ids).clamp(min=0.01))
     for kind in WITHOUT_CAPTIONS:
         gain = 0.0
         for part, before in zip(parts, plain, strict=True):

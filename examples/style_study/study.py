@@ -54,9 +54,7 @@ def train(
 
     Args:
         setting (`dict`): Data, towers and schedule, alike for all variants.
-        options (`dict`): The variant: `method`, options of `PicoConfig`, and under `args` of `PicoTrainingArguments`;
-            `weight_ramp` is the number of epochs after `prototype_start` in which the power of the weights
-            (`sharpness`) grows from nothing to what it is.
+        options (`dict`): The variant: `method`, options of `PicoConfig`, and under `args` of `PicoTrainingArguments`.
         seed (`int`): Initial weights, order of batches and captions.
         splits (`list[str]`): Splits to evaluate on; `"seen"` for held-out training images.
         cache (`Path`): Keeps decoded images, and the outputs of frozen layers, between trainings.
@@ -105,16 +103,6 @@ def train(
             if round(state.epoch) == args.num_train_epochs // 2:
                 evaluate()
 
-    sharpness, ramp = model.config.sharpness, options.get("weight_ramp")
-    if ramp is not None and not ramp > 0:
-        raise ValueError(f"`weight_ramp` must be a number of epochs greater than 0, but got {ramp!r}.")
-
-    class RampWeights(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            share = (state.epoch - args.prototype_start) / ramp
-            # A power of zero is no sharpness; this one gives weights of one to three digits and more.
-            model.config.sharpness = sharpness * min(max(share, 1e-3), 1.0)
-
     with tempfile.TemporaryDirectory() as folder:
         args = PicoTrainingArguments(folder, **{**training_options(setting, seed), **options.get("args", {})})
         trainer = PicoTrainer(
@@ -124,8 +112,7 @@ def train(
             eval_dataset=data.splits["validation"],
             data_collator=lambda batch: batch,
             # Scores do not change while uncertainty alone is trained.
-            callbacks=([EvaluateHalfWay()] if base_weights is None else [])
-            + ([RampWeights()] if ramp is not None else []),
+            callbacks=[EvaluateHalfWay()] if base_weights is None else [],
         )
         found: dict[str, Any] = {}
         if weights.exists():
@@ -138,7 +125,6 @@ def train(
                 model.train_uncertainty_only()
             start = time.perf_counter()
             trainer.train()
-            model.config.sharpness = sharpness  # what the kept weights are evaluated with, however short the training
             found["seconds"] = time.perf_counter() - start
             weights.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: value.contiguous() for name, value in model.state_dict().items()}, weights)
@@ -194,8 +180,9 @@ def build_model(setting: dict[str, Any], options: dict[str, Any], data: Any, cac
     """The model of a variant: towers as the setting says, head as the variant says."""
     import torch
     from encoded_data import FrozenLowerLayers
+    from free_gate import FreeGateHead
 
-    from modeling_pico import CddsModel, PicoModel
+    from modeling_pico import PICO_LITERAL, CddsModel, PicoModel
     from modeling_pico.training.from_scratch import small_text_config, small_vision_config
 
     heads = setting["num_heads"]
@@ -230,17 +217,22 @@ def build_model(setting: dict[str, Any], options: dict[str, Any], data: Any, cac
         text_config.hidden_dropout_prob = text_config.attention_probs_dropout_prob = 0.0
         text_config.hidden_act = "relu"
     vision_config.hidden_act = "relu"
-    head = {name: value for name, value in options.items() if name not in ("method", "args", "base", "weight_ramp")}
+    head = {name: value for name, value in options.items() if name not in ("method", "args", "base")}
     method = options.get("method", "pico")
+    if method == "pico_literal":
+        head = PICO_LITERAL | head
+    else:
+        head["alignment_head"] = "fine_grained" if method == "free_gate" else method
     model_class = CddsModel if method in CddsModel.config_class.alignment_heads else PicoModel
     config = model_class.config_class(
-        vision_config=vision_config,
-        text_config=text_config,
-        embedding_dim=setting["embedding_dim"],
-        alignment_head=method,
-        **head,
+        vision_config=vision_config, text_config=text_config, embedding_dim=setting["embedding_dim"], **head
     )
-    return model_class(config, text_model=text_model)
+    model = model_class(config, text_model=text_model)
+    if method == "free_gate":
+        gate = FreeGateHead(config)
+        gate.load_state_dict(model.alignment_head.state_dict(), strict=False)
+        model.alignment_head = gate
+    return model
 
 
 def run_study(options: argparse.Namespace) -> None:

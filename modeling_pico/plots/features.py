@@ -12,7 +12,6 @@ from .canvas import (
     BLUE,
     DARK,
     DIVERGING,
-    GREY,
     LIGHT,
     ORANGE,
     SEQUENTIAL,
@@ -212,7 +211,7 @@ class PrototypeSet:
     Attributes:
         prototypes (`np.ndarray` of shape `(prototypes, length)`): The centroids of feature columns.
         style_rate (`np.ndarray` of shape `(prototypes,)`): Mean pseudo-style probability of each cluster.
-        mode (`str`): What a column is: `"statistics"`, `"moments"`, `"quantile"` or `"position"`.
+        mode (`str`): What a column is: `"moments"` or `"quantile"`.
         assigned (`np.ndarray` of shape `(prototypes,)`, *optional*):
             Number of columns of some samples whose nearest prototype it is.
     """
@@ -248,10 +247,8 @@ def plot_prototypes(sides: Mapping[str, PrototypeSet]) -> Figure:
         prototypes, rate = finite("prototypes", item.prototypes), finite("style rates", item.style_rate)
         order = np.argsort(rate, kind="stable")[::-1]
         colors = _rate_colors(rate[order])
-        if item.mode in ("statistics", "moments"):
+        if item.mode == "moments":
             handles = _profiles(column[0], prototypes[order], side)
-        elif item.mode == "position":
-            _position_map(column[0], prototypes[order], [str(index) for index in order], side)
         else:
             _curves(column[0], prototypes[order], colors, side)
         labels = ("style rate (%)", "columns (%)")
@@ -290,18 +287,11 @@ def _prototype_axis(axes: Axes, names: list[str]) -> None:
 
 
 def _profiles(axes: Axes, prototypes: np.ndarray, side: str) -> list:
-    """
-    Mean and standard deviation, or these with maximum and minimum, `(prototypes, 2 or 4)`; returns the handles of the
-    legend.
-    """
+    """Mean and standard deviation, `(prototypes, 2)`; returns the handles of the legend."""
     places = np.arange(len(prototypes))
-    mean, spread, *extremes = prototypes.T
+    mean, spread = prototypes.T
     width = min(6.0, max(3.0, 150 / len(places)))
-    handles: list = []
-    if extremes:
-        highest, lowest = extremes
-        handles = [axes.vlines(places, lowest, highest, color=GREY, linewidth=1.2, label="minimum to maximum")]
-    handles += [
+    handles = [
         axes.vlines(places, mean - spread, mean + spread, color=BLUE, linewidth=width, label="mean ± spread"),
         axes.plot(places, mean, "o", color=ORANGE, markeredgecolor=DARK, markersize=width, label="mean")[0],
     ]
@@ -322,16 +312,6 @@ def _curves(axes: Axes, prototypes: np.ndarray, colors: np.ndarray, side: str) -
     axes.set_xlim(-3, 103)
     title = f"{_SIDES[side]}: a typical column (colour: style rate)"
     finish(axes, title, "tokens of the sample, sorted by value (%)", "feature value × √dim")
-
-
-def _position_map(axes: Axes, prototypes: np.ndarray, names: list[str], side: str) -> None:
-    """Values in patch order `(prototypes, patches)` as rows of a map."""
-    limit = max(float(np.abs(prototypes).max()), 1e-6)
-    image = axes.imshow(prototypes, aspect="auto", interpolation="nearest", cmap=DIVERGING, vmin=-limit, vmax=limit)
-    step = -(-len(names) // 16)
-    axes.set_yticks(range(0, len(names), step), names[::step])
-    finish(axes, f"{_SIDES[side]}: a typical column (one a row)", "patch, row by row", "prototype")
-    _color_bar(axes, image, "feature value × √dim")
 
 
 __all__ = [

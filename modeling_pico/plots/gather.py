@@ -243,9 +243,8 @@ def gather_semantic_probability(
         encoded = [encode_pairs(model, collator, dataset, spread_rows(len(dataset), num_samples))]
     probability = {}
     for side in ("image", "text"):
-        if prototypes.is_weighted(side):
-            parts = [prototypes.semantic_probability(*_tokens(pairs, side), side) for pairs in encoded]
-            probability[side] = _array(torch.cat(parts))
+        parts = [prototypes.semantic_probability(*_tokens(pairs, side), side) for pairs in encoded]
+        probability[side] = _array(torch.cat(parts))
     return SemanticProbability(probability, names or None)
 
 
@@ -278,20 +277,19 @@ def gather_prototypes(model: PicoModel, pairs: EncodedPairs | None = None) -> di
     Raises:
         NothingToDrawError: if the model has no prototypes yet.
     """
-    held, config, sides = _built_prototypes(model), model.config, {}
+    held, sides = _built_prototypes(model), {}
     if held is None:
         raise NothingToDrawError(_NO_PROTOTYPES)
-    modes = {"image": config.column_mode, "text": config.textual_column_mode}
     for side, prefix in (("image", "visual"), ("text", "textual")):
         centroids = getattr(held, f"{prefix}_prototypes").float()
         assigned = None
         if pairs is not None:
-            columns = held.columns(*_tokens(pairs, side), side)
+            columns = held.columns(*_tokens(pairs, side))
             scale = getattr(held, f"{prefix}_column_scale").float()
             nearest = squared_distances(columns, centroids, scale).argmin(dim=-1)
             assigned = _array(torch.bincount(nearest.flatten(), minlength=len(centroids)))
         rate = _array(getattr(held, f"{prefix}_style_rate").float())
-        sides[side] = PrototypeSet(_array(centroids), rate, modes[side], assigned)
+        sides[side] = PrototypeSet(_array(centroids), rate, model.config.column_mode, assigned)
     return sides
 
 

@@ -10,8 +10,7 @@ from transformers.trainer_utils import SaveStrategy
 from .run_record import find_secrets, without_secrets
 
 
-FEEDBACKS = ("counterfactual", "epoch_delta", "ema", "uniform", "latest")
-SCHEDULE_UNITS = ("epochs", "share")
+FEEDBACKS = ("counterfactual", "epoch_delta", "constant")
 CAPTION_SAMPLINGS = ("random", "all")
 NON_FINITE_LOSSES = ("stop", "skip")
 
@@ -75,21 +74,18 @@ class PicoTrainingArguments(TrainingArguments):
             with all its micro-batches, warns, and logs `skipped_steps`; ten in a row end training all the same.
         hinge_warmup_epochs (`float`, *optional*, defaults to 1.0):
             Epochs in which the hinge loss counts all negatives instead of the hardest.
-        prototype_start (`float`, *optional*, defaults to 2.0):
-            When the first prototypes are built (j0), in `prototype_schedule` units.
-        prototype_update_start (`float`, *optional*, defaults to 4.0):
-            When they are first updated (j1), in `prototype_schedule` units.
-        prototype_schedule (`str`, *optional*, defaults to `"epochs"`):
-            Unit of the two: `"epochs"` (fractions allowed) or `"share"` of the whole training.
-        prototype_interval (`float`, *optional*, defaults to 1.0):
+        prototype_start (`int`, *optional*, defaults to 2):
+            Epochs after which the first prototypes are built (j0).
+        prototype_update_start (`int`, *optional*, defaults to 4):
+            Epochs after which they are first updated (j1).
+        prototype_interval (`int`, *optional*, defaults to 1):
             Epochs between updates. Statistics are collected over this long before each construction.
         reservoir_pairs (`int`, *optional*, defaults to 256):
-            Matched pairs whose columns are clustered: the last ones before a construction. Among them meanings must
-            repeat for `probability_estimator="meaning_share"`, which wants some thousands.
+            Matched pairs whose columns are clustered: the last ones before a construction.
         feedback (`str`, *optional*, defaults to `"counterfactual"`):
             Gain that weights an update: validation rSum with the new prototypes minus with the old, same network
-            (`"counterfactual"`); rSum of this evaluation minus the one before (`"epoch_delta"`). Without validation:
-            `"ema"` (constant weight), `"uniform"` (equal weights), `"latest"` (the newest alone).
+            (`"counterfactual"`); rSum of this evaluation minus the one before (`"epoch_delta"`). `"constant"` needs no
+            validation: every update has the weight `feedback_weight`.
         feedback_images (`int`, *optional*, defaults to 256):
             Validation images, with all their texts, that the counterfactual feedback scores under both sets of
             prototypes: a fixed draw, spread evenly over the set. Time grows with its square. A smaller gallery is an
@@ -97,8 +93,8 @@ class PicoTrainingArguments(TrainingArguments):
             or more: all, and the score that the evaluation measured is that of the old prototypes.
         feedback_kappa (`float`, *optional*, defaults to 1.0):
             Gain in rSum points that is worth a factor of e.
-        feedback_ema_weight (`float`, *optional*, defaults to 0.1):
-            Weight of new prototypes under `feedback="ema"`.
+        feedback_weight (`float`, *optional*, defaults to 0.1):
+            Weight of new prototypes under `feedback="constant"`.
         eval_num_folds (`int`, *optional*, defaults to 1):
             Consecutive image blocks over which retrieval metrics are averaged; 5 for MS-COCO 1K.
         uncertainty_reranking (`bool`, *optional*, defaults to `False`):
@@ -135,13 +131,9 @@ class PicoTrainingArguments(TrainingArguments):
     hinge_warmup_epochs: float = field(
         default=1.0, metadata={"help": "Epochs in which the hinge loss counts all negatives."}
     )
-    prototype_start: float = field(default=2.0, metadata={"help": "When the first prototypes are built (j0)."})
-    prototype_update_start: float = field(default=4.0, metadata={"help": "When prototypes are first updated (j1)."})
-    prototype_schedule: str = field(
-        default="epochs",
-        metadata={"help": "Unit of prototype_start and prototype_update_start.", "choices": SCHEDULE_UNITS},
-    )
-    prototype_interval: float = field(default=1.0, metadata={"help": "Epochs between prototype updates."})
+    prototype_start: int = field(default=2, metadata={"help": "Epochs until the first prototypes are built (j0)."})
+    prototype_update_start: int = field(default=4, metadata={"help": "Epochs until they are first updated (j1)."})
+    prototype_interval: int = field(default=1, metadata={"help": "Epochs between prototype updates."})
     reservoir_pairs: int = field(default=256, metadata={"help": "Matched pairs whose columns are clustered."})
     feedback: str = field(
         default="counterfactual",
@@ -151,7 +143,7 @@ class PicoTrainingArguments(TrainingArguments):
         default=256, metadata={"help": "Validation images that the counterfactual feedback scores."}
     )
     feedback_kappa: float = field(default=1.0, metadata={"help": "rSum points that are worth a factor of e."})
-    feedback_ema_weight: float = field(default=0.1, metadata={"help": "Weight of an update under feedback=ema."})
+    feedback_weight: float = field(default=0.1, metadata={"help": "Weight of an update under feedback=constant."})
     eval_num_folds: int = field(default=1, metadata={"help": "Image blocks over which metrics are averaged."})
     uncertainty_reranking: bool = field(
         default=False, metadata={"help": "After training, learn to re-rank by uncertainty on the validation set."}
@@ -200,7 +192,6 @@ class PicoTrainingArguments(TrainingArguments):
         self.logging_nan_inf_filter = self.non_finite_loss == "skip"
         for name, allowed in (
             ("caption_sampling", CAPTION_SAMPLINGS),
-            ("prototype_schedule", SCHEDULE_UNITS),
             ("feedback", FEEDBACKS),
             ("non_finite_loss", NON_FINITE_LOSSES),
         ):
@@ -225,32 +216,29 @@ class PicoTrainingArguments(TrainingArguments):
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
-            "prototype_interval",
             "feedback_kappa",
             "reservoir_pairs",
             "eval_num_folds",
-            "prototype_start",
         ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be greater than 0, but got {getattr(self, name)}.")
         if self.feedback_images is not None and self.feedback_images < 1:
             raise ValueError(f"`feedback_images` must be at least 1, or None for all, but got {self.feedback_images}.")
+        for name in ("prototype_start", "prototype_update_start", "prototype_interval"):
+            epochs = getattr(self, name)
+            if not isinstance(epochs, int) or epochs < 1:
+                raise ValueError(f"`{name}` must be a whole number of epochs, at least 1, but got {epochs!r}.")
         if self.prototype_update_start <= self.prototype_start:
             raise ValueError(
                 f"`prototype_update_start` (j1 = {self.prototype_update_start}) must come after `prototype_start` "
                 f"(j0 = {self.prototype_start})."
             )
-        if self.prototype_schedule == "share" and self.prototype_update_start > 1:
-            raise ValueError(
-                "with `prototype_schedule='share'`, `prototype_start` and `prototype_update_start` must lie between "
-                f"0 and 1, but got {self.prototype_start} and {self.prototype_update_start}."
-            )
         if self.gradient_cache_chunk_size is not None and self.gradient_cache_chunk_size < 1:
             raise ValueError(
                 f"`gradient_cache_chunk_size` must be at least 1, but got {self.gradient_cache_chunk_size}."
             )
-        if not 0 < self.feedback_ema_weight <= 1:
-            raise ValueError(f"`feedback_ema_weight` must lie in (0, 1], but got {self.feedback_ema_weight}.")
+        if not 0 < self.feedback_weight <= 1:
+            raise ValueError(f"`feedback_weight` must lie in (0, 1], but got {self.feedback_weight}.")
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickled as `training_args.bin`, which is uploaded with the model.

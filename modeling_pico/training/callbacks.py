@@ -18,7 +18,7 @@ class PrototypeCallback(TrainerCallback):
     """
     Decides when prototypes are built and come into use.
 
-    A construction that falls on the end of an epoch waits for `on_epoch_end`, so that it shares the evaluation the
+    A construction falls on the end of an epoch. It waits for `on_epoch_end`, so that it shares the evaluation the
     trainer makes there; unless an evaluation, or a checkpoint that [`EpochEndCallback`] does not put off, follows at
     the end of the step already: a run that resumes from that checkpoint does not see this epoch end again.
     """
@@ -37,8 +37,8 @@ class PrototypeCallback(TrainerCallback):
         self.construction.apply_pending()
 
     def on_step_end(self, args, state, control, **kwargs):
-        waits = state.epoch == math.floor(state.epoch) and not (control.should_evaluate or control.should_save)
-        self.construction.due = not waits and self.construction.is_reached(state.global_step)
+        ends = state.epoch == math.floor(state.epoch) and (control.should_evaluate or control.should_save)
+        self.construction.due = ends and self.construction.is_reached(state.global_step)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.construction.due = self.construction.is_reached(state.global_step)

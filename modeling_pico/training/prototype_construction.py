@@ -12,21 +12,14 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
-from transformers.utils import logging
 
 from ..prototypes_pico import StylePrototypes, squared_distances
-from ..pseudo_probability_pico import meaning_share
 
-
-logger = logging.get_logger(__name__)
 
 # K-means ends in an optimum that depends on its start: from one start the energy is up to 4% above that from another.
 # So many starts are tried on so many of the points, which bounds the cost by about a second a side.
 NUM_STARTS = 10
 START_POINTS = 2**13
-
-# With fewer repetitions of meanings than this an estimate of their variance is mostly noise.
-FEW_REPEATS = 100
 
 
 @dataclass
@@ -184,7 +177,6 @@ def construct_prototypes(
     prototypes: StylePrototypes,
     visual_columns: torch.Tensor,
     textual_columns: torch.Tensor,
-    ids: torch.Tensor | None = None,
     *,
     generator: torch.Generator | None = None,
 ) -> PrototypeState:
@@ -199,26 +191,23 @@ def construct_prototypes(
         prototypes ([`StylePrototypes`]): Prototypes in use and statistics. Not changed.
         visual_columns (`torch.Tensor` of shape `(pairs, dim, length)`): Image columns of matched pairs.
         textual_columns (`torch.Tensor` of shape `(pairs, dim, length)`): Text columns of the same pairs.
-        ids (`torch.Tensor` of shape `(pairs,)`, *optional*):
-            Identity of the meaning, which `probability_estimator="meaning_share"` needs. It gives each side a
-            probability of its own, and their mean as that of both.
         generator (`torch.Generator`, *optional*): Generator of the first starts.
 
     Returns:
         [`PrototypeState`]
 
     Raises:
-        ValueError: There are no columns, or the first construction compares samples of one meaning and has none.
+        ValueError: There are no columns.
     """
     if len(visual_columns) == 0:
         raise ValueError("No columns were collected before the construction of prototypes; train for a step first.")
     sides = {"visual": visual_columns, "textual": textual_columns}
     first = bool(prototypes.num_constructions == 0)
-    semantic = _semantic_probabilities(prototypes, sides, ids, first)
-    state = {"pseudo_semantic_probability": torch.stack([*semantic.values()]).mean(dim=0)}
+    semantic = prototypes.pseudo_probability()
+    state = {"pseudo_semantic_probability": semantic}
     for side, columns in sides.items():
         points = columns.reshape(-1, columns.shape[-1]).float()
-        style = (1 - semantic[side]).expand(len(columns), -1).reshape(-1)
+        style = (1 - semantic).expand(len(columns), -1).reshape(-1)
         if first:
             spread = points.std(dim=0, unbiased=False)
             # A coordinate that never varies says nothing; a unit of one keeps it harmless.
@@ -238,29 +227,6 @@ def construct_prototypes(
         nearest = squared_distances(points, centroids, scale).amin(dim=1).mean()
         state[f"{side}_temperature"] = nearest.clamp(min=1e-6)
     return PrototypeState(**state)
-
-
-def _semantic_probabilities(
-    prototypes: StylePrototypes, sides: dict[str, torch.Tensor], ids: torch.Tensor | None, first: bool
-) -> dict[str, torch.Tensor]:
-    """Pseudo-semantic probability `(dim,)` of the columns of each side."""
-    if prototypes.config.probability_estimator != "meaning_share":
-        return dict.fromkeys(sides, prototypes.pseudo_probability())
-    pairs = len(sides["visual"])
-    repeats = 0 if ids is None else pairs - len(ids.unique())
-    found = (
-        f"probability_estimator='meaning_share' compares samples of one meaning, but {repeats or 'no'} image ids "
-        f"repeat among the {pairs} pairs whose columns were collected"
-    )
-    remedy = "Raise `reservoir_pairs`, name the column of meanings (id_column), or choose another estimator."
-    if ids is None or not repeats:
-        if first:
-            raise ValueError(f"{found}. {remedy}")
-        logger.warning(f"{found}: the estimate in use stays. {remedy}")
-        return dict.fromkeys(sides, prototypes.pseudo_semantic_probability.clone())
-    if repeats < FEW_REPEATS:
-        logger.warning(f"{found}: a noisy estimate. {remedy}")
-    return {side: meaning_share(columns, ids) for side, columns in sides.items()}
 
 
 def _cluster_means(

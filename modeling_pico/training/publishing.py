@@ -31,7 +31,6 @@ _CARD_ARGUMENTS = (
     "caption_sampling",
     "prototype_start",
     "prototype_update_start",
-    "prototype_schedule",
     "reservoir_pairs",
     "feedback",
     "feedback_images",

@@ -15,7 +15,7 @@ from types import NoneType
 from typing import Any, get_args
 
 from ..configuration_cdds import CddsConfig
-from ..configuration_pico import CHOICES, PicoConfig
+from ..configuration_pico import CHOICES, PICO_LITERAL, PicoConfig
 from ..modeling_cdds import CddsModel
 from ..modeling_pico import PicoModel
 from .arguments import PicoTrainingArguments
@@ -24,11 +24,11 @@ from .option_parser import OptionParser, shown
 
 # The type of model that each method is a head of.
 METHODS = {head: kind for kind in (PicoModel, CddsModel) for head in kind.config_class.alignment_heads}
+METHODS["pico_literal"] = PicoModel  # the head of "pico" with options of its own
 
 # Fields of the configurations that are no options: what the backbones decide, what is learned, and the method itself.
 _NO_OPTIONS = {
     *("vision_config", "text_config", "projection_bias", "alignment_head", "uncertainty_reranking"),
-    "comparator_hidden_size",
 }
 
 
@@ -83,7 +83,8 @@ class ModelArguments(_ModelOptions):
     method: str | None = field(
         default=None,
         metadata={
-            "help": "pico: weighted patch-by-word score; fine_grained: the same score without weights; "
+            "help": "pico: weighted patch-by-word score; pico_literal: the same with measured style rates and sorted "
+            "columns, the literal reading of the paper; fine_grained: the same score without weights; "
             "instance_norm: the same with column means removed; clip_style: pooled embeddings; cdds: semantic "
             "components of the tokens alone (default: pico, or what the checkpoint is)",
             "choices": list(METHODS),
@@ -127,6 +128,14 @@ class ModelArguments(_ModelOptions):
         given = {item.name: getattr(self, item.name) for item in fields(_ModelOptions)}
         given["alignment_head"] = self.method
         given = {name: value for name, value in given.items() if value is not None}
+        if self.method == "pico_literal":
+            others = {name: given[name] for name in PICO_LITERAL.keys() - {"alignment_head"} & given.keys()}
+            if any(value != PICO_LITERAL[name] for name, value in others.items()):
+                raise ValueError(
+                    f"--method pico_literal is {PICO_LITERAL}, but {others} was given. Leave that out, or choose "
+                    "--method pico."
+                )
+            given |= PICO_LITERAL
         strays = sorted(given.keys() - names[model_class])
         if strays:
             methods = [method for method, kind in METHODS.items() if names[kind].issuperset(strays)]
@@ -248,8 +257,8 @@ _GROUPS: dict[str, tuple[str | None, Sequence[str]]] = {
     "staged construction of prototypes": (
         None,
         [
-            *("prototype_start", "prototype_update_start", "prototype_schedule", "prototype_interval"),
-            *("reservoir_pairs", "feedback", "feedback_images", "feedback_kappa", "feedback_ema_weight"),
+            *("prototype_start", "prototype_update_start", "prototype_interval"),
+            *("reservoir_pairs", "feedback", "feedback_images", "feedback_kappa", "feedback_weight"),
         ],
     ),
     "evaluation": (

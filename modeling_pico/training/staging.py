@@ -43,7 +43,7 @@ class PrototypeConstruction:
         self.pending: PrototypeState | None = None
         self.pending_log_sum = -math.inf
         self.previous_rsum = math.nan
-        self._columns: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._columns: list[tuple[torch.Tensor, torch.Tensor]] = []
         # The buffer may live on an accelerator, and the schedule asks at every step.
         self._num_constructions = int(prototypes.num_constructions)
         self._steps_per_epoch = 0
@@ -55,34 +55,29 @@ class PrototypeConstruction:
         """Tells the schedule how long an epoch and the training are, in optimizer steps."""
         self._steps_per_epoch, self._max_steps = steps_per_epoch, max_steps
         self._num_constructions = int(self.prototypes.num_constructions)
-        args, unit = self.args, "epochs" if self.args.prototype_schedule == "epochs" else "of the training"
+        args = self.args
         end = f"Training ends at step {max_steps} (epoch {max_steps / steps_per_epoch:g})"
         if self.next_step() >= max_steps and self.prototypes.stage == STAGE_PLAIN:
             logger.warning(
                 f"{end}, before the first style prototypes would be used (step {self.next_step()}): all weights stay "
-                f"1. Train for longer, or lower `prototype_start`, now {args.prototype_start:g} {unit}."
+                f"1. Train for longer, or lower `prototype_start`, now {args.prototype_start} epochs."
             )
         elif self._update_step(0) >= max_steps and self.prototypes.stage < STAGE_UPDATED:
             logger.warning(
                 f"{end}, before the style prototypes would be updated for the first time (step "
                 f"{self._update_step(0)}): they stay as they are first built. Train for longer, or lower "
-                f"`prototype_update_start`, now {args.prototype_update_start:g} {unit}."
+                f"`prototype_update_start`, now {args.prototype_update_start} epochs."
             )
 
     def next_step(self) -> int:
         """Optimizer step after which the next construction is due."""
         done = self._num_constructions + (self.pending is not None)
-        return _steps(self.args.prototype_start * self._unit) if done == 0 else self._update_step(done - 1)
+        return self.args.prototype_start * self._steps_per_epoch if done == 0 else self._update_step(done - 1)
 
     def _update_step(self, index: int) -> int:
         """Optimizer step after which update number `index` of the prototypes is due."""
-        interval = self.args.prototype_interval * self._steps_per_epoch
-        return _steps(self.args.prototype_update_start * self._unit + index * interval)
-
-    @property
-    def _unit(self) -> int:
-        """Optimizer steps of one unit of the schedule."""
-        return self._max_steps if self.args.prototype_schedule == "share" else self._steps_per_epoch
+        epoch = self.args.prototype_update_start + index * self.args.prototype_interval
+        return epoch * self._steps_per_epoch
 
     def is_reached(self, step: int) -> bool:
         """
@@ -93,7 +88,7 @@ class PrototypeConstruction:
 
     def needs_statistics(self, step: int) -> bool:
         """Whether the batch of step `step` (0-based) lies in the interval before the next construction."""
-        interval = _steps(self.args.prototype_interval * self._steps_per_epoch)
+        interval = self.args.prototype_interval * self._steps_per_epoch
         return self.next_step() < self._max_steps and step >= self.next_step() - interval
 
     def needs_columns(self, step: int, pairs_per_step: int) -> bool:
@@ -124,29 +119,29 @@ class PrototypeConstruction:
         return borders[:-1] + (share * borders.diff()).long()
 
     @torch.no_grad()
-    def collect_statistics(self, shares: torch.Tensor, valid: torch.Tensor, ids: torch.Tensor) -> None:
-        """Adds one batch of all processes to the statistics; see [`StylePrototypes.add_pair_shares`]."""
-        self.prototypes.add_pair_shares(shares, valid, ids)
+    def collect_statistics(self, agreement: torch.Tensor, valid: torch.Tensor) -> None:
+        """Adds one batch of all processes to the statistics; see [`StylePrototypes.add_agreement`]."""
+        self.prototypes.add_agreement(agreement, valid)
 
     @torch.no_grad()
-    def collect_columns(self, image_columns: torch.Tensor, text_columns: torch.Tensor, ids: torch.Tensor) -> None:
-        """Adds columns `(pairs, dim, length)` of matched pairs with their ids and keeps the last `reservoir_pairs`."""
-        self._columns.append((image_columns, text_columns, ids))
-        surplus = sum(len(batch_ids) for *_, batch_ids in self._columns) - self.args.reservoir_pairs
+    def collect_columns(self, image_columns: torch.Tensor, text_columns: torch.Tensor) -> None:
+        """Adds columns `(pairs, dim, length)` of matched pairs and keeps the last `reservoir_pairs`."""
+        self._columns.append((image_columns, text_columns))
+        surplus = sum(len(images) for images, _ in self._columns) - self.args.reservoir_pairs
         while surplus >= len(self._columns[0][0]):
             surplus -= len(self._columns.pop(0)[0])
         if surplus > 0:
-            images, texts, first_ids = self._columns[0]
-            self._columns[0] = (images[surplus:], texts[surplus:], first_ids[surplus:])
+            images, texts = self._columns[0]
+            self._columns[0] = (images[surplus:], texts[surplus:])
 
-    def reservoir(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Image and text columns `(pairs, dim, length)` collected since the last construction, and the pairs' ids."""
+    def reservoir(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image and text columns `(pairs, dim, length)` collected since the last construction."""
         if not self._columns:
             raise ValueError(
                 "No columns were collected before the construction of prototypes; train for a step first."
             )
-        images, texts, ids = zip(*self._columns, strict=True)
-        return torch.cat(images), torch.cat(texts), torch.cat(ids)
+        images, texts = zip(*self._columns, strict=True)
+        return torch.cat(images), torch.cat(texts)
 
     @torch.no_grad()
     def propose(self, rsum: float | None = None, score: Callable[[], float] | None = None) -> dict[str, float]:
@@ -206,9 +201,7 @@ class PrototypeConstruction:
                 # A run that was resumed with another feedback: earlier constructions count as gains of zero.
                 log_sum = math.log(count)
             return feedback_weight(log_sum, gain, self.args.feedback_kappa)
-        if count == 0 or self.args.feedback == "latest":
-            return 1.0, log_sum
-        return (self.args.feedback_ema_weight if self.args.feedback == "ema" else 1.0 / (count + 1)), log_sum
+        return (1.0 if count == 0 else self.args.feedback_weight), log_sum
 
     @contextmanager
     def using(self, state: PrototypeState) -> Iterator[None]:
@@ -249,7 +242,7 @@ class PrototypeConstruction:
             "pending_log_sum": torch.tensor(self.pending_log_sum, dtype=torch.float64),
         }
         if self._columns:
-            tensors["visual_columns"], tensors["textual_columns"], tensors["ids"] = self.reservoir()
+            tensors["visual_columns"], tensors["textual_columns"] = self.reservoir()
         if self.pending is not None:
             tensors.update({f"pending.{name}": tensor for name, tensor in self.pending.tensors().items()})
         safetensors.torch.save_file(
@@ -270,17 +263,10 @@ class PrototypeConstruction:
         device = self.prototypes.visual_prototypes.device
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         if "visual_columns" in tensors:
-            images, texts = tensors["visual_columns"], tensors["textual_columns"]
-            # Files from before ids were kept: no estimator of that time reads them.
-            self._columns = [(images, texts, tensors.get("ids", torch.arange(len(images), device=device)))]
+            self._columns = [(tensors["visual_columns"], tensors["textual_columns"])]
         pending = {name.removeprefix("pending."): tensors[name] for name in tensors if name.startswith("pending.")}
         if pending:
             self.pending = PrototypeState(**pending)
-
-
-def _steps(value: float) -> int:
-    # Halves go up, so that equal intervals stay equal; `round` would send them to the even neighbour.
-    return max(1, math.floor(value + 0.5))
 
 
 __all__ = ["PrototypeConstruction"]

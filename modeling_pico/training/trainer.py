@@ -22,6 +22,7 @@ from ..evaluation.evaluator import RetrievalEvaluator, gather_rows, own_rows
 from ..loss_pico import image_text_loss
 from ..modeling_pico import PicoOutput
 from ..processing_pico import PicoProcessor
+from ..prototypes_pico import sign_agreement
 from ..scoring_pico import pair_scores
 from .arguments import PicoTrainingArguments
 from .callbacks import LogitScaleCallback, PrototypeCallback, SamplerEpochCallback
@@ -293,32 +294,9 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         if self.args.feedback_needs_validation and self.eval_dataset is None:
             raise ValueError(
                 f"feedback={self.args.feedback!r} weighs prototypes by validation retrieval and needs an "
-                "`eval_dataset`. Give one, or choose `feedback` from 'ema', 'uniform', 'latest'."
+                "`eval_dataset`. Give one, or choose feedback='constant'."
             )
-        if self._pico_model().config.probability_estimator == "meaning_share":
-            self._check_repeated_meanings()
         self._check_adapter("style prototypes", "alignment_head", self._pico_model().alignment_head)
-
-    def _check_repeated_meanings(self) -> None:
-        args, ids = self.args, self.train_dataset.ids
-        batch = self._train_batch_size * args.world_size
-        wrong = None
-        if len(ids.unique()) == len(ids):
-            wrong = (
-                f"the {len(ids)} training images all have ids of their own. Name the column of meanings (id_column)"
-            )
-        elif args.caption_sampling == "all":
-            wrong = "caption_sampling='all' shows an image with each of its captions. Choose 'random'"
-        elif args.reservoir_pairs <= batch:
-            wrong = (
-                f"columns are kept of reservoir_pairs={args.reservoir_pairs} pairs, and no batch of {batch} holds a "
-                "meaning twice. Keep more"
-            )
-        if wrong is not None:
-            raise ValueError(
-                f"probability_estimator='meaning_share' compares images of one meaning, but {wrong}, or choose "
-                "another estimator."
-            )
 
     def _check_adapter(self, what: str, name: str, module: nn.Module | None) -> None:
         model = self._pico_model()
@@ -397,7 +375,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         # Batches of another collator need not know their captions.
         ids, caption_codes = inputs["image_ids"], inputs.get("caption_codes")
         if collect and self.construction is not None:
-            self._collect(self.construction, outputs, ids)
+            self._collect(self.construction, outputs)
         if collect:
             for name, value in (outputs.get("auxiliary_losses") or {}).items():
                 self._auxiliary_log.setdefault(name, []).append(value.detach())
@@ -449,8 +427,8 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         return self._total_loss(loss, outputs) * batch.loss_share
 
     @torch.no_grad()
-    def _collect(self, construction: PrototypeConstruction, outputs: PicoOutput, ids: torch.Tensor) -> None:
-        """Hands the construction what it needs of this batch: nothing, shares, or shares and columns."""
+    def _collect(self, construction: PrototypeConstruction, outputs: PicoOutput) -> None:
+        """Hands the construction what it needs of this batch: nothing, signs, or signs and columns."""
         step = self.state.global_step
         if not construction.needs_statistics(step):
             return
@@ -460,18 +438,14 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         # What a step that is left out saw must not reach the prototypes either.
         valid &= image_tokens.flatten(1).sum(dim=1).isfinite() & text_tokens.flatten(1).sum(dim=1).isfinite()
         prototypes = construction.prototypes
-        all_valid, all_ids = gather_rows(torch.stack([valid.to(ids), ids], dim=1)).unbind(dim=1)
-        all_valid = all_valid.bool()
-        if prototypes.config.probability_estimator != "meaning_share":
-            shares = prototypes.pair_shares(image_tokens, image_mask, text_tokens, text_mask)
-            construction.collect_statistics(gather_rows(shares), all_valid, all_ids)
-        # Not `len(ids)`: shorter last batches may differ between processes, which must decide alike.
+        agreement = sign_agreement(image_tokens, image_mask, text_tokens, text_mask)
+        construction.collect_statistics(gather_rows(agreement), gather_rows(valid.long()).bool())
+        # Not the length of this batch: shorter last batches may differ between processes, which must decide alike.
         pairs_per_step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         if construction.needs_columns(step, pairs_per_step):
             construction.collect_columns(
-                gather_rows(prototypes.columns(image_tokens, image_mask, "image")[valid]),
-                gather_rows(prototypes.columns(text_tokens, text_mask, "text")[valid]),
-                all_ids[all_valid],
+                gather_rows(prototypes.columns(image_tokens, image_mask)[valid]),
+                gather_rows(prototypes.columns(text_tokens, text_mask)[valid]),
             )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

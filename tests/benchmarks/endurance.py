@@ -32,7 +32,7 @@ from modeling_pico.data import RandomCropFlip
 
 
 OPTIONS: dict[str, Any] = {
-    "model_options": {"style_probability": "purity", "sharpness": 4.0, "column_mode": "statistics"},
+    "model_options": {"style_probability": "purity"},
     "transform": RandomCropFlip(0.6),
     "prototype_start": 1,
     "prototype_update_start": 2,

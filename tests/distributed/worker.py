@@ -42,7 +42,7 @@ from modeling_pico.training import NonFiniteLossError, PicoTrainer
 
 CONFIGURATION = Path(__file__).resolve().parents[2] / "examples" / "accelerate" / "fsdp.yaml"
 GLOBAL_BATCH = 8
-PURITY = {"style_probability": "purity", "sharpness": 4.0, "column_mode": "statistics"}
+PURITY = {"style_probability": "purity"}
 DECOUPLED = {
     "model_class": CddsModel,
     "unet_num_layers": 1,
@@ -264,24 +264,16 @@ def many(folder: Path) -> dict:
         "resumed": run(
             folder / "resumed", PURITY, checkpoint=str(folder / "infonce" / "checkpoint-2"), **EPOCHS, measure=False
         ),
-        "repeated": run(
-            folder / "repeated",
-            {**PURITY, "probability_estimator": "meaning_share"},
-            data=CountedDataset(rows(20, repeats=10)),
-            reservoir_pairs=16,
-            **EPOCHS,
-            measure=False,
-        ),
         "subset": run(folder / "subset", PURITY, feedback_images=4, **EPOCHS, measure=False),
         # 20 images and shorter batches at the end, which the processes share.
         "hinge": run(
             folder / "hinge",
             {"loss_type": "hinge"},
             hinge_warmup_epochs=0.5,
-            num_train_epochs=2,
+            num_train_epochs=3,
             dataloader_drop_last=False,
-            feedback="uniform",
-            prototype_update_start=1.5,
+            feedback="constant",
+            prototype_update_start=2,
         ),
         "chunks": run(folder / "chunks", PURITY, num_train_epochs=1, gradient_cache_chunk_size=3, measure=False),
         "decoupled": run(

@@ -38,7 +38,7 @@ def stage_prototypes(net, seed: int = 0) -> None:
 
 @pytest.fixture
 def net():
-    made = model(style_probability="purity", sharpness=3.0).eval()
+    made = model(style_probability="purity").eval()
     stage_prototypes(made)
     return made
 
@@ -135,7 +135,7 @@ def test_encoded_once_and_scored_under_other_prototypes(net, data):
     encoded = evaluator.encode(net, loader(data, 4))
     reads = data.reads
     before = evaluator.score(net, encoded)
-    other = model(style_probability="purity", sharpness=3.0).eval()
+    other = model(style_probability="purity").eval()
     stage_prototypes(other, seed=9)
     PrototypeState.of(other.style_prototypes).copy_to(net.style_prototypes)
     after = evaluator.score(net, encoded)

@@ -54,7 +54,7 @@ def setting(tmp_path_factory):
 
 
 def test_trains_a_variant_the_same_twice_and_never_the_held_out_images(study, setting, tmp_path):
-    options = {"args": {"prototype_start": 0.5, "prototype_update_start": 1}}
+    options = {"args": {"prototype_start": 1, "prototype_update_start": 2, "num_train_epochs": 3}}
     splits = ["seen", "validation"]
     first, second = (
         study.train(setting, options, 3, splits, tmp_path, tmp_path / f"{run}.safetensors") for run in range(2)
@@ -83,27 +83,30 @@ def test_trains_a_variant_the_same_twice_and_never_the_held_out_images(study, se
     assert set(data.splits["validation"].ids.tolist()) == set(range(8))
 
 
-def test_weights_come_in_over_the_epochs_of_their_ramp(study, setting, tmp_path, monkeypatch):
-    from modeling_pico import prototypes_pico
+def test_the_free_gate_starts_neutral_and_learns(study, setting, tmp_path):
+    from encoded_data import load_splits
+    from safetensors.torch import load_file
 
-    powers = []
+    data = load_splits(setting, ["validation"], tmp_path)
+    model = study.build_model(setting, {"method": "free_gate"}, data, tmp_path)
+    batch = next(data.splits["validation"].batches(4))
+    outputs = model.train()(**{name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask")})
+    torch.testing.assert_close(outputs.image_embeds, outputs.image_tokens)
+    torch.testing.assert_close(outputs.text_semantic_probability, torch.full((8, 8), 2.0).sigmoid())
+    study.train(setting, {"method": "free_gate"}, 3, ["validation"], tmp_path, tmp_path / "kept.safetensors")
+    kept = load_file(tmp_path / "kept.safetensors")
+    assert all(kept[f"alignment_head.gate.{side}.2.weight"].any() for side in ("image", "text"))
 
-    def column_weights(probability, sharpness):
-        powers.append(sharpness)
-        return probability / probability.mean(dim=-1, keepdim=True)
 
-    monkeypatch.setattr(prototypes_pico, "column_weights", column_weights)
-    options = {"sharpness": 2.0, "style_probability": "global", "weight_ramp": 2}
-    options["args"] = {"prototype_start": 1.0, "num_train_epochs": 4}
-    study.train(setting, options, 3, ["validation"], tmp_path, tmp_path / "kept.safetensors")
-    # Three steps an epoch: nothing in the first, then evenly to the full power, which the evaluation at the end has.
-    sharpness = list(dict.fromkeys(powers))
-    assert sharpness == pytest.approx([2e-3, *(2 * step / 6 for step in range(1, 7))])
-    assert powers[-1] == 2.0
-    for wrong in (0, -1.0):
-        options["weight_ramp"] = wrong
-        with pytest.raises(ValueError, match=f"number of epochs greater than 0, but got {wrong}"):
-            study.train(setting, options, 3, ["validation"], tmp_path, tmp_path / "new.safetensors")
+def test_statistics_of_columns_by_hand(study):
+    from free_gate import column_statistics
+
+    # Dimension 4, so values are doubled; the third token is padding.
+    tokens = torch.tensor([[[0.5, 0.5, 0.0, -0.5], [-0.5, 1.0, 0.0, -0.5], [9.0, 9.0, 9.0, 9.0]]])
+    expected = [[0.0, 1.0, 1.0, -1.0], [1.5, 0.5, 2.0, 1.0], [0.0, 1e-4, 0.0, 0.0], [-1.0, 1e-4, -1.0, -1.0]]
+    found = column_statistics(tokens, torch.tensor([[True, True, False]]))
+    torch.testing.assert_close(found, torch.tensor([expected]), rtol=0, atol=1e-6)
+    assert not column_statistics(tokens, torch.zeros(1, 3)).any()
 
 
 def test_every_variant_is_a_model_of_its_method(study, setting, tmp_path):
@@ -114,8 +117,12 @@ def test_every_variant_is_a_model_of_its_method(study, setting, tmp_path):
     for name in variants:
         options = study._describe_job("tiny", setting, variants, name, 0)["options"]
         model = study.build_model(setting, options, data, tmp_path)
-        assert model.config.alignment_head == options.get("method", "pico"), name
-        assert (model.style_prototypes is not None) == ("pico" in name or options.get("method") is None), name
+        method = options.get("method", "pico")
+        head = {"pico_literal": "pico", "free_gate": "fine_grained"}.get(method, method)
+        assert model.config.alignment_head == head, name
+        assert (model.style_prototypes is not None) == (head == "pico" or name.startswith("pico_cdds")), name
+        literal = (model.config.column_mode, model.config.style_probability) == ("quantile", "purity")
+        assert literal == (method == "pico_literal"), name
     assert {"cdds", "pico_cdds"} <= set(variants)
 
 

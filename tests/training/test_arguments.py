@@ -9,18 +9,17 @@ from modeling_pico.training import PicoTrainingArguments
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"feedback": "gain"}, ["feedback", "'gain'", "'counterfactual'", "'uniform'"]),
+        ({"feedback": "gain"}, ["feedback", "'gain'", "'counterfactual'", "'constant'"]),
         ({"caption_sampling": "first"}, ["caption_sampling", "'first'", "'random'", "'all'"]),
-        ({"prototype_schedule": "steps"}, ["prototype_schedule", "'steps'", "'epochs'", "'share'"]),
-        ({"prototype_interval": 0}, ["prototype_interval", "greater than 0", "got 0"]),
+        ({"prototype_interval": 0}, ["prototype_interval", "whole number of epochs", "got 0"]),
+        ({"prototype_start": 0.5}, ["prototype_start", "whole number of epochs", "got 0.5"]),
         ({"feedback_kappa": -1.0}, ["feedback_kappa", "greater than 0", "got -1.0"]),
         ({"reservoir_pairs": 0}, ["reservoir_pairs", "greater than 0"]),
         ({"eval_num_folds": 0}, ["eval_num_folds", "greater than 0"]),
         ({"feedback_images": 0}, ["feedback_images", "at least 1", "None for all", "got 0"]),
-        ({"prototype_start": 0, "prototype_update_start": 1}, ["prototype_start", "greater than 0"]),
+        ({"prototype_start": 0, "prototype_update_start": 1}, ["prototype_start", "at least 1", "got 0"]),
         ({"prototype_start": 3, "prototype_update_start": 3}, ["j1 = 3", "after", "j0 = 3"]),
-        ({"prototype_schedule": "share"}, ["share", "between 0 and 1", "3"]),
-        ({"feedback_ema_weight": 1.5}, ["feedback_ema_weight", "(0, 1]", "1.5"]),
+        ({"feedback_weight": 1.5}, ["feedback_weight", "(0, 1]", "1.5"]),
         ({"gradient_cache_chunk_size": 0}, ["gradient_cache_chunk_size", "at least 1"]),
         ({"num_train_epochs": 0}, ["num_train_epochs", "greater than 0", "got 0", "do_train"]),
         ({"num_train_epochs": -1}, ["num_train_epochs", "greater than 0", "got -1"]),
@@ -42,8 +41,7 @@ def test_bad_option_is_refused_with_what_is_allowed(tmp_path, options, words):
 
 
 def test_edges_are_allowed(tmp_path):
-    arguments(tmp_path, feedback_ema_weight=1.0, prototype_start=0.01, prototype_update_start=0.02)
-    arguments(tmp_path, prototype_schedule="share", prototype_start=0.25, prototype_update_start=1)
+    arguments(tmp_path, feedback_weight=1.0, prototype_start=1, prototype_update_start=2)
     arguments(tmp_path, num_train_epochs=0, max_steps=3)
 
 
@@ -54,8 +52,6 @@ def test_defaults_of_the_trainer_that_cannot_work_here_are_changed(tmp_path):
     assert PicoTrainingArguments(str(tmp_path), use_cpu=True, ddp_broadcast_buffers=True).ddp_broadcast_buffers
 
 
-@pytest.mark.parametrize(
-    ("feedback", "needed"), [("counterfactual", True), ("epoch_delta", True), ("ema", False), ("latest", False)]
-)
-def test_which_feedback_needs_validation(tmp_path, feedback, needed):
-    assert arguments(tmp_path, feedback=feedback).feedback_needs_validation is needed
+@pytest.mark.parametrize("feedback", ["counterfactual", "epoch_delta", "constant"])
+def test_which_feedback_needs_validation(tmp_path, feedback):
+    assert arguments(tmp_path, feedback=feedback).feedback_needs_validation is (feedback != "constant")

@@ -17,7 +17,7 @@ COURSE = [
     {"rsum": 300.0, "loss": 2.0, "image_to_text_median_rank": 2.0},
     {"rsum": 200.0, "loss": 1.0, "image_to_text_median_rank": 3.0},
 ]
-SHORT = {"num_train_epochs": 3, "feedback": "ema"}
+SHORT = {"num_train_epochs": 3, "feedback": "constant"}
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from modeling_pico.training.signals import heed_only_parent
 
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "interruptions.py"
-QUICK = {"num_train_epochs": 2, "prototype_start": 0.5, "prototype_update_start": 1, "logging_steps": 2}
+QUICK = {"num_train_epochs": 3, "prototype_start": 1, "prototype_update_start": 2, "logging_steps": 2}
 
 
 class Killed(BaseException):
@@ -207,7 +207,7 @@ class FailAtSecondSave(TrainerCallback):
 )
 def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_of_the_new_one(target, tmp_path, monkeypatch):
     callback = FailAtSecondSave(monkeypatch, target, OSError(errno.ENOSPC, "No space left on device"))
-    made = trainer(tmp_path, callbacks=[callback], save_total_limit=1, eval_data=None, feedback="ema", **FAST)
+    made = trainer(tmp_path, callbacks=[callback], save_total_limit=1, eval_data=None, **FAST)
     with pytest.raises(OSError) as error:
         made.train()
     monkeypatch.undo()
@@ -223,12 +223,12 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_of_the_new_one(ta
     assert made.state.best_model_checkpoint is None
 
 
-FAST = {"num_train_epochs": 2, "eval_strategy": "no", "prototype_start": 1, "prototype_update_start": 1.5}
+FAST = {"num_train_epochs": 2, "eval_strategy": "no", "feedback": "constant"}
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / UNFINISHED).write_text("a file where the folder should be")
-    made = trainer(tmp_path, eval_data=None, feedback="ema", **FAST)
+    made = trainer(tmp_path, eval_data=None, **FAST)
     with pytest.raises(OSError, match=r"checkpoint-3 could not be written \(.*earlier checkpoints.*there is none yet"):
         made.train()
 
@@ -292,7 +292,7 @@ def test_best_and_newest_stay_with_a_limit_of_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr("modeling_pico.training.PicoTrainer.evaluate", evaluate)
     best = {"load_best_model_at_end": True, "metric_for_best_model": "rsum", "save_total_limit": 1}
-    made = trainer(tmp_path, **{**FAST, **best, "num_train_epochs": 4, "eval_strategy": "epoch"}, feedback="ema")
+    made = trainer(tmp_path, **{**FAST, **best, "num_train_epochs": 4, "eval_strategy": "epoch"})
     made.train()
     assert names(tmp_path) == ["checkpoint-12", "checkpoint-6"]
     for step in (6, 12):
@@ -320,7 +320,7 @@ def test_fsdp_and_other_checkpoints_are_not_mixed(tmp_path, name, sharded):
 def test_running_out_of_memory_is_not_called_a_full_disk(tmp_path, monkeypatch):
     callback = FailAtSecondSave(monkeypatch, "torch.save", torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
-        trainer(tmp_path, callbacks=[callback], eval_data=None, feedback="ema", **FAST).train()
+        trainer(tmp_path, callbacks=[callback], eval_data=None, **FAST).train()
 
 
 # Being asked to end
@@ -396,7 +396,7 @@ def test_a_handler_of_the_program_stays(tmp_path):
     heard = []
     signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
     try:
-        made = trainer(tmp_path, callbacks=[Terminate("on_step_begin", 1)], eval_data=None, feedback="ema", **FAST)
+        made = trainer(tmp_path, callbacks=[Terminate("on_step_begin", 1)], eval_data=None, **FAST)
         made.train()
         assert heard == [1] and made.state.global_step == 6
     finally:
@@ -414,7 +414,7 @@ def test_workers_end_with_the_training_when_the_whole_job_is_asked_to_end(tmp_pa
         "    def act(self, args, state, control, **kwargs):\n"
         "        if state.global_step == self.step:\n"
         "            os.killpg(0, signal.SIGTERM)\n"
-        f"trainer({str(tmp_path)!r}, callbacks=[All('on_step_begin', 1)], eval_data=None, feedback='ema',\n"
+        f"trainer({str(tmp_path)!r}, callbacks=[All('on_step_begin', 1)], eval_data=None,\n"
         "        dataloader_num_workers=2, **FAST).train()\n"
     )
     done = subprocess.run(

@@ -42,7 +42,7 @@ class Leak(TrainerCallback):
 def test_a_leak_is_noticed(tmp_path):
     leak = Leak()
     watch = endurance.Watch(2)
-    made = endurance.trainer(tmp_path, max_steps=16, eval_strategy="no", save_strategy="no", feedback="ema")
+    made = endurance.trainer(tmp_path, max_steps=16, eval_strategy="no", save_strategy="no", feedback="constant")
     made.add_callback(watch)
     made.add_callback(leak)
     made.train()

@@ -15,7 +15,7 @@ from modeling_pico.training import NonFiniteLossError, PicoTrainer
 from modeling_pico.training.finite import MAX_SKIPPED_IN_A_ROW, FiniteLossCallback, spread_non_finite
 
 
-PURITY = {"style_probability": "purity", "sharpness": 4.0, "column_mode": "statistics"}
+PURITY = {"style_probability": "purity"}
 
 
 class Poisoned(PicoDataCollator):

@@ -37,7 +37,7 @@ def in_use(model):
     model.style_prototypes.stage.fill_(1)
     torch.nn.init.normal_(model.style_prototypes.visual_prototypes)
     with torch.no_grad():
-        model.style_prototypes.visual_comparator.rate.normal_()
+        model.style_prototypes.visual_rates.rate.normal_()
     return model.train()
 
 

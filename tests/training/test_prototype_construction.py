@@ -240,7 +240,7 @@ def make_prototypes(tiny_config):
     """Fresh prototypes; matched rates of 1/4 and 1 for two features unless said otherwise."""
 
     def make(rates: tuple[float, ...] = (0.25, 1.0), **options) -> StylePrototypes:
-        config = tiny_config(**{"embedding_dim": len(rates), "column_mode": "statistics", **options})
+        config = tiny_config(**{"embedding_dim": len(rates), "column_mode": "quantile", "column_length": 4, **options})
         prototypes = PicoHead(config).style_prototypes
         prototypes.matched_sum += torch.tensor(rates) * 8
         prototypes.matched_count += 8
@@ -266,39 +266,6 @@ def test_construction_by_hand(make_prototypes):
     assert float(state.visual_temperature) == pytest.approx(6.0)
     for name, buffer in prototypes.named_buffers():
         assert torch.equal(buffer, buffers[name]), name
-
-
-def test_repeated_meanings_give_each_side_a_probability_of_its_own(make_prototypes):
-    prototypes = make_prototypes(num_style_prototypes=1, probability_estimator="meaning_share")
-    visual = torch.zeros(4, 2, 4)
-    # Of images, the first feature varies within meanings alone and the second between them; of texts the reverse.
-    visual[1::2, 0], visual[2:, 1] = 2.0, 6.0
-    ids = torch.tensor([3, 3, 8, 8])
-    state = construct_prototypes(prototypes, visual, visual.flip(1), ids, generator=seeded())
-    assert state.pseudo_semantic_probability.tolist() == [0.5, 0.5]
-    # What counts is the column of style alone, on either side.
-    assert state.visual_prototypes.tolist() == state.textual_prototypes.tolist() == [[1.0] * 4]
-    assert state.visual_style_rate.tolist() == state.textual_style_rate.tolist() == [0.5]
-    for wrong in (None, torch.arange(4)):
-        with pytest.raises(ValueError, match="no image ids repeat among the 4 pairs .* Raise `reservoir_pairs`, name"):
-            construct_prototypes(prototypes, visual, visual, wrong)
-
-
-def test_meanings_that_hardly_repeat_are_warned_of_and_end_no_training(make_prototypes, monkeypatch):
-    messages: list[str] = []
-    monkeypatch.setattr(prototype_construction.logger, "warning", messages.append)
-    prototypes = make_prototypes(num_style_prototypes=1, probability_estimator="meaning_share")
-    columns = torch.randn(4, 2, 4, generator=seeded())
-    construct_prototypes(prototypes, columns, columns, torch.tensor([0, 1, 2, 0]), generator=seeded())
-    assert "1 image ids repeat among the 4 pairs" in messages[0] and "a noisy estimate" in messages[0]
-    prototypes.num_constructions.fill_(1)
-    prototypes.pseudo_semantic_probability.copy_(torch.tensor([0.25, 0.75]))
-    state = construct_prototypes(prototypes, columns, columns, torch.arange(4))
-    assert state.pseudo_semantic_probability.tolist() == [0.25, 0.75]
-    assert "the estimate in use stays" in messages[1]
-    many = torch.randn(202, 2, 4, generator=seeded())
-    construct_prototypes(prototypes, many, many, torch.arange(202) // 2)
-    assert len(messages) == 2
 
 
 def test_style_rates_are_means_over_clusters_with_a_fallback_for_empty_ones(make_prototypes):

@@ -17,7 +17,7 @@ from modeling_pico.training.staging import STATE_FILE
 
 
 # Prototypes that change the score at once, so that gains, weights and gradients depend on them.
-PURITY = {"style_probability": "purity", "sharpness": 4.0, "column_mode": "statistics"}
+PURITY = {"style_probability": "purity"}
 # 18 steps in six epochs; the first prototypes after epoch 1, updates after 3, 4 and 5.
 SETTINGS = {
     "epochs": {"model_options": PURITY, "logging_steps": 4},
@@ -26,31 +26,29 @@ SETTINGS = {
         "transform": RandomCropFlip(0.6),
         "feedback": "epoch_delta",
     },
-    "fractional, accumulation": {
+    "accumulation": {
         "model_options": PURITY,
         "per_device_train_batch_size": 3,
         "gradient_accumulation_steps": 2,
-        "prototype_start": 0.75,
-        "prototype_update_start": 1.15,
-        "prototype_interval": 0.3,
+        "prototype_start": 1,
+        "prototype_update_start": 2,
         "caption_sampling": "all",
         "dataloader_drop_last": False,
-        "num_train_epochs": 2,
+        "num_train_epochs": 4,
         "feedback_images": 5,
         "save_strategy": "steps",
-        "save_steps": 2,
+        "save_steps": 3,
         "logging_steps": 3,
     },
     "every step": {
         "model_options": {**PURITY, "dropout": 0.2},
-        "prototype_start": 1 / 3,
-        "prototype_interval": 2 / 3,
-        "prototype_update_start": 1,
+        "prototype_start": 1,
+        "prototype_update_start": 2,
         "reservoir_pairs": 14,
         "save_strategy": "steps",
         "save_steps": 1,
-        "num_train_epochs": 2,
-        "feedback": "uniform",
+        "num_train_epochs": 4,
+        "feedback": "constant",
     },
     "steps that end epochs": {
         "model_options": {**PURITY, "dropout": 0.2, "num_uncertainty_prototypes": 2},
@@ -65,7 +63,7 @@ SETTINGS = {
     },
 }
 # With these there are checkpoints without an evaluation.
-NOT_ALL_EVALUATED = ("fractional, accumulation", "every step")
+NOT_ALL_EVALUATED = ("accumulation", "every step")
 
 
 class StopAfter(TrainerCallback):
@@ -161,15 +159,15 @@ def test_held_back_update_is_used_in_the_very_next_step(tmp_path):
 
 
 def test_checkpoint_without_the_construction_state_warns_and_trains_on(tmp_path, monkeypatch):
-    trainer(tmp_path, num_train_epochs=2).train()
+    trainer(tmp_path, num_train_epochs=3).train()
     (tmp_path / "checkpoint-3" / STATE_FILE).unlink()
     warnings: list[str] = []
     monkeypatch.setattr("modeling_pico.training.staging.logger.warning", warnings.append)
-    resumed = trainer(tmp_path, num_train_epochs=2, save_strategy="no")
+    resumed = trainer(tmp_path, num_train_epochs=3, save_strategy="no")
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     # Beside it stands the warning of a training too short for updates.
     assert sum(STATE_FILE in warning for warning in warnings) == 1
-    assert resumed.state.global_step == 6
+    assert resumed.state.global_step == 9
     assert len(prototype_log(resumed)) == 2  # the lost one was logged before the checkpoint; it is built again
 
 

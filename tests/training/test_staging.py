@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from modeling_pico.alignment_heads_pico import PicoHead
-from modeling_pico.pseudo_probability_pico import sign_agreement
+from modeling_pico.prototypes_pico import sign_agreement
 from modeling_pico.training import PicoTrainingArguments, PrototypeConstruction, PrototypeState, staging
 from modeling_pico.training.arguments import FEEDBACKS
 
@@ -24,7 +23,7 @@ def make(tiny_config, tmp_path):
             output_dir=str(tmp_path / "output"),
             use_cpu=True,
             report_to=[],
-            **{"feedback": "latest", "reservoir_pairs": 8, **options},
+            **{"feedback": "constant", "reservoir_pairs": 8, **options},
         )
         prototypes = PicoHead(tiny_config(embedding_dim=DIM)).style_prototypes
         construction = PrototypeConstruction(prototypes, args)
@@ -40,11 +39,9 @@ def collect(construction: PrototypeConstruction, seed: int = 0, pairs: int = 8) 
     tokens = torch.randn(2, pairs, 5, DIM, generator=generator)
     mask = torch.ones(pairs, 5)
     prototypes = construction.prototypes
-    shares = prototypes.pair_shares(tokens[0], mask, tokens[1], mask)
-    construction.collect_statistics(shares, torch.ones(pairs, dtype=torch.bool), torch.arange(pairs))
-    construction.collect_columns(
-        prototypes.columns(tokens[0], mask, "image"), prototypes.columns(tokens[1], mask, "text"), torch.arange(pairs)
-    )
+    agreement = sign_agreement(tokens[0], mask, tokens[1], mask)
+    construction.collect_statistics(agreement, torch.ones(pairs, dtype=torch.bool))
+    construction.collect_columns(prototypes.columns(tokens[0], mask), prototypes.columns(tokens[1], mask))
 
 
 def buffers_of(construction: PrototypeConstruction) -> dict[str, torch.Tensor]:
@@ -70,10 +67,8 @@ def finish(construction: PrototypeConstruction) -> None:
     ("options", "steps"),
     [
         ({}, [20, 40, 50, 60]),
-        ({"prototype_start": 0.5, "prototype_update_start": 1.25}, [5, 13, 23, 33]),
-        ({"prototype_start": 0.01, "prototype_update_start": 0.5, "prototype_interval": 0.3}, [1, 5, 8, 11]),
-        ({"prototype_interval": 2.0}, [20, 40, 60, 80]),
-        ({"prototype_schedule": "share", "prototype_start": 0.1, "prototype_update_start": 0.3}, [10, 30, 40, 50]),
+        ({"prototype_start": 1, "prototype_update_start": 2}, [10, 20, 30, 40]),
+        ({"prototype_interval": 2}, [20, 40, 60, 80]),
     ],
 )
 def test_schedule(make, options, steps):
@@ -109,11 +104,10 @@ def test_a_training_too_short_for_prototypes_warns(make, monkeypatch):
     assert messages == []
     make(max_steps=20)
     make(max_steps=21)
-    make(max_steps=40, prototype_schedule="share", prototype_start=0.5, prototype_update_start=1.0)
-    none, once, share = messages
+    none, once = messages
     assert "ends at step 20 (epoch 2)" in none and "`prototype_start`, now 2 epochs" in none
     assert "ends at step 21 (epoch 2.1)" in once and "for the first time (step 40)" in once
-    assert "`prototype_update_start`, now 4 epochs" in once and "`prototype_update_start`, now 1 of the" in share
+    assert "`prototype_update_start`, now 4 epochs" in once
 
 
 def test_no_warning_of_updates_that_have_been(make, monkeypatch):
@@ -151,8 +145,8 @@ def test_the_schedule_follows_a_model_that_has_prototypes_already(make):
 
 
 def test_the_reservoir_is_no_longer_than_the_interval(make):
-    construction = make(reservoir_pairs=1000, prototype_interval=0.5)
-    assert [step for step in range(20) if construction.needs_columns(step, 4)] == list(range(15, 20))
+    construction = make(reservoir_pairs=1000)
+    assert [step for step in range(20) if construction.needs_columns(step, 4)] == list(range(10, 20))
 
 
 # What
@@ -165,12 +159,11 @@ def test_the_reservoir_keeps_the_last_pairs(make, sizes):
     start = 0
     for size in sizes:
         part = slice(start, start + size)
-        construction.collect_columns(images[part], -images[part], torch.arange(sum(sizes))[part])
+        construction.collect_columns(images[part], -images[part])
         start += size
-    kept_images, kept_texts, kept_ids = construction.reservoir()
+    kept_images, kept_texts = construction.reservoir()
     assert torch.equal(kept_images, images[-5:])
     assert torch.equal(kept_texts, -images[-5:])
-    assert torch.equal(kept_ids, torch.arange(sum(sizes))[-5:])
 
 
 def test_an_empty_reservoir_is_refused(make):
@@ -181,21 +174,14 @@ def test_an_empty_reservoir_is_refused(make):
         construction.propose()
 
 
-def test_collected_statistics_are_sums_of_sign_agreement(make):
+def test_collected_statistics_are_sums_over_valid_pairs(make):
     construction = make()
-    generator = torch.Generator().manual_seed(0)
-    expected = [torch.zeros(DIM), torch.zeros(DIM), torch.tensor(0.0), torch.tensor(0.0)]
-    for _ in range(3):
-        shares = torch.rand(2, 4, 2, DIM, generator=generator) / 2
-        valid, ids = torch.tensor([True, True, False, True]), torch.tensor([0, 1, 2, 0])
-        construction.collect_statistics(torch.cat(list(shares), dim=1), valid, ids)
-        expected = [total + part for total, part in zip(expected, sign_agreement(*shares, valid, ids), strict=True)]
+    agreement, valid = torch.rand(3, 4, DIM), torch.tensor([True, True, False, True])
+    for batch in agreement:
+        construction.collect_statistics(batch, valid)
     prototypes = construction.prototypes
-    torch.testing.assert_close(
-        [prototypes.matched_sum, prototypes.mismatched_sum, prototypes.matched_count, prototypes.mismatched_count],
-        expected,
-    )
-    assert (float(prototypes.matched_count), float(prototypes.mismatched_count)) == (9.0, 12.0)
+    torch.testing.assert_close(prototypes.matched_sum, agreement[:, valid].sum(dim=(0, 1)))
+    assert float(prototypes.matched_count) == 9
 
 
 def test_a_proposal_waits_until_it_is_applied(make):
@@ -204,7 +190,7 @@ def test_a_proposal_waits_until_it_is_applied(make):
     collect(construction)
     before = buffers_of(construction)
     report = construction.propose()
-    statistics = {"matched_sum", "mismatched_sum", "matched_count", "mismatched_count"}
+    statistics = {"matched_sum", "matched_count"}
     for name, buffer in construction.prototypes.named_buffers():
         if name in statistics:
             assert before[name].any()
@@ -360,30 +346,11 @@ def test_all_images_give_the_feedback(make, options):
     assert make(**options).feedback_images(9) is None
 
 
-@pytest.mark.parametrize(
-    ("feedback", "expected"),
-    [("ema", [1.0, 0.25, 0.25]), ("uniform", [1.0, 1 / 2, 1 / 3]), ("latest", [1.0, 1.0, 1.0])],
-)
-def test_feedback_without_validation(make, feedback, expected):
-    construction = make(feedback=feedback, feedback_ema_weight=0.25)
+def test_feedback_without_validation(make):
+    construction = make(feedback="constant", feedback_weight=0.25)
     reports = run(construction, [{}, {}, {}])
-    assert [report["prototype_feedback_weight"] for report in reports] == pytest.approx(expected)
+    assert [report["prototype_feedback_weight"] for report in reports] == [1.0, 0.25, 0.25]
     assert all("prototype_feedback_gain" not in report for report in reports)
-
-
-def test_uniform_feedback_averages_all_constructions(make, monkeypatch):
-    construction = make(feedback="uniform")
-    proposals = []
-    original = staging.construct_prototypes
-
-    def recording(*args, **kwargs):
-        proposals.append(original(*args, **kwargs))
-        return proposals[-1]
-
-    monkeypatch.setattr(staging, "construct_prototypes", recording)
-    run(construction, [{}, {}, {}])
-    mean = torch.stack([proposal.visual_prototypes for proposal in proposals]).mean(dim=0)
-    torch.testing.assert_close(construction.prototypes.visual_prototypes, mean)
 
 
 @pytest.mark.parametrize("feedback", FEEDBACKS)
@@ -451,18 +418,6 @@ def test_a_fresh_construction_survives_disk(make, tmp_path):
     assert again.pending is None
     with pytest.raises(ValueError, match="No columns"):
         again.reservoir()
-
-
-def test_columns_saved_without_ids_are_resumed(make, tmp_path):
-    construction = make()
-    collect(construction)
-    construction.save(str(tmp_path))
-    file = tmp_path / staging.STATE_FILE
-    tensors = load_file(file)
-    save_file({name: tensor for name, tensor in tensors.items() if name != "ids"}, file)
-    images, texts, ids = resumed(make, construction, str(tmp_path)).reservoir()
-    assert torch.equal(images, tensors["visual_columns"]) and torch.equal(texts, tensors["textual_columns"])
-    assert len(ids.unique()) == len(ids) == len(images)
 
 
 def test_a_checkpoint_without_the_file_warns_and_starts_a_fresh_collection(make, tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def test_every_epoch_has_batches_of_its_own_also_after_a_resume(tmp_path):
         "num_train_epochs": 3,
         "eval_data": None,
         "eval_strategy": "no",
-        "feedback": "ema",
+        "feedback": "constant",
     }
     made = trainer(tmp_path, save_strategy="steps", save_steps=4, **options)
     made.train()

@@ -75,7 +75,7 @@ def model(dropout: float = 0.0, seed: int = 0, model_class: type[PicoModel] = Pi
     text = small_text_config(16, 1, 2, processor().tokenizer)
     for config in (vision, text):
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    options = {"embedding_dim": 8, "num_style_prototypes": 3, "comparator_hidden_size": 4, **options}
+    options = {"embedding_dim": 8, "num_style_prototypes": 3, **options}
     return model_class.from_backbones(build_backbone(vision), build_backbone(text), **options)
 
 

@@ -48,7 +48,6 @@ class PicoModelTester:
             text_config=CLIPTextConfig(**text, eos_token_id=98) if self.clip else BertConfig(**text),
             embedding_dim=16,
             num_style_prototypes=3,
-            comparator_hidden_size=8,
             num_uncertainty_prototypes=2,
         )
 
