@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedConfig, TrainingArguments
 
-from modeling_pico import CddsConfig, PicoModel
+from modeling_pico import PICO_LITERAL, CddsConfig, PicoModel
 from modeling_pico.training import PicoTrainingArguments
 from modeling_pico.training.option_parser import read_options
 from modeling_pico.training.run_model import plan_model
@@ -147,6 +147,14 @@ def test_options_of_the_model_are_the_fields_of_its_configuration():
     learned = {"vision_config", "text_config", "projection_bias", "alignment_head", "uncertainty_reranking"}
     assert own - {item.name for item in fields(ModelArguments)} == learned
     assert ModelArguments().config_options(PicoModel) == {}
+
+
+def test_the_literal_method_is_its_options():
+    given = ModelArguments(method="pico_literal", column_length=8).config_options(PicoModel)
+    assert given == {**PICO_LITERAL, "column_length": 8}
+    assert plan_model(ModelArguments(method="pico_literal"), None, training=True).config.style_probability == "purity"
+    with pytest.raises(ValueError, match="'column_mode': 'moments'} was given.*--method pico"):
+        ModelArguments(method="pico_literal", column_mode="moments").config_options(PicoModel)
 
 
 def test_help_is_short_and_says_something(capsys):

@@ -378,6 +378,23 @@ def test_report_says_whether_fewer_epochs_rank_the_variants_alike(study):
     assert text.index("num_train_epochs=6") < text.index("of the ends of 2 and 6 epochs: v 0.50 (3 variants)")
 
 
+def test_what_was_dropped_is_told_with_the_figures_of_the_study(study):
+    page = (FOLDER.parents[1] / "model_cards" / "style_study.md").read_text()
+    text = (FOLDER.parents[1] / "docs" / "results.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in text.splitlines() if "| `" in line]
+    measured = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| p")
+    ]
+    for row, _, seeds, *differences in rows:
+        found = [line[:2] + [f"{cell.split('(')[-1].rstrip(')')}" for cell in line[2:4]] for line in measured]
+        assert [row.strip("`"), seeds, *differences] in found, row
+    variants = yaml.safe_load((FOLDER / "variants.yaml").read_text())
+    dropped = {row[0].strip("`") for row in rows}
+    assert len(rows) == 35 and not dropped & set(variants)
+    known = {record["variant"] for path in (FOLDER / "results").glob("*.jsonl") for record in study.read_table(path)}
+    assert known <= dropped | set(variants)
+
+
 def test_the_page_of_the_study_shows_the_tables_of_its_results(study):
     page = (FOLDER.parents[1] / "model_cards" / "style_study.md").read_text()
     readme = (FOLDER.parents[1] / "README.md").read_text()

@@ -35,7 +35,7 @@ from modeling_pico.training.signals import heed_only_parent
 
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "interruptions.py"
-QUICK = {"num_train_epochs": 3, "prototype_start": 1, "prototype_update_start": 2, "logging_steps": 2}
+QUICK = {"num_train_epochs": 2, "logging_steps": 2}
 
 
 class Killed(BaseException):

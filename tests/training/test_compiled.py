@@ -9,7 +9,7 @@ from tiny import assert_same_state, model, trainer
 from modeling_pico import PicoModel
 
 
-SHORT = {"num_train_epochs": 3, "prototype_start": 1, "prototype_update_start": 2}
+SHORT = {"num_train_epochs": 2}
 
 
 @pytest.fixture
