@@ -165,8 +165,10 @@ def plan_model(args: ModelArguments, checkpoint: str | None, training: bool) -> 
     if args.model_revision is not None and not paths:
         raise ValueError("--model_revision is that of a checkpoint, but none is named.")
     _check_attention(args.attn_implementation)
-    revision: dict[str, Any] = {} if args.model_revision is None or checkpoint else {"revision": args.model_revision}
-    loading: dict[str, Any] = {**revision, "use_safetensors": args.use_safetensors}
+    # Revision and file type are those of the checkpoints that a run begins with; its own are safetensors.
+    begins = checkpoint is None
+    revision: dict[str, Any] = {"revision": args.model_revision} if begins and args.model_revision else {}
+    loading: dict[str, Any] = {**revision, "use_safetensors": args.use_safetensors or not begins}
     if args.attn_implementation is not None:
         loading["attn_implementation"] = args.attn_implementation
     if checkpoint is not None:
