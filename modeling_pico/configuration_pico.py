@@ -21,7 +21,7 @@ LOSS_TYPES = ("infonce", "hinge")
 # Mean, standard deviation, maximum and minimum of a column.
 NUM_COLUMN_STATISTICS = 4
 
-_CHOICES = {
+CHOICES = {
     "alignment_head": ALIGNMENT_HEADS,
     "pooling": POOLINGS,
     "column_mode": COLUMN_MODES,
@@ -244,7 +244,7 @@ class PicoConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Checks every option; a wrong one is refused with the values that are allowed."""
-        for name, allowed in {**_CHOICES, "alignment_head": self.alignment_heads}.items():
+        for name, allowed in {**CHOICES, "alignment_head": self.alignment_heads}.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, but got {value!r}.")

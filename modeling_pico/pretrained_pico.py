@@ -79,6 +79,12 @@ class PicoPreTrainedModel(PreTrainedModel):
         if source is not None:
             prefer_safetensors(source, kwargs)
             saved = read_config(source, kwargs)
+            kind = saved.get("model_type")
+            if kind not in (None, cls.config_class.model_type) and "alignment_head" not in saved:
+                raise ValueError(
+                    f"{str(source)!r} is a model of type {kind!r} and has no alignment head. Make a {cls.__name__} of "
+                    f"it with {cls.__name__}.from_backbones, which takes a joint model, or a vision and a text model."
+                )
         try:
             with explained_load_errors(source):
                 loaded: Any = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)

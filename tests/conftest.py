@@ -88,17 +88,20 @@ def own_cache(tmp_path_factory, monkeypatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session")
+def _logging_at_first() -> tuple[list[logging.Handler], int, bool, int]:
+    package = logging.getLogger("modeling_pico")
+    return package.handlers[:], package.level, package.propagate, hf_logging.get_verbosity()
+
+
 @pytest.fixture(autouse=True)
-def logging_as_found() -> Iterator[None]:
-    """The script sets up the loggers of its process, which is the process of all tests."""
-    loggers = [logging.getLogger(name) for name in ("train_pico", "modeling_pico")]
-    found = [(named.handlers[:], named.level, named.propagate) for named in loggers]
-    verbosity = hf_logging.get_verbosity()
+def logging_as_found(_logging_at_first) -> Iterator[None]:
+    """The script sets up the logger of its process, which is the process of all tests; so do fixtures of a module."""
     yield
+    package = logging.getLogger("modeling_pico")
+    package.handlers[:], level, package.propagate, verbosity = _logging_at_first
+    package.setLevel(level)
     hf_logging.set_verbosity(verbosity)
-    for named, (handlers, level, propagate) in zip(loggers, found, strict=True):
-        named.handlers[:], named.propagate = handlers, propagate
-        named.setLevel(level)
 
 
 def _vision_config(family: str) -> PreTrainedConfig:

@@ -9,8 +9,8 @@ from transformers import AutoConfig, BertConfig, CLIPTextConfig, CLIPVisionConfi
 
 from modeling_pico import PicoConfig
 from modeling_pico.configuration_pico import (
-    _CHOICES,
     ALIGNMENT_HEADS,
+    CHOICES,
     COLUMN_MODES,
     LOSS_TYPES,
     POOLINGS,
@@ -93,12 +93,12 @@ def test_configurations_given_as_dictionaries_or_objects_are_equal():
     assert as_objects.vision_config is vision
 
 
-@pytest.mark.parametrize("name", sorted(_CHOICES))
+@pytest.mark.parametrize("name", sorted(CHOICES))
 def test_a_wrong_choice_is_refused_with_all_allowed_values(name):
     with pytest.raises(StrictDataclassError) as error:
         PicoConfig(**{name: "unknown"})
     assert isinstance(error.value.__cause__, ValueError)
-    for allowed in (f"`{name}`", "'unknown'", *map(repr, _CHOICES[name])):
+    for allowed in (f"`{name}`", "'unknown'", *map(repr, CHOICES[name])):
         assert allowed in str(error.value)
 
 
@@ -112,7 +112,7 @@ def test_every_choice_is_accepted():
         "probability_combination": PROBABILITY_COMBINATIONS,
         "loss_type": LOSS_TYPES,
     }.items():
-        assert _CHOICES[name] == allowed
+        assert CHOICES[name] == allowed
         for value in allowed:
             assert getattr(PicoConfig(**{name: value}), name) == value
 

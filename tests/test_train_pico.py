@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -25,11 +26,20 @@ import train_pico
 from modeling_pico import PicoConfig, PicoModel, PicoProcessor
 from modeling_pico.backbones_pico import build_backbone
 from modeling_pico.data import CaptionedImageDataset
-from modeling_pico.training.run_record import describe_run, fingerprint, git_state, without_secrets, write_run_record
+from modeling_pico.training.run_data import check_processes
+from modeling_pico.training.run_output import OneLineErrors, log_line, metrics_table
+from modeling_pico.training.run_record import (
+    describe_run,
+    find_secrets,
+    fingerprint,
+    git_state,
+    without_secrets,
+    write_run_record,
+)
 
 
 ROOT = Path(__file__).resolve().parents[1]
-TOWERS = {
+SIZES = {
     "image_size": 16,
     "patch_size": 8,
     "vision_hidden_size": 16,
@@ -38,9 +48,8 @@ TOWERS = {
     "text_hidden_size": 16,
     "text_num_layers": 1,
     "text_num_heads": 2,
-    "embedding_dim": 8,
-    "num_style_prototypes": 3,
 }
+TOWERS = {**SIZES, "embedding_dim": 8, "num_style_prototypes": 3}
 TRAINING = {
     "learning_rate": 1e-2,
     "per_device_train_batch_size": 10,
@@ -72,7 +81,7 @@ def data(tmp_path_factory) -> str:
 def messages(monkeypatch) -> list[str]:
     """Warnings of the script and of the data package."""
     seen: list[str] = []
-    for name in ("train_pico", "modeling_pico.data.images", "modeling_pico.data.sources"):
+    for name in ("modeling_pico.training.run_data", "modeling_pico.data.images", "modeling_pico.data.sources"):
         monkeypatch.setattr(sys.modules[name].logger, "warning", seen.append)
     return seen
 
@@ -133,8 +142,6 @@ def test_pictures_that_cannot_be_drawn_are_refused(monkeypatch):
     with pytest.raises(ImportError, match=r"pip install modeling-pico\[plots\]"):
         train_pico.wants_plots("true")
     assert not train_pico.wants_plots("auto") and not train_pico.wants_plots("false")
-    with pytest.raises(ValueError, match="--plots must be one of 'auto', 'true', 'false', but got 'maybe'"):
-        train_pico.wants_plots("maybe")
 
 
 def test_saved_model_gives_the_same_results_in_a_new_process(finished, data, tmp_path):
@@ -178,6 +185,32 @@ def test_resume_continues_and_repeats_the_tokenizer(data, tmp_path):
     assert resumed["eval_loss"] == whole["eval_loss"]
     last = train(tmp_path / "whole", data, do_eval=True, resume_from_checkpoint="true")
     assert last["eval_loss"] == whole["eval_loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "fine_grained"}, "--method fine_grained .the run has pico."),
+        ({"method": "cdds"}, "--method cdds .the run has pico."),
+        ({"sharpness": 2}, "--sharpness 2.0 .the run has 1.0."),
+        ({"loss_type": "hinge"}, "--loss_type hinge .the run has infonce."),
+        ({"num_style_prototypes": 4}, "--num_style_prototypes 4 .the run has 3."),
+        ({"image_size": 24}, "--image_size 24 .the run has 16."),
+        ({"text_hidden_size": 8}, "--text_hidden_size 8 .the run has 16."),
+    ],
+)
+def test_another_model_is_refused_on_resume(finished, data, options, said):
+    with pytest.raises(ValueError, match=f"A resumed run keeps the model that it was begun with.*{said}"):
+        train(finished.folder, data, resume_from_checkpoint="true", **options)
+
+
+def test_model_that_cannot_be_is_refused_before_any_data_is_read(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("train_pico.load_data", lambda *args: pytest.fail("read the data"))
+    for options in ({"model_name_or_path": "no/such/model"}, {"attn_implementation": "nonsense"}, {"sharpness": 0}):
+        with pytest.raises(ValueError):
+            train(tmp_path, data, **options)
+    with pytest.raises(ValueError, match="Give --model_name_or_path to evaluate a trained model"):
+        evaluate(tmp_path, data)
 
 
 def test_seed_decides_a_run_from_scratch(finished, data, tmp_path):
@@ -233,15 +266,27 @@ def test_another_start_in_the_same_folder_leaves_the_first_record(tmp_path):
 
 
 def test_records_hold_no_secrets():
-    argv = ["--hub_token", "hf_1", "--hub_token=hf_2", "--hub-token", "--do_train", "--api_key", "k", "--seed", "1"]
-    argv += ["--text_special_tokens", "true", "--output_dir=x=y"]
-    assert without_secrets(argv) == [
-        *("--hub_token", "...", "--hub_token=...", "--hub-token", "--do_train", "--api_key", "...", "--seed", "1"),
-        *("--text_special_tokens", "true", "--output_dir=x=y"),
+    options = {
+        "hub_token": "-to'k en",
+        "seed": 1,
+        "odd": Path("a"),
+        "more": {"api_key": "kkk"},
+        "text_special_tokens": "no",
+    }
+    secrets = find_secrets(options)
+    assert secrets == {"-to'k en", "kkk"}
+    signed = "https://me:pass@host/a?sig=abc&name=x&X-Amz-Signature=1#access_token=q"
+    argv = ["--hub_token=-to'k en", "--more", '{"api_key": "kkk"}', "--run_name", "a-to'k enb", signed]
+    assert without_secrets([*argv, "hf_" + 34 * "a"], secrets) == [
+        *("--hub_token=...", "--more", '{"api_key": "..."}', "--run_name", "a...b"),
+        *("https://...@host/a?sig=...&name=x&X-Amz-Signature=...#access_token=...", "..."),
     ]
-    record = describe_run(argv, {"training": {"hub_token": "hf_3", "seed": 1, "odd": Path("a")}}, {}, ROOT)
-    assert record["configuration"] == {"training": {"hub_token": "...", "seed": 1, "odd": "a"}}
-    assert "hf_" not in json.dumps(record)
+    record = describe_run(argv, {"training": options, "data": {"dataset_name": signed}}, {}, ROOT, secrets)
+    assert record["configuration"]["training"] == {
+        **{"hub_token": "...", "seed": 1, "odd": "a", "more": {"api_key": "..."}, "text_special_tokens": "no"}
+    }
+    for secret in ("k en", "kkk", "pass", "abc", "=1", "=q"):
+        assert secret not in json.dumps(record)
 
 
 def test_fingerprint_is_that_of_the_content(data, tmp_path):
@@ -289,7 +334,7 @@ def test_auto_starts_anew_and_continues(data, tmp_path):
 
 def test_errors_of_card_and_pictures_cost_neither_model_nor_results(data, tmp_path, monkeypatch):
     errors: list[str] = []
-    monkeypatch.setattr("train_pico.logger.exception", errors.append)
+    monkeypatch.setattr("modeling_pico.training.run_output.logger.exception", errors.append)
 
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
@@ -343,6 +388,7 @@ def test_two_towers_of_their_own_are_fine_tuned_and_one_frozen(data, tmp_path):
         tower.save_pretrained(tmp_path / name)
         part.save_pretrained(tmp_path / name)
     paths = {"vision_model_name_or_path": tmp_path / "vit", "text_model_name_or_path": tmp_path / "bert"}
+    paths |= dict.fromkeys(SIZES)
     results = train(tmp_path / "run", data, do_eval=True, num_train_epochs=2, freeze_vision=True, **paths)
     assert evaluate(tmp_path / "again", data, model_name_or_path=tmp_path / "run")["eval_rsum"] == results["eval_rsum"]
     trained = PicoModel.from_pretrained(tmp_path / "run")
@@ -373,11 +419,105 @@ def test_push_uploads_model_processor_card_and_code(data, tmp_path, monkeypatch)
     assert needed | code <= files
 
 
+# Secrets and output
+
+
+def test_nothing_that_is_written_holds_a_token(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda *args, **kwargs: FakeHub())
+    secrets = ["-sesame", "letmein", "opensaysme"]
+    options = {"num_train_epochs": 1, "prototype_start": 0.5, "push_to_hub": True, "hub_strategy": "end"}
+    options |= {"run_name": "https://a:letmein@b/c"}
+    words = flags(**{**TOWERS, **TRAINING, **options, "do_train": True, "output_dir": tmp_path, "dataset_name": data})
+    train_pico.main([*words, "--hub_token=-sesame", "--project", "https://b/c?access_token=opensaysme&a=b"])
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"README.md", "run.json", "training_args.bin"} <= {path.name for path in files}
+    for path in files:
+        assert not [secret for secret in secrets if secret.encode() in path.read_bytes()], path
+    assert "--hub_token=..." in (tmp_path / "README.md").read_text()
+
+
+class FakeHub:
+    def create_repo(self, name, **kwargs):
+        return SimpleNamespace(repo_id=f"someone/{name}")
+
+    def upload_folder(self, **kwargs):
+        pass
+
+
+@pytest.mark.parametrize("sink", ["| head -n 1", "> /dev/full"])
+def test_nobody_reading_the_output_costs_nothing(data, tmp_path, sink):
+    options = {**TOWERS, **TRAINING, "do_train": True, "do_eval": True, "dataset_name": data, "output_dir": tmp_path}
+    command = shlex.join([sys.executable, str(ROOT / "train_pico.py"), *flags(**options)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}
+    words = ["bash", "-o", "pipefail", "-c", f"({command}) 2>&1 {sink}"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert {"train_loss", "eval_rsum"} <= set(results)
+    assert (tmp_path / "README.md").is_file()
+
+
+def test_mistakes_are_one_line_until_the_first_batch(capsys):
+    for error in (ValueError("say this"), FileNotFoundError("say this"), ImportError("say this")):
+        with pytest.raises(SystemExit) as stop, OneLineErrors():
+            raise error
+        assert stop.value.code == 2 and capsys.readouterr().err == "train_pico.py: error: say this\n"
+    with pytest.raises(RuntimeError), OneLineErrors():
+        raise RuntimeError("not a mistake of the user")
+    for event in ("on_step_begin", "on_prediction_step"):
+        with pytest.raises(ValueError), OneLineErrors() as errors:
+            getattr(errors, event)(None, None, None)
+            raise ValueError("unexpected")
+
+
+def test_metrics_are_one_table(data, tmp_path, capsys):
+    results = train(tmp_path, data, do_eval=True, do_predict=True, num_train_epochs=1, prototype_start=0.5)
+    *lines, end = capsys.readouterr().out.split("\n")
+    [start] = [number for number, line in enumerate(lines) if line.split() == ["train", "eval", "test"]]
+    table = {words[0]: words[1:] for words in map(str.split, lines[start + 1 :])}
+    assert end == "" and table["rsum"] == [f"{results['eval_rsum']:.2f}", f"{results['test_rsum']:.2f}"]
+    assert len(table["loss"]) == 3 and not any("{" in line for line in lines)
+    assert len({len(line) for line in lines[start:]}) == 1
+
+
+def test_log_of_an_evaluation_is_its_main_numbers():
+    logs = {"eval_loss": 2.0, "eval_rsum": 1234.5, "eval_chance_rsum": 8.0, "eval_runtime": 3.0, "epoch": 2.0}
+    assert log_line(logs, 7) == "step 7, epoch 2.00: eval_loss 2.00, eval_rsum 1,234.50"
+    assert log_line({"loss": 0.0625, "learning_rate": 1e-4}, 1) == "step 1: loss 0.0625, learning_rate 0.0001"
+    table = metrics_table(
+        {"train": {"train_loss": 0.5, "total_flos": 1.0}, "eval": {"eval_runtime": 1.0, "eval_rsum": 2.0}}
+    )
+    assert [line.split() for line in table.splitlines()] == [
+        *(["train", "eval"], ["loss", "0.5"], ["rsum", "2.00"], ["runtime", "1.00"])
+    ]
+
+
+def test_processes_with_other_data_are_refused_before_the_model_is_built(data, tmp_path, monkeypatch):
+    def split(rows):
+        return {"train": CaptionedImageDataset(rows)}
+
+    rows = datasets.load_from_disk(data)["train"]
+    check_processes(split(rows))
+    others = {
+        "19 images instead of 20": rows.select(range(19)),
+        "other captions": rows.map(lambda row: {"captions": [caption + "x" for caption in row["captions"]]}),
+    }
+    for words, other in others.items():
+        there = {"train": (len(other), fingerprint(CaptionedImageDataset(other), images=False))}
+        monkeypatch.setattr("modeling_pico.training.run_data.gather_object", lambda own, there=there: [*own, there])
+        with pytest.raises(ValueError, match=f"the split 'train' of process 1 has {words}"):
+            check_processes(split(rows))
+    monkeypatch.setattr("train_pico.plan_model", lambda *args: SimpleNamespace(config=PicoConfig()))  # builds nothing
+    with pytest.raises(ValueError, match="The processes read different data"):
+        train(tmp_path, data)
+
+
 # Uncertainty
 
 
 def test_uncertainty_is_added_to_a_trained_model_and_re_ranks(finished, data, tmp_path):
     options = {"model_name_or_path": finished.folder, "num_uncertainty_prototypes": 4, "num_train_epochs": 1}
+    options |= dict.fromkeys(SIZES)
     flags = {"train_uncertainty_only": True, "uncertainty_reranking": True, "do_eval": True, "do_predict": True}
     results = train(tmp_path / "run", data, prototype_start=0.5, prototype_update_start=0.7, **options, **flags)
     assert results["test_rsum"] == finished.results["test_rsum"]
@@ -571,8 +711,8 @@ def test_bad_flag_names_what_is_allowed(tmp_path, capsys, options, words):
         ({"pooling": "max"}, ["pooling", "'max'", "'mean'", "'class_token'"]),
         ({"sharpness": 0}, ["sharpness", "greater than 0"]),
         ({"patch_size": 7}, ["image_size", "patch_size", "16", "7"]),
-        ({"min_crop_scale": -1}, ["min_scale", "-1"]),
-        ({"max_text_length": 0}, ["max_length", "positive", "0"]),
+        ({"min_crop_scale": -1}, ["--min_crop_scale", "-1"]),
+        ({"max_text_length": 0}, ["--max_text_length", "at least 1", "0"]),
         ({"per_device_train_batch_size": 50}, ["50", "20"]),
         ({"train_split": "trian"}, ["trian", "train", "validation"]),
         ({"eval_split": "held_out"}, ["held_out", "test", "validation"]),

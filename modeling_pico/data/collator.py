@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import torch
+from datasets.utils import tqdm
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .dataset import caption_code
@@ -127,7 +128,7 @@ def count_truncated(
         `tuple[int, int, int]`: captions that are cut, captions in all, and the longest one's number of tokens.
     """
     cut, total, longest = 0, 0, 0
-    for start in range(0, len(dataset), 1000):
+    for start in tqdm(range(0, len(dataset), 1000), desc="Measuring captions", delay=5):
         texts = [text for captions in dataset[start : start + 1000]["captions"] for text in captions]
         if not texts:
             continue

@@ -2,9 +2,12 @@
 
 import math
 from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
+
+from .run_record import find_secrets, without_secrets
 
 
 FEEDBACKS = ("counterfactual", "epoch_delta", "ema", "uniform", "latest")
@@ -53,6 +56,9 @@ class PicoTrainingArguments(TrainingArguments):
     Args:
         learning_rate (`float`, *optional*, defaults to 2e-4):
             Learning rate of new layers (alignment head, temperature).
+        logging_steps (`float`, *optional*, defaults to 0.02):
+            Steps between two logs of the training loss; below 1, a share of all steps. The default draws curves of
+            fifty points, of short runs too.
         backbone_learning_rate (`float`, *optional*):
             Learning rate of the backbones; a tenth of `learning_rate` by default. Set both alike for towers without
             pretrained weights.
@@ -105,6 +111,9 @@ class PicoTrainingArguments(TrainingArguments):
     """
 
     learning_rate: float = field(default=2e-4, metadata={"help": "Learning rate of new layers."})
+    logging_steps: float = field(
+        default=0.02, metadata={"help": "Steps between two logs of the loss; below 1, a share of all steps."}
+    )
     backbone_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the backbones; a tenth of learning_rate by default."}
     )
@@ -114,7 +123,10 @@ class PicoTrainingArguments(TrainingArguments):
     )
     gather_negatives: bool = field(default=True, metadata={"help": "Use samples of all processes as negatives."})
     gradient_cache_chunk_size: int | None = field(
-        default=None, metadata={"help": "Encode each batch in chunks of so many pairs (GradCache)."}
+        default=None,
+        metadata={
+            "help": "Encode each batch in chunks of so many pairs (GradCache) (default: the whole batch at once)"
+        },
     )
     non_finite_loss: str = field(
         default="stop",
@@ -145,7 +157,8 @@ class PicoTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "After training, learn to re-rank by uncertainty on the validation set."}
     )
     eval_cache_dir: str | None = field(
-        default=None, metadata={"help": "Keep embeddings of evaluations outside of training in this folder."}
+        default=None,
+        metadata={"help": "Keep embeddings of evaluations outside of training in this folder (default: nowhere)"},
     )
 
     def __post_init__(self):
@@ -159,6 +172,8 @@ class PicoTrainingArguments(TrainingArguments):
             self.choose_best_metric()
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith(_LESS_IS_BETTER)
+        if self.eval_strategy == "steps" and self.eval_steps is None and self.logging_steps < 1:
+            self.eval_steps = 500  # as transformers' default of `logging_steps` has it: an evaluation takes time
         super().__post_init__()
         if self.lr_scheduler_type in _METRIC_SCHEDULERS:
             # They take less for better unless they are told otherwise.
@@ -236,6 +251,12 @@ class PicoTrainingArguments(TrainingArguments):
             )
         if not 0 < self.feedback_ema_weight <= 1:
             raise ValueError(f"`feedback_ema_weight` must lie in (0, 1], but got {self.feedback_ema_weight}.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickled as `training_args.bin`, which is uploaded with the model.
+        secrets = find_secrets(self.__dict__)
+        texts = {name: value for name, value in self.__dict__.items() if type(value) in (str, dict)}
+        return {**self.__dict__, **without_secrets(texts, secrets), "hub_token": None}
 
     def _refuse_what_has_no_effect(self) -> None:
         for option in fields(TrainingArguments):

@@ -37,7 +37,9 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 8000, max_length:
     learned = Tokenizer(models.WordPiece())
     learned.normalizer, learned.pre_tokenizer = normalizer, pre_tokenizer
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=[*SPECIAL_TOKENS.values(), *letters], show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[*SPECIAL_TOKENS.values(), *letters],
+        show_progress=len(captions) > 100_000,  # some seconds
     )
     learned.train_from_iterator(captions, trainer)
     # A tokenizer of its own for the vocabulary, in which the letters are no special tokens.
@@ -58,8 +60,8 @@ def small_vision_config(
     hidden_size: int, num_layers: int, num_heads: int, image_size: int, patch_size: int
 ) -> ViTConfig:
     """Configuration of a ViT with an MLP of four times its width; ValueError if sizes do not divide."""
-    _check_division("image_size", image_size, "patch_size", patch_size)
-    _check_division("vision_hidden_size", hidden_size, "vision_num_heads", num_heads)
+    check_division("image_size", image_size, "patch_size", patch_size)
+    check_division("vision_hidden_size", hidden_size, "vision_num_heads", num_heads)
     return ViTConfig(
         hidden_size=hidden_size,
         num_hidden_layers=num_layers,
@@ -76,7 +78,7 @@ def small_text_config(
     hidden_size: int, num_layers: int, num_heads: int, tokenizer: PreTrainedTokenizerFast
 ) -> BertConfig:
     """Configuration of a BERT with an MLP of four times its width, for a tokenizer."""
-    _check_division("text_hidden_size", hidden_size, "text_num_heads", num_heads)
+    check_division("text_hidden_size", hidden_size, "text_num_heads", num_heads)
     return BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -94,9 +96,10 @@ def small_image_processor(image_size: int) -> ViTImageProcessorPil:
     return ViTImageProcessorPil(size={"height": image_size, "width": image_size}, resample=3)
 
 
-def _check_division(name: str, value: int, divisor_name: str, divisor: int) -> None:
+def check_division(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    """ValueError unless a size is a multiple of another."""
     if divisor < 1 or value % divisor:
         raise ValueError(f"`{name}` must be a multiple of `{divisor_name}`, but got {value} and {divisor}.")
 
 
-__all__ = ["small_image_processor", "small_text_config", "small_vision_config", "train_tokenizer"]
+__all__ = ["check_division", "small_image_processor", "small_text_config", "small_vision_config", "train_tokenizer"]

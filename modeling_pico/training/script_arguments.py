@@ -1,28 +1,83 @@
-"""Options of `train_pico.py`: what its flags and files say of the model and the data."""
+"""
+Options of `train_pico.py`, each declared once.
+
+Those of the model are the fields of its configuration. Flags, the help, and the check of values in a file follow from
+the declarations (`option_parser.py`).
+"""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import get_args, get_type_hints
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
+from types import NoneType
+from typing import Any, get_args
 
-import yaml
-from transformers import AutoConfig, HfArgumentParser
-
-from ..configuration_pico import PicoConfig
+from ..configuration_cdds import CddsConfig
+from ..configuration_pico import CHOICES, PicoConfig
 from ..modeling_cdds import CddsModel
 from ..modeling_pico import PicoModel
 from .arguments import PicoTrainingArguments
+from .option_parser import OptionParser, shown
 
 
 # The type of model that each method is a head of.
 METHODS = {head: kind for kind in (PicoModel, CddsModel) for head in kind.config_class.alignment_heads}
 
+# Fields of the configurations that are no options: what the backbones decide, what is learned, and the method itself.
+_NO_OPTIONS = {
+    *("vision_config", "text_config", "projection_bias", "alignment_head", "uncertainty_reranking"),
+    "comparator_hidden_size",
+}
+
+
+def _described(kind: type) -> dict[str, str]:
+    """Arguments of a class, and what its docstring says of each: the first sentence and that on the default."""
+    text = re.sub(r"[`\"]| \*\([^)]*\)\*|\[(?=`)|(?<=`)\]", "", inspect.cleandoc(kind.__doc__ or ""))
+    described = {}
+    for name, words in re.findall(r"^ {4}(\w+) \(.*\):\n((?: {8}.*(?:\n|$))+)", text, flags=re.MULTILINE):
+        first, *others = re.split(r"(?<=\.) (?=[A-Z])", " ".join(words.split()))
+        described[name] = " ".join([first, *(sentence for sentence in others if sentence.startswith("By default"))])
+    return described
+
+
+def _options_of(kind: type[PicoConfig]) -> list[tuple[str, Any, Any]]:
+    """The fields that a configuration adds to that of its parent, as options whose help names the default."""
+    described, options = _described(kind), []
+    for item in fields(kind):
+        if item.name in inspect.get_annotations(kind).keys() - _NO_OPTIONS:
+            types = set(get_args(item.type) or (item.type,)) - {NoneType}
+            wanted = float if float in types else types.pop()
+            default = "" if item.default is None else f" (default: {shown(item.default)})"
+            metadata: dict[str, Any] = {"help": described[item.name] + default}
+            if item.name in CHOICES:
+                metadata["choices"] = CHOICES[item.name]
+            options.append((item.name, wanted | None, field(default=None, metadata=metadata)))
+    return options
+
+
+_PICO_OPTIONS = _options_of(PicoConfig)
+_CDDS_OPTIONS = _options_of(CddsConfig)
+_ModelOptions: Any = make_dataclass("_ModelOptions", [*_PICO_OPTIONS, *_CDDS_OPTIONS])
+
+# Towers made from scratch: what they are like where nothing else is said.
+VISION_TOWER = {
+    "vision_hidden_size": 96,
+    "vision_num_layers": 4,
+    "vision_num_heads": 4,
+    "image_size": 48,
+    "patch_size": 8,
+}
+TEXT_TOWER = {"text_hidden_size": 96, "text_num_layers": 2, "text_num_heads": 4, "vocab_size": 8000}
+
+
+def _tower_option(name: str, text: str) -> Any:
+    return field(default=None, metadata={"help": f"{text} (default: {(VISION_TOWER | TEXT_TOWER)[name]})"})
+
 
 @dataclass
-class ModelArguments:
+class ModelArguments(_ModelOptions):
     """What is trained. Options of the model that are left out keep their default, or the checkpoint's value."""
 
     method: str | None = field(
@@ -30,97 +85,46 @@ class ModelArguments:
         metadata={
             "help": "pico: weighted patch-by-word score; fine_grained: the same score without weights; "
             "instance_norm: the same with column means removed; clip_style: pooled embeddings; cdds: semantic "
-            "components of the tokens alone. Default: pico, or what the checkpoint is.",
+            "components of the tokens alone (default: pico, or what the checkpoint is)",
             "choices": list(METHODS),
         },
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "PICO checkpoint, or a joint vision-language checkpoint such as CLIP."}
+        default=None,
+        metadata={"help": "PICO checkpoint, or a joint vision-language checkpoint such as CLIP; else two towers."},
     )
     vision_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Vision checkpoint (ViT, Swin, ...)."}
+        default=None, metadata={"help": "Vision checkpoint (ViT, Swin, ...) (default: a tower from scratch)"}
     )
     text_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Text checkpoint (BERT, MiniLM, ...)."}
+        default=None, metadata={"help": "Text checkpoint (BERT, MiniLM, ...) (default: a tower from scratch)"}
     )
-    model_revision: str | None = field(default=None, metadata={"help": "Revision of the checkpoints."})
+    model_revision: str | None = field(default=None, metadata={"help": "Revision of the checkpoints (default: main)"})
     use_safetensors: bool = field(
         default=True, metadata={"help": "false reads pickles, which can run code, where there are no safetensors."}
     )
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flash_attention_2, ... (default: what the backbone prefers)"}
+    )
     freeze_vision: bool = field(default=False, metadata={"help": "Do not train the vision backbone."})
     freeze_text: bool = field(default=False, metadata={"help": "Do not train the text backbone."})
     train_uncertainty_only: bool = field(
         default=False, metadata={"help": "Train the prototypes of the uncertainty alone; scores stay as they are."}
     )
-    # Towers made from scratch, where no checkpoint is given.
-    image_size: int = field(default=48, metadata={"help": "Side of the images in pixels."})
-    patch_size: int = field(default=8, metadata={"help": "Side of a patch in pixels."})
-    vision_hidden_size: int = field(default=96, metadata={"help": "Width of the vision tower."})
-    vision_num_layers: int = field(default=4, metadata={"help": "Layers of the vision tower."})
-    vision_num_heads: int = field(default=4, metadata={"help": "Attention heads of the vision tower."})
-    text_hidden_size: int = field(default=96, metadata={"help": "Width of the text tower."})
-    text_num_layers: int = field(default=2, metadata={"help": "Layers of the text tower."})
-    text_num_heads: int = field(default=4, metadata={"help": "Attention heads of the text tower."})
-    vocab_size: int = field(
-        default=8000, metadata={"help": "Largest vocabulary of the tokenizer trained on captions."}
-    )
-    # Options of PicoConfig and, at the end, of CddsConfig.
-    embedding_dim: int | None = field(default=None, metadata={"help": "Features of a token embedding."})
-    pooling: str | None = field(default=None, metadata={"help": "mean or class_token."})
-    vision_special_tokens: bool | None = field(default=None, metadata={"help": "CLS and registers take part."})
-    text_special_tokens: bool | None = field(default=None, metadata={"help": "First and last token take part."})
-    num_style_prototypes: int | None = field(default=None, metadata={"help": "Style prototypes of each modality."})
-    column_mode: str | None = field(default=None, metadata={"help": "moments, statistics, quantile or position."})
-    column_length: int | None = field(default=None, metadata={"help": "Points of a quantile or position column."})
-    probability_estimator: str | None = field(
-        default=None, metadata={"help": "matched, chance_corrected, magnitude, best_aligned or meaning_share."}
-    )
-    style_probability: str | None = field(default=None, metadata={"help": "learned, purity, nearest, cosine, global."})
-    comparator: str | None = field(default=None, metadata={"help": "style_rates, network or free_gate, for learned."})
-    comparator_statistics: bool | None = field(default=None, metadata={"help": "The comparator reads statistics too."})
-    probability_combination: str | None = field(default=None, metadata={"help": "product, image or text."})
-    probability_gradient: bool | None = field(default=None, metadata={"help": "Gradient through the probability."})
-    sharpness: float | None = field(default=None, metadata={"help": "Power of the semantic probability."})
-    loss_type: str | None = field(default=None, metadata={"help": "infonce or hinge."})
-    margin: float | None = field(default=None, metadata={"help": "Margin of the hinge loss."})
-    logit_scale_init_value: float | None = field(default=None, metadata={"help": "Initial log inverse temperature."})
-    num_uncertainty_prototypes: int | None = field(
-        default=None, metadata={"help": "Prototypes of each modality for the uncertainty (PAU uses 8); 0 is off."}
-    )
-    uncertainty_temperature: float | None = field(default=None, metadata={"help": "Divides the logits of evidence."})
-    uncertainty_weight: float | None = field(default=None, metadata={"help": "Weight of the loss of uncertainty."})
-    uncertainty_diversity_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the similarity of its prototypes to one another."}
-    )
-    uncertainty_gradient: bool | None = field(default=None, metadata={"help": "Its loss trains the embeddings too."})
+    image_size: int | None = _tower_option("image_size", "Side of the images in pixels")
+    patch_size: int | None = _tower_option("patch_size", "Side of a patch in pixels")
+    vision_hidden_size: int | None = _tower_option("vision_hidden_size", "Width of the vision tower")
+    vision_num_layers: int | None = _tower_option("vision_num_layers", "Layers of the vision tower")
+    vision_num_heads: int | None = _tower_option("vision_num_heads", "Attention heads of the vision tower")
+    text_hidden_size: int | None = _tower_option("text_hidden_size", "Width of the text tower")
+    text_num_layers: int | None = _tower_option("text_num_layers", "Layers of the text tower")
+    text_num_heads: int | None = _tower_option("text_num_heads", "Attention heads of the text tower")
+    vocab_size: int | None = _tower_option("vocab_size", "Largest vocabulary of the tokenizer trained on captions")
 
-    unet_num_layers: int | None = field(default=None, metadata={"help": "Layers of the encoder and each decoder."})
-    unet_num_heads: int | None = field(default=None, metadata={"help": "Attention heads of these layers."})
-    noise_groups: int | None = field(default=None, metadata={"help": "Noisy copies that are averaged in training."})
-    threshold_init: float | None = field(default=None, metadata={"help": "Initial threshold of related columns."})
-    semantic_weight: float | None = field(default=None, metadata={"help": "Weight of the semantic loss."})
-    modality_weight: float | None = field(default=None, metadata={"help": "Weight of the modality loss."})
-    integrity_weight: float | None = field(default=None, metadata={"help": "Share of the plain reconstruction."})
-    ranking_weight: float | None = field(default=None, metadata={"help": "Weight of the loss of the pairs."})
-    semantic_probability: bool | None = field(default=None, metadata={"help": "Column weights on components."})
-
-    def model_class(self, checkpoint: str | None = None) -> type[PicoModel]:
-        """The type of model: of the checkpoint to go on with, else of the method, else of the checkpoint given."""
-        if checkpoint is None and self.method is not None:
-            return METHODS[self.method]
-        source = checkpoint or self.model_name_or_path
-        if source is not None:
-            config = AutoConfig.from_pretrained(source, revision=None if checkpoint else self.model_revision)
-            if isinstance(config, PicoConfig):
-                return METHODS[config.alignment_head]
-        return PicoModel
-
-    def config_options(self, model_class: type[PicoModel]) -> dict:
+    def config_options(self, model_class: type[PicoModel]) -> dict[str, Any]:
         """The model's options that were given; ValueError for one that this type of model does not have."""
         names = {kind: {option.name for option in fields(kind.config_class)} for kind in METHODS.values()}
-        known = set().union(*names.values())
-        given = {item.name: getattr(self, item.name) for item in fields(self) if item.name in known}
+        given = {item.name: getattr(self, item.name) for item in fields(_ModelOptions)}
         given["alignment_head"] = self.method
         given = {name: value for name, value in given.items() if value is not None}
         strays = sorted(given.keys() - names[model_class])
@@ -131,6 +135,12 @@ class ModelArguments:
                 f"{', '.join(methods)}."
             )
         return given
+
+    def tower_options(self, defaults: Mapping[str, int]) -> dict[str, int]:
+        """The options of a tower from scratch, completed by their defaults."""
+        return {
+            name: default if (value := getattr(self, name)) is None else value for name, default in defaults.items()
+        }
 
 
 @dataclass
@@ -144,16 +154,23 @@ class DataArguments:
             "styled_shapes, which is generated."
         },
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of a Hub data set (default: its only one)"}
+    )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="validation", metadata={"help": "Split for selection and feedback."})
     test_split: list[str] = field(
         default_factory=lambda: ["test"], metadata={"help": "Splits that --do_predict reports, never selects on."}
     )
-    image_column: str | None = field(default=None, metadata={"help": "Column with images (default: image)."})
-    caption_column: str | None = field(default=None, metadata={"help": "Column with a caption or a list of captions."})
-    id_column: str | None = field(default=None, metadata={"help": "Column with the identity of the meaning."})
-    style_column: str | None = field(default=None, metadata={"help": "Column with the style (default: style)."})
+    image_column: str | None = field(default=None, metadata={"help": "Column with images (default: image)"})
+    caption_column: str | None = field(
+        default=None,
+        metadata={"help": "Column with a caption or a list of captions (default: the one that is named like it)"},
+    )
+    id_column: str | None = field(
+        default=None, metadata={"help": "Column with the identity of the meaning (default: every image its own)"}
+    )
+    style_column: str | None = field(default=None, metadata={"help": "Column with the style (default: style)"})
     style_report: bool = field(
         default=False,
         metadata={
@@ -163,13 +180,20 @@ class DataArguments:
     )
     seen_styles: list[str] | None = field(
         default=None,
-        metadata={"help": "Styles that training has shown, for the style report (default: those of --train_split)."},
+        metadata={"help": "Styles that training has shown, for the style report (default: those of --train_split)"},
     )
-    image_dir: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Cache folder of downloaded data."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first images only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first images only."})
-    max_text_length: int | None = field(default=None, metadata={"help": "Longest caption in tokens; the rest is cut."})
+    image_dir: str | None = field(
+        default=None, metadata={"help": "Folder that image paths are relative to (default: that of the data)"}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Cache folder of downloaded data (default: that of datasets)"}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first images only (default: all)"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first images only (default: all)"})
+    max_text_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest caption in tokens; the rest is cut (default: what tokenizer and tower take)"},
+    )
     on_bad_image: str = field(
         default="error",
         metadata={
@@ -183,7 +207,9 @@ class DataArguments:
     max_skipped: float = field(
         default=0.5, metadata={"help": "Largest share of the rows that skip leaves out; more is an error."}
     )
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that check images."})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that check images (default: this one alone)"}
+    )
     min_crop_scale: float = field(default=1.0, metadata={"help": "Smallest area of random training crops; 1 is off."})
     random_flip: bool = field(default=False, metadata={"help": "Mirror half of the training images."})
     plots: str = field(
@@ -195,47 +221,84 @@ class DataArguments:
     )
 
 
-def number_or_none(kind: type) -> Callable[[str], float | None]:
-    """What `kind` makes of a flag's value, and None of the word none: in a file that is `null`."""
+# The help, from what one asks first. What is named nowhere, all of transformers' own but a few, is folded.
+_HEAD = "Options of the model. One that is left out keeps its default, or the checkpoint's value."
+_GROUPS: dict[str, tuple[str | None, Sequence[str]]] = {
+    "what is run": (
+        None,
+        ("output_dir", "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "seed", "use_cpu"),
+    ),
+    "model and method": (
+        None,
+        [item.name for item in fields(ModelArguments) if item.name not in VISION_TOWER | TEXT_TOWER],
+    ),
+    "towers from scratch, where no checkpoint is given": (None, [*VISION_TOWER, *TEXT_TOWER]),
+    "alignment head": (_HEAD, [option[0] for option in _PICO_OPTIONS]),
+    "alignment head of --method cdds": (None, [option[0] for option in _CDDS_OPTIONS]),
+    "data": (None, [item.name for item in fields(DataArguments)]),
+    "training": (
+        None,
+        [
+            *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+            *("gradient_cache_chunk_size", "learning_rate", "backbone_learning_rate", "lr_scheduler_type"),
+            *("warmup_steps", "weight_decay", "bf16", "caption_sampling", "gather_negatives", "hinge_warmup_epochs"),
+            *("non_finite_loss", "dataloader_num_workers"),
+        ],
+    ),
+    "staged construction of prototypes": (
+        None,
+        [
+            *("prototype_start", "prototype_update_start", "prototype_schedule", "prototype_interval"),
+            *("reservoir_pairs", "feedback", "feedback_images", "feedback_kappa", "feedback_ema_weight"),
+        ],
+    ),
+    "evaluation": (
+        None,
+        [
+            *("eval_split", "test_split", "max_eval_samples", "eval_strategy", "eval_steps", "eval_num_folds"),
+            *("per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model", "eval_cache_dir"),
+            *("style_report", "seen_styles", "uncertainty_reranking"),
+        ],
+    ),
+    "output and logging": (
+        None,
+        [
+            *("save_strategy", "save_steps", "save_total_limit", "logging_steps", "report_to", "disable_tqdm"),
+            *("plots", "push_to_hub", "hub_model_id", "hub_token"),
+        ],
+    ),
+}
+_HELP = {
+    "output_dir": "Folder of the run: model, checkpoints, results, card, pictures (default: trainer_output)",
+    "do_train": "Train on --train_split.",
+    "do_eval": "Evaluate on --eval_split.",
+    "do_predict": "Evaluate on --test_split.",
+    "resume_from_checkpoint": "true: go on from the last checkpoint in output_dir; auto: the same, or start anew "
+    "where there is none; or the folder of a checkpoint (default: start anew)",
+    "metric_for_best_model": "Metric of the best checkpoint (default: rsum)",
+    "save_total_limit": "Checkpoints that are kept, the best one among them (default: all)",
+    "hub_model_id": "Name of the repository on the Hub (default: that of output_dir)",
+}
+_FOLDED = "all other options of transformers' TrainingArguments"
 
-    def convert(text: str) -> float | None:
-        return None if text.lower() == "none" else kind(text)
 
-    convert.__name__ = kind.__name__  # argparse names it in its errors
-    return convert
+def option_parser(show_all: bool = False) -> OptionParser:
+    """The parser of the script; `show_all` is for the help."""
+    kinds = (ModelArguments, DataArguments, PicoTrainingArguments)
+    return OptionParser(kinds, _GROUPS, _FOLDED, _HELP, show_all)
 
 
-def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, PicoTrainingArguments]:
+def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PicoTrainingArguments]:
     """Parses flags, or a YAML or JSON file followed by flags that override it."""
-    classes = (ModelArguments, DataArguments, PicoTrainingArguments)
-    parser = HfArgumentParser(classes)  # type: ignore[arg-type]
-    hints = {name: hint for arguments in classes for name, hint in get_type_hints(arguments).items()}
-    for action in parser._actions:
-        if action.type in (int, float) and type(None) in get_args(hints.get(action.dest)):
-            action.type = number_or_none(action.type)
-    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        path, argv = Path(argv[0]), argv[1:]
-        if not path.is_file():
-            raise ValueError(f"The configuration file {str(path)!r} does not exist.")
-        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        if not isinstance(options, dict):
-            raise ValueError(f"{path}: expected options as `name: value`, but found a {type(options).__name__}.")
-        known = {action.dest for action in parser._actions}
-        for name in options:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=3)
-                hint = f" Did you mean {', '.join(close)}?" if close else ""
-                raise ValueError(f"{path}: unknown option {name!r}.{hint}")
-        # Lists and the words true and false are values of a file, but strings on the command line.
-        for name in ("test_split", "seen_styles"):
-            if isinstance(options.get(name), str):
-                options[name] = [options[name]]
-        for name in ("resume_from_checkpoint", "plots"):
-            if isinstance(options.get(name), bool):
-                options[name] = str(options[name]).lower()
-        parser.set_defaults(**options)
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    return model_args, data_args, training_args
+    return option_parser(show_all="--help-all" in argv).parse(argv)
 
 
-__all__ = ["METHODS", "DataArguments", "ModelArguments", "parse_arguments"]
+__all__ = [
+    "METHODS",
+    "TEXT_TOWER",
+    "VISION_TOWER",
+    "DataArguments",
+    "ModelArguments",
+    "option_parser",
+    "parse_arguments",
+]

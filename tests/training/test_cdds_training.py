@@ -24,6 +24,7 @@ import modeling_pico
 import train_pico
 from modeling_pico import CddsConfig, CddsModel
 from modeling_pico.training.gradient_cache import cached_backward, split_inputs
+from modeling_pico.training.run_model import plan_model
 
 
 CDDS = {"model_class": CddsModel, "unet_num_layers": 1, "unet_num_heads": 2}
@@ -161,9 +162,10 @@ def test_the_script_trains_and_evaluates_it(script, tmp_path):
 def test_options_of_another_method_are_refused():
     arguments = train_pico.parse_arguments(["--output_dir", "x", "--noise_groups", "3", "--method", "clip_style"])[0]
     with pytest.raises(ValueError, match=r"PicoModel has no option 'noise_groups'; .*--method cdds\."):
-        arguments.config_options(arguments.model_class())
+        plan_model(arguments, None, training=True)
     arguments.method = "cdds"
-    assert arguments.model_class() is CddsModel
+    plan = plan_model(arguments, None, training=True)
+    assert plan.model_class is CddsModel and plan.config.noise_groups == 3
     assert arguments.config_options(CddsModel) == {"alignment_head": "cdds", "noise_groups": 3}
 
 

@@ -167,7 +167,8 @@ def test_checkpoint_without_the_construction_state_warns_and_trains_on(tmp_path,
     monkeypatch.setattr("modeling_pico.training.staging.logger.warning", warnings.append)
     resumed = trainer(tmp_path, num_train_epochs=2, save_strategy="no")
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert len(warnings) == 1 and STATE_FILE in warnings[0]
+    # Beside it stands the warning of a training too short for updates.
+    assert sum(STATE_FILE in warning for warning in warnings) == 1
     assert resumed.state.global_step == 6
     assert len(prototype_log(resumed)) == 2  # the lost one was logged before the checkpoint; it is built again
 
