@@ -65,7 +65,7 @@ def assert_same_as(model: PicoModel, folder: Path) -> None:
         np.testing.assert_allclose(image_embeds, image.embeds.numpy(), atol=1e-5)
         np.testing.assert_allclose(text_embeds, text.embeds.numpy(), atol=1e-5)
         assert np.array_equal(image_mask, image.mask.numpy()) and np.array_equal(text_mask, text.mask.numpy())
-        # As the README shows it.
+        # As docs/search.md shows it.
         similarity = image_embeds[0][image_mask[0]] @ text_embeds[0][text_mask[0]].T
         score = similarity.max(axis=1).mean() + similarity.max(axis=0).mean()
         logits = model(input_ids=ids, attention_mask=mask, pixel_values=pixels)
