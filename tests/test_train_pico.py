@@ -199,6 +199,9 @@ def test_resume_continues_and_repeats_the_tokenizer(data, tmp_path):
         ({"num_style_prototypes": 4}, "--num_style_prototypes 4 .the run has 3."),
         ({"image_size": 24}, "--image_size 24 .the run has 16."),
         ({"text_hidden_size": 8}, "--text_hidden_size 8 .the run has 16."),
+        ({"model_name_or_path": "another/clip"}, "--model_name_or_path another/clip .the run has none."),
+        ({"vocab_size": 77}, "--vocab_size 77 .the run has none."),
+        ({"freeze_vision": True}, "--freeze_vision true .the run has false."),
     ],
 )
 def test_another_model_is_refused_on_resume(finished, data, options, said):
