@@ -765,6 +765,15 @@ def test_a_column_of_a_file_says_which_rows_are_a_split(finished, data, tmp_path
     assert {name: split["images"] for name, split in record["data"].items()} == {"validation": 9, "test": 7}
 
 
+def test_splits_do_not_take_the_names_of_the_run_s_own_results(data, tmp_path):
+    """Evaluating a split named `train` replaced `train_loss`."""
+    for split in ("train", "all"):
+        asked = {"do_train": True, "do_predict": True, "test_split": ["test", split]}
+        with pytest.raises(ValueError, match=f"--test_split {split}: this run writes results of its own under that"):
+            train_pico.main(flags(output_dir=tmp_path, dataset_name=data, use_cpu=True, **asked))
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".json"]
+
+
 def test_nothing_to_do_and_nothing_to_evaluate(data, tmp_path):
     with pytest.raises(ValueError, match="Nothing to do: give --do_train, --do_eval or --do_predict"):
         train_pico.main(flags(output_dir=tmp_path, dataset_name=data, use_cpu=True))
