@@ -194,6 +194,12 @@ class PicoConfig(PreTrainedConfig):
         # Any other name becomes an attribute; these would shadow what the type of model says.
         if fixed := sorted({"alignment_heads", "ranking_weight"} & kwargs.keys()):
             raise ValueError(f"`{fixed[0]}` is no option of {type(self).__name__}.")
+        # Configurations of older versions state it; at 1 it did nothing.
+        if (slope := kwargs.pop("negative_slope", 1.0)) != 1.0:
+            raise ValueError(
+                f"`negative_slope` is no longer an option, but is {slope!r}: scores would not be those that the model "
+                "was trained with. Train it again without."
+            )
         super().__post_init__(**kwargs)
 
     @classmethod

@@ -116,7 +116,7 @@ def _examples(
     # Two of each and texts of unequal lengths: an axis of size one would be taken for constant.
     pictures = [Image.new("RGB", (64, 64), colour) for colour in ("white", "grey")]
     images = processor.image_processor(pictures, return_tensors="pt").to(device)
-    texts = processor.tokenizer(["a red circle", "a blue star above"], padding=True, return_tensors="pt").to(device)
+    texts = processor(text=["a red circle", "a blue star above"], padding=True, return_tensors="pt").to(device)
     return (
         {"pixel_values": images["pixel_values"]},
         {name: texts[name] for name in ("input_ids", "attention_mask")},

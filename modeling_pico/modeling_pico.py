@@ -1,6 +1,7 @@
 """PICO model: backbones → token embeddings → alignment head → score."""
 
 import copy
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -178,6 +179,12 @@ class PicoModel(PicoPreTrainedModel):
         Returns:
             [`PicoModel`] in float32 in evaluation mode; what the checkpoints do not hold is freshly initialised.
         """
+        # The configuration takes any name as an attribute; a mistyped option would do nothing.
+        if unknown := sorted(config_kwargs.keys() - {option.name for option in fields(cls.config_class)}):
+            raise ValueError(
+                f"{cls.config_class.__name__} has no option {', '.join(map(repr, unknown))}. What is meant for the "
+                "backbones is given as `backbone_kwargs`."
+            )
         # Checkpoints in half precision are loaded as such by default, which is no precision to train in.
         kwargs = {"dtype": torch.float32, **(backbone_kwargs or {})}
         if text is None:

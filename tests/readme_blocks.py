@@ -25,9 +25,11 @@ from modeling_pico.training.script_arguments import parse_arguments
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("README.md", "model_cards/*.md", "examples/*/README.md", "tests/benchmarks/README.md")
+    for pattern in ("*.md", "docs/*.md", "model_cards/*.md", "examples/*/README.md", "tests/benchmarks/README.md")
     for path in ROOT.glob(pattern)
 )
+# Those whose blocks are run.
+DOCUMENTATION = ["README.md", *(page for page in PAGES if page.startswith("docs/"))]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
@@ -64,11 +65,18 @@ def assert_same_as(model: PicoModel, folder: Path) -> None:
         np.testing.assert_allclose(image_embeds, image.embeds.numpy(), atol=1e-5)
         np.testing.assert_allclose(text_embeds, text.embeds.numpy(), atol=1e-5)
         assert np.array_equal(image_mask, image.mask.numpy()) and np.array_equal(text_mask, text.mask.numpy())
-        # As the README shows it.
+        # As docs/search.md shows it.
         similarity = image_embeds[0][image_mask[0]] @ text_embeds[0][text_mask[0]].T
         score = similarity.max(axis=1).mean() + similarity.max(axis=0).mean()
         logits = model(input_ids=ids, attention_mask=mask, pixel_values=pixels)
         assert score == pytest.approx((logits.logits_per_image / logits.logit_scale)[0, 0].item(), abs=1e-5)
+
+
+def test_examples_fit_a_tower_for_short_texts(tiny_processor):
+    processor = copy.deepcopy(tiny_processor)
+    processor.tokenizer.model_max_length = 4
+    _, texts = export._examples(processor, torch.device("cpu"))
+    assert texts["input_ids"].shape == texts["attention_mask"].shape == (2, 4)
 
 
 @needs_onnx

@@ -80,6 +80,11 @@ def test_clip_brings_towers_projections_and_temperature_along(tiny_clip, batch):
     torch.testing.assert_close(tokens[:, 0], expected)
 
 
+def test_a_mistyped_option_of_from_backbones_is_refused(tiny_clip):
+    with pytest.raises(ValueError, match="PicoConfig has no option 'sharpnes'"):
+        PicoModel.from_backbones(tiny_clip.folder, sharpnes=2.0)
+
+
 def test_own_options_win_over_what_clip_brings(tiny_clip):
     model = PicoModel.from_backbones(tiny_clip.folder, embedding_dim=6, pooling="mean", logit_scale_init_value=1.5)
     assert (model.config.embedding_dim, model.config.pooling) == (6, "mean")

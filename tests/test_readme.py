@@ -1,6 +1,6 @@
 """
-Every block of the README is run, on tiny models and data under the names that it uses; what cannot be run here is
-parsed. So are the commands of the other pages.
+Every block of the README and of `docs/` is run, on tiny models and data under the names that it uses; what cannot be
+run here is parsed. So are the commands of the other pages.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from unittest import mock
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -29,7 +30,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone_families
 import retrieve
 import tiny
-from readme_blocks import PAGES, ROOT, Block, blocks, check, extras, pins, shell_commands, split_launch
+from readme_blocks import (
+    DOCUMENTATION,
+    PAGES,
+    ROOT,
+    Block,
+    blocks,
+    check,
+    extras,
+    pins,
+    shell_commands,
+    split_launch,
+)
 
 import train_pico
 from modeling_pico import PicoModel, export
@@ -37,10 +49,10 @@ from modeling_pico import PicoModel, export
 
 styled_shapes = sys.modules["modeling_pico.data.styled_shapes"]
 
-README = blocks("README.md")
-PYTHON = [block for block in README if block.language == "python"]
-COMMANDS = shell_commands("README.md")
-# Why a command of the README is parsed alone, by something that only such commands hold.
+BLOCKS = [block for page in DOCUMENTATION for block in blocks(page)]
+PYTHON = [block for block in BLOCKS if block.language == "python"]
+COMMANDS = [words for page in DOCUMENTATION for words in shell_commands(page)]
+# Why a command is parsed alone, by something that only such commands hold.
 NOT_RUN = {
     "pip install": "installs from the network",
     "pytest": "is all tests",
@@ -49,6 +61,7 @@ NOT_RUN = {
     "examples/flickr30k.yaml": "wants Flickr30K: tests/examples/test_examples.py runs the recipe",
     "mscoco": "wants MS-COCO: tests/examples/test_examples.py runs the recipe and its second command",
     "tests/benchmarks/": "takes minutes: tests/test_benchmarks.py runs each with --quick",
+    "style_study/study.py": "tests/examples/test_style_study.py compares its report with the pages",
 }
 QUIET = shlex.split("--log_level error --disable_tqdm true --plots false")
 # What makes a recipe small; blocks with settings of their own are run as they are.
@@ -61,7 +74,7 @@ RUN = [words for words in COMMANDS if not any(part in " ".join(words) for part i
 
 
 class World:
-    """A folder in which the names of the README exist; commands and blocks run in it, each once."""
+    """A folder in which the names of the pages exist; commands and blocks run in it, each once."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -71,10 +84,12 @@ class World:
         backbone_families.save("clip", folder / "openai" / "clip-vit-base-patch32")
         (folder / "examples").symlink_to(ROOT / "examples")
         pictures = [Image.fromarray(tiny.pixels(number)) for number in range(90)]
-        for name, picture in zip(("a.png", "b.png", "Pictures/a.png", "Pictures/b.jpg"), pictures, strict=False):
+        names = ["a.png", "b.png", "Pictures/a.png", "Pictures/b.jpg"]
+        names += [f"{style}/{number}.png" for style in ("new_style", "known_styles") for number in range(4)]
+        for name, picture in zip(names, pictures, strict=False):
             (folder / name).parent.mkdir(exist_ok=True)
             picture.save(folder / name)
-        (line,) = (json.loads(block.code) for block in README if block.language == "json")
+        (line,) = (json.loads(block.code) for block in BLOCKS if block.language == "json")
         for name, first in (
             ("user/my_captions", {"file_name": "0.png", "captions": ["a star"]}),
             ("my_pictures", line),
@@ -103,16 +118,13 @@ class World:
         return self.results[key]
 
     def execute(self, block: Block) -> dict[str, Any]:
-        """Executes a block after the first one, which loads the model; returns the names that it leaves."""
+        """Executes a block after those above it on its page; returns the names that they leave."""
         key = str(block)
         if key not in self.results:
-            names: dict[str, Any] = {}
-            for part in dict.fromkeys((PYTHON[0], block)):
-                # Lines as on the page, for tracebacks.
-                exec(compile("\n" * (part.line - 1) + part.code, part.page, "exec"), names)
-                if part is PYTHON[0]:  # what blocks speak of without making it
-                    pixels = names["inputs"]["pixel_values"]
-                    names.update(new_pictures=pixels, pictures_as_in_training=pixels.flip(0))
+            above = [part for part in blocks(block.page) if part.language == "python" and part.line < block.line]
+            names = dict(self.execute(above[-1])) if above else {}
+            # Lines as on the page, for tracebacks.
+            exec(compile("\n" * (block.line - 1) + block.code, block.page, "exec"), names)
             self.results[key] = names
             self._put_away(key)
         return self.results[key]
@@ -177,12 +189,10 @@ def test_command(world, words):
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_python(world, block):
-    if "user/name" in block.code and "from_pretrained" in block.code:
-        world.execute(next(other for other in PYTHON if "push_to_hub" in other.code))  # loads what that one pushes
     names = world.execute(block)
     if "score" in names:  # of the ONNX files and numpy alone
         with torch.no_grad():
-            inputs = names["processor"](images=names["images"][:1], text=["a red circle"], return_tensors="pt")
+            inputs = names["processor"](images=["a.png"], text=["a red circle"], return_tensors="pt")
             outputs = names["model"](**inputs)
         expected = (outputs.logits_per_image / outputs.logit_scale).item()
         assert float(names["score"]) == pytest.approx(expected, abs=1e-4)
@@ -236,9 +246,9 @@ def test_commands_of_every_page_can_be_read(page, monkeypatch):
 def test_what_is_not_run_is_there():
     commands = [" ".join(words) for words in COMMANDS]
     assert [part for part in NOT_RUN if not any(part in command for command in commands)] == []
-    assert {block.language for block in README} == {"bash", "python", "json", "bibtex"}
+    assert {block.language for block in BLOCKS} == {"bash", "python", "json", "bibtex", "text"}
     # The second command of the README is what continuous integration runs.
-    assert README[1].code.strip() in (ROOT / ".ci" / "run").read_text().splitlines()
+    assert blocks("README.md")[1].code.strip() in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
 def test_pins_fit_every_extra():
@@ -255,3 +265,15 @@ def test_pins_fit_every_extra():
         if not requirement.specifier.contains(pinned.get(requirement.name, "0"))
     ]
     assert wrong == []
+
+
+def test_a_commit_is_checked_by_the_ruff_of_continuous_integration():
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    wanted = [hook["additional_dependencies"] for hook in repository["hooks"]]
+    assert wanted == [[f"ruff=={pins()['ruff']}"]] * 2
+
+
+def test_the_workflow_of_github_is_that_of_continuous_integration():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    steps = workflow["jobs"]["test"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == [".ci/run"]

@@ -183,7 +183,9 @@ def test_resume_continues_and_repeats_the_tokenizer(data, tmp_path):
     resumed = train(tmp_path / "whole", data, do_eval=True, resume_from_checkpoint=tmp_path / "whole" / "checkpoint-2")
     assert resumed["eval_rsum"] == whole["eval_rsum"]
     assert resumed["eval_loss"] == whole["eval_loss"]
-    last = train(tmp_path / "whole", data, do_eval=True, resume_from_checkpoint="true")
+    # What the first command may have needed to read its backbones.
+    again = {"resume_from_checkpoint": "true", "use_safetensors": "false"}
+    last = train(tmp_path / "whole", data, do_eval=True, **again)
     assert last["eval_loss"] == whole["eval_loss"]
 
 
@@ -197,6 +199,9 @@ def test_resume_continues_and_repeats_the_tokenizer(data, tmp_path):
         ({"num_style_prototypes": 4}, "--num_style_prototypes 4 .the run has 3."),
         ({"image_size": 24}, "--image_size 24 .the run has 16."),
         ({"text_hidden_size": 8}, "--text_hidden_size 8 .the run has 16."),
+        ({"model_name_or_path": "another/clip"}, "--model_name_or_path another/clip .the run has none."),
+        ({"vocab_size": 77}, "--vocab_size 77 .the run has none."),
+        ({"freeze_vision": True}, "--freeze_vision true .the run has false."),
     ],
 )
 def test_another_model_is_refused_on_resume(finished, data, options, said):
@@ -758,6 +763,15 @@ def test_a_column_of_a_file_says_which_rows_are_a_split(finished, data, tmp_path
     evaluate(tmp_path / "out", str(tmp_path / "rows.parquet"), **options)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert {name: split["images"] for name, split in record["data"].items()} == {"validation": 9, "test": 7}
+
+
+def test_splits_do_not_take_the_names_of_the_run_s_own_results(data, tmp_path):
+    """Evaluating a split named `train` replaced `train_loss`."""
+    for split in ("train", "all"):
+        asked = {"do_train": True, "do_predict": True, "test_split": ["test", split]}
+        with pytest.raises(ValueError, match=f"--test_split {split}: this run writes results of its own under that"):
+            train_pico.main(flags(output_dir=tmp_path, dataset_name=data, use_cpu=True, **asked))
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".json"]
 
 
 def test_nothing_to_do_and_nothing_to_evaluate(data, tmp_path):

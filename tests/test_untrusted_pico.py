@@ -118,8 +118,9 @@ def test_pickles_are_not_read(load, folder, tmp_path):
     assert not (tmp_path / "marker").exists()
 
 
-def test_pickles_of_the_hub_are_refused_with_the_way_out(folder, tmp_path):
+def test_pickles_of_the_hub_are_refused_with_the_way_out(folder, tmp_path, monkeypatch):
     """As they lie in the cache, without a network that could bring safetensors."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     snapshot = tmp_path / "models--user--clip" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot.parents[1] / "refs").mkdir()

@@ -1,5 +1,6 @@
 """Training arguments of PICO: those of transformers, and the staged construction's."""
 
+import copy
 import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -245,6 +246,17 @@ class PicoTrainingArguments(TrainingArguments):
         secrets = find_secrets(self.__dict__)
         texts = {name: value for name, value in self.__dict__.items() if type(value) in (str, dict)}
         return {**self.__dict__, **without_secrets(texts, secrets), "hub_token": None}
+
+    # Copies in this process keep what a pickle leaves out.
+    def __copy__(self) -> "PicoTrainingArguments":
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PicoTrainingArguments":
+        copied = copy.copy(self)
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
     def _refuse_what_has_no_effect(self) -> None:
         for option in fields(TrainingArguments):

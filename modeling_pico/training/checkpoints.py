@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -246,15 +247,21 @@ class CheckpointTrainer(TrainerBase):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
-        """As `Trainer.save_metrics`; files hold their old or their new content, never a part."""
+        """
+        As `Trainer.save_metrics`; files hold their old or their new content, never a part. Splits may be named by the
+        data: slashes in their names become underscores in those of files.
+        """
         if not self.is_world_process_zero():
             return
         folder = Path(str(self.args.output_dir))
+        file_name = re.sub(r"[/\\]", "_", f"{split}_results.json")
+        own, everything = folder / file_name, folder / "all_results.json"
         with sole_run(folder):
-            write_text(folder / f"{split}_results.json", json.dumps(metrics, indent=4, sort_keys=True))
+            # A split named "all" must not replace what the others have left.
+            if own != everything or not combined:
+                write_text(own, json.dumps(metrics, indent=4, sort_keys=True))
             if combined:
-                path = folder / "all_results.json"
-                write_text(path, json.dumps({**read_results(path), **metrics}, indent=4, sort_keys=True))
+                write_text(everything, json.dumps({**read_results(everything), **metrics}, indent=4, sort_keys=True))
 
     # State
 

@@ -240,11 +240,11 @@ def _plain(loader: _Loader, node: yaml.Node) -> Any:
     return loader.construct_object(node, deep=True)
 
 
-def shown(default: Any) -> str:
-    """A default as the help shows it."""
-    if isinstance(default, list):
-        return " ".join(default)
-    return str(default).lower() if isinstance(default, bool) else str(default)
+def shown(value: Any) -> str:
+    """A value as it is written behind its flag."""
+    if isinstance(value, list):
+        return " ".join(value)
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
 __all__ = ["OptionParser", "read_options", "shown"]

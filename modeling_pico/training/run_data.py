@@ -70,6 +70,20 @@ def check_data_arguments(data_args: DataArguments, training_args: PicoTrainingAr
         value = getattr(data_args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, but got {value}.")
+    # Metrics are named by their split, and so are the files that hold them.
+    own = {
+        "train": training_args.do_train,
+        "eval": training_args.do_eval,
+        "reranking": training_args.uncertainty_reranking,
+        "style": data_args.style_report,
+        "all": True,
+    }
+    taken = [name for name in data_args.test_split if own.get(name)] if training_args.do_predict else []
+    if taken:
+        raise ValueError(
+            f"--test_split {taken[0]}: this run writes results of its own under that name, which those of the split "
+            "would replace. Report the split in a run of its own, with --do_predict alone, or give it another name."
+        )
     if not 0 <= data_args.max_skipped <= 1:
         raise ValueError(f"--max_skipped is a share of the rows from 0 to 1, but got {data_args.max_skipped}.")
     if not 0 < data_args.min_crop_scale <= 1:

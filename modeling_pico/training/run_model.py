@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ from .from_scratch import (
     small_vision_config,
     train_tokenizer,
 )
+from .option_parser import shown
+from .run_record import RUN_RECORD, without_secrets
 from .script_arguments import METHODS, TEXT_TOWER, VISION_TOWER, DataArguments, ModelArguments
 
 
@@ -39,6 +43,11 @@ _STATED = {
     "text_num_layers": ("text_config", "num_hidden_layers"),
     "text_num_heads": ("text_config", "num_attention_heads"),
 }
+# What it does not state, but the record of the run does.
+_RECORDED = (
+    *("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path", "vocab_size"),
+    *("freeze_vision", "freeze_text", "train_uncertainty_only"),
+)
 
 
 def find_checkpoint(args: PicoTrainingArguments) -> str | None:
@@ -165,8 +174,10 @@ def plan_model(args: ModelArguments, checkpoint: str | None, training: bool) -> 
     if args.model_revision is not None and not paths:
         raise ValueError("--model_revision is that of a checkpoint, but none is named.")
     _check_attention(args.attn_implementation)
-    revision: dict[str, Any] = {} if args.model_revision is None or checkpoint else {"revision": args.model_revision}
-    loading: dict[str, Any] = {**revision, "use_safetensors": args.use_safetensors}
+    # Revision and file type are those of the checkpoints that a run begins with; its own are safetensors.
+    begins = checkpoint is None
+    revision: dict[str, Any] = {"revision": args.model_revision} if begins and args.model_revision else {}
+    loading: dict[str, Any] = {**revision, "use_safetensors": args.use_safetensors or not begins}
     if args.attn_implementation is not None:
         loading["attn_implementation"] = args.attn_implementation
     if checkpoint is not None:
@@ -175,7 +186,7 @@ def plan_model(args: ModelArguments, checkpoint: str | None, training: bool) -> 
             raise ValueError(
                 f"--resume_from_checkpoint: {checkpoint!r} holds no PICO model, but {config.model_type!r}."
             )
-        _check_resumed(args, config)
+        _check_resumed(args, config, _recorded_options(checkpoint))
         return ModelPlan(args, METHODS[config.alignment_head], config, {}, checkpoint, loading, revision)
     configs = {name: _read_config(name, path, revision) for name, path in paths.items()}
     _check_towers(args, training)
@@ -250,7 +261,16 @@ def _scratch_vision_config(args: ModelArguments) -> PreTrainedConfig:
     )
 
 
-def _check_resumed(args: ModelArguments, config: PicoConfig) -> None:
+def _recorded_options(checkpoint: str) -> dict[str, Any]:
+    """The options of the model that the run of a checkpoint was begun with; empty where no record says them."""
+    record = Path(checkpoint).absolute().parent / RUN_RECORD
+    try:
+        return json.loads(record.read_text(encoding="utf-8"))["configuration"]["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _check_resumed(args: ModelArguments, config: PicoConfig, recorded: dict[str, Any]) -> None:
     """A resumed run goes on with the options that it was begun with: others are refused, not ignored."""
     given = args.config_options(METHODS[args.method or config.alignment_head])
     stated = {name: getattr(config, name, None) for name in given}
@@ -258,15 +278,19 @@ def _check_resumed(args: ModelArguments, config: PicoConfig) -> None:
         if getattr(args, name) is not None:
             given[name] = getattr(args, name)
             stated[name] = getattr(getattr(config, part), attribute, None)
+    for name in _RECORDED:
+        if name in recorded and getattr(args, name) is not None:
+            given[name], stated[name] = without_secrets(getattr(args, name)), recorded[name]
     changed = [
-        f"--{'method' if name == 'alignment_head' else name} {value} (the run has {stated[name]})"
+        f"--{'method' if name == 'alignment_head' else name} {shown(value)} (the run has {shown(stated[name])})"
         for name, value in given.items()
         if value != stated[name]
     ]
     if changed:
         raise ValueError(
-            f"A resumed run keeps the model that it was begun with, but this was given: {', '.join(changed)}. Leave "
-            "it out, or start another run (--model_name_or_path takes a checkpoint) in a new --output_dir."
+            f"A resumed run keeps the model that it was begun with, but these options differ: {', '.join(changed)}. "
+            "Give what the run has, or start another run (--model_name_or_path takes a checkpoint) in a new "
+            "--output_dir."
         )
 
 

@@ -22,6 +22,7 @@ from ..data.images import iter_encoded
 from .checkpoint_files import write_text
 
 
+RUN_RECORD = "run.json"
 _PACKAGES = ("modeling-pico", "torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy", "pillow")
 # Names of options whose values are secrets.
 _SECRET = re.compile(r"(token|password|secret|api_?key)$", re.IGNORECASE)
@@ -69,7 +70,7 @@ def write_run_record(folder: str | os.PathLike, record: Mapping[str, Any]) -> Pa
     """
     text = json.dumps(record, indent=4, ensure_ascii=False) + "\n"
     number = 1
-    while (path := Path(folder, "run.json" if number == 1 else f"run-{number}.json")).exists():
+    while (path := Path(folder, RUN_RECORD if number == 1 else f"run-{number}.json")).exists():
         if path.read_text(encoding="utf-8") == text:
             return path
         number += 1
@@ -186,4 +187,12 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float)) or value is None else str(value)
 
 
-__all__ = ["describe_run", "find_secrets", "fingerprint", "git_state", "without_secrets", "write_run_record"]
+__all__ = [
+    "RUN_RECORD",
+    "describe_run",
+    "find_secrets",
+    "fingerprint",
+    "git_state",
+    "without_secrets",
+    "write_run_record",
+]

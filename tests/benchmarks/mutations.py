@@ -524,14 +524,16 @@ FAULTS = (
         "modeling_pico/model_card.py",
         '(("image_to_text", "Image→text"), ("text_to_image", "Text→image"))',
         '(("image_to_text", "Text→image"), ("text_to_image", "Image→text"))',
-        ("tests/test_model_card.py",),
+        ("tests/test_model_card.py::test_full_card",),
     ),
     Fault(
         "retrieve_ties",
         "of equally good items the later one comes first",
         "modeling_pico/processing_pico.py",
-        "torch.cat([scores, new_scores], dim=1)",
-        "torch.cat([scores, new_scores.nextafter(torch.tensor(torch.inf))], dim=1)",
+        "scores, order = torch.cat([scores, new_scores], dim=1).sort(dim=1, descending=True, stable=True)",
+        "scores = torch.cat([scores, new_scores], dim=1)\n"
+        "        order = scores.shape[1] - 1 - scores.flip(1).argsort(dim=1, descending=True, stable=True)\n"
+        "        scores = scores.gather(1, order)",
         ("tests/test_processing_pico.py::test_retrieve_by_hand",),
     ),
 )

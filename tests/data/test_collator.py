@@ -27,8 +27,8 @@ def test_training_batch(processor):
 
 
 def test_equal_captions_have_equal_codes(processor):
-    collator = PicoDataCollator(processor, max_length=3)
-    codes = collator(training("a red cat", "a red dog", " A red\tCAT"))["caption_codes"]
+    processor.tokenizer.model_max_length = 3
+    codes = PicoDataCollator(processor)(training("a red cat", "a red dog", " A red\tCAT"))["caption_codes"]
     assert codes.dtype == torch.int64 and codes[0] == codes[2] != codes[1]  # the cut captions are all equal
     # In every process and on every machine.
     assert codes.tolist() == [caption_code("a red cat"), caption_code("a red dog"), caption_code("a red cat")]

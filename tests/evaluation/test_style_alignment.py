@@ -54,7 +54,7 @@ def test_aligned_pictures_are_scored_as_the_evaluation_scores_them(tiny_model, u
     model = use_prototypes(tiny_model()).eval()
     pixels, words = batch["pixel_values"], {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
-        # As the README shows it.
+        # As docs/robustness.md shows it.
         gallery, known = model(pixel_values=pixels * 2 + 1), model(pixel_values=pixels)
         tokens = match_moments(gallery.image_tokens, gallery.image_mask, known.image_tokens, known.image_mask)
         embeds, _ = model.alignment_head.weight(tokens, gallery.image_mask, "image")

@@ -118,8 +118,8 @@ def test_the_first_version_of_fsdp_is_refused(fsdp_plugin, tiny_model):
         prepare_fsdp(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), model, model)
 
 
-def test_the_readme_launches_with_these_files():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_on_training_launches_with_these_files():
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     named = set(re.findall(r"--config_file (\S+)", text))
     assert named and all((ROOT / name).is_file() for name in named)
     assert "examples/accelerate/fsdp.yaml" in text and "examples/accelerate/deepspeed_zero2.yaml" in text

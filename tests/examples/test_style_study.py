@@ -395,17 +395,26 @@ def test_what_was_dropped_is_told_with_the_figures_of_the_study(study):
     assert known <= dropped | set(variants)
 
 
+def rows_of(page, start, end):
+    """Cells of the rows of methods in a part of a page."""
+    text = (FOLDER.parents[1] / page).read_text()
+    lines = text[text.index(start) : text.index(end)].splitlines()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
+
+
 def test_the_page_of_the_study_shows_the_tables_of_its_results(study):
     page = (FOLDER.parents[1] / "model_cards" / "style_study.md").read_text()
-    readme = (FOLDER.parents[1] / "README.md").read_text()
     for table in ("emoji_styles", "styled_shapes"):
         records = study.read_table(FOLDER / "results" / f"{table}.jsonl")
         assert all("/" not in record["setting"]["dataset_name"] for record in records)
         lines = [line for line in study.report(records, "fine_grained").splitlines() if line.strip()]
         assert [line for line in lines if line not in page.splitlines()] == []
-    # README rounds nothing anew: each of its cells is one of the page's.
+    # The other pages round nothing anew: their cells are those of this page.
     cells = {cell.strip() for line in page.splitlines() for cell in line.split("|")}
-    section = readme[readme.index("**Five seeds**") : readme.index("What this says")]
-    rows = [line.split("|")[2:-1] for line in section.splitlines() if line.startswith("| `")]
-    assert len(rows) == 22
-    assert [cell for row in rows for cell in row if cell.strip().replace("**", "") not in cells | {""}] == []
+    benchmarks = rows_of("docs/benchmarks.md", "## Five seeds on two data sets", "### Reading")
+    assert len(benchmarks) == 22
+    assert [cell for row in benchmarks for cell in row[1:] if cell not in cells] == []
+    overview = rows_of("README.md", "## Results", "**Column weights")
+    assert len(overview) == 8
+    # Without the column `seen` of the first table there.
+    assert [row for row in overview if row not in [[name, *rest] for name, _, *rest in benchmarks[:11]]] == []

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 from tiny import arguments
 
@@ -55,3 +58,11 @@ def test_defaults_of_the_trainer_that_cannot_work_here_are_changed(tmp_path):
 @pytest.mark.parametrize("feedback", ["counterfactual", "epoch_delta", "constant"])
 def test_which_feedback_needs_validation(tmp_path, feedback):
     assert arguments(tmp_path, feedback=feedback).feedback_needs_validation is (feedback != "constant")
+
+
+def test_copies_keep_the_token_and_pickles_do_not(tmp_path):
+    args = PicoTrainingArguments(str(tmp_path), hub_token="sesame", run_name="sesame 1", use_cpu=True)
+    for copied in (copy.copy(args), copy.deepcopy(args)):
+        assert (copied.hub_token, copied.run_name, copied.to_dict()) == ("sesame", "sesame 1", args.to_dict())
+    assert copy.deepcopy(args).accelerator_config is not args.accelerator_config
+    assert b"sesame" not in pickle.dumps(args)

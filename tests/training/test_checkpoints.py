@@ -501,6 +501,19 @@ def test_metrics_are_added_to_those_of_earlier_calls(tmp_path):
     assert names(tmp_path) == ["all_results.json", "eval_results.json", "test_results.json"]
 
 
+def test_results_of_a_split_of_any_name_are_kept(tmp_path):
+    made = trainer(tmp_path / "run")
+    made.save_metrics("eval", {"a": 1.5})
+    for split in ("all", "near/unseen", "../../up", "![i](http://a/b.png)"):
+        made.save_metrics(split, {split: 2.5})
+    assert sorted(json.loads((tmp_path / "run" / "all_results.json").read_text())) == sorted(
+        ["a", "all", "near/unseen", "../../up", "![i](http://a/b.png)"]
+    )
+    assert {"near_unseen_results.json", ".._.._up_results.json"} <= {
+        file.name for file in (tmp_path / "run").iterdir()
+    }
+
+
 @pytest.mark.parametrize("content", ['{"a": 1', "[1, 2]", "", "null"])
 def test_unreadable_results_are_no_reason_to_lose_new_ones(tmp_path, caplog, content):
     (tmp_path / "all_results.json").write_text(content)
