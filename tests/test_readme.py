@@ -65,9 +65,7 @@ NOT_RUN = {
 }
 QUIET = shlex.split("--log_level error --disable_tqdm true --plots false")
 # What makes a recipe small; blocks with settings of their own are run as they are.
-SMALL = shlex.split(
-    "--per_device_train_batch_size 8 --num_train_epochs 2 --prototype_update_start 1.5 --num_style_prototypes 3"
-)
+SMALL = shlex.split("--per_device_train_batch_size 8 --num_train_epochs 3 --num_style_prototypes 3")
 
 
 RUN = [words for words in COMMANDS if not any(part in " ".join(words) for part in NOT_RUN)]

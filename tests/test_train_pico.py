@@ -430,7 +430,7 @@ def test_push_uploads_model_processor_card_and_code(data, tmp_path, monkeypatch)
 def test_nothing_that_is_written_holds_a_token(data, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.trainer.hf_api", lambda *args, **kwargs: FakeHub())
     secrets = ["-sesame", "letmein", "opensaysme"]
-    options = {"num_train_epochs": 1, "prototype_start": 0.5, "push_to_hub": True, "hub_strategy": "end"}
+    options = {"num_train_epochs": 1, "push_to_hub": True, "hub_strategy": "end"}
     options |= {"run_name": "https://a:letmein@b/c"}
     words = flags(**{**TOWERS, **TRAINING, **options, "do_train": True, "output_dir": tmp_path, "dataset_name": data})
     train_pico.main([*words, "--hub_token=-sesame", "--project", "https://b/c?access_token=opensaysme&a=b"])
@@ -633,12 +633,12 @@ def write(path: Path, text: str) -> str:
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
 def test_file_and_flags_that_override_it(tmp_path, suffix):
     options = {"output_dir": "out", "learning_rate": 0.003, "num_train_epochs": 7, "method": "clip_style"}
-    options |= {"test_split": ["a", "b"], "random_flip": True, "prototype_start": 1.5}
+    options |= {"test_split": ["a", "b"], "random_flip": True, "prototype_start": 3}
     text = json.dumps(options) if suffix == "json" else "".join(f"{k}: {json.dumps(v)}\n" for k, v in options.items())
     file = write(tmp_path / f"run.{suffix}", text)
     model_args, data_args, training_args = train_pico.parse_arguments([file, "--num_train_epochs", "2"])
     assert (training_args.num_train_epochs, training_args.learning_rate) == (2, 0.003)
-    assert (training_args.prototype_start, training_args.output_dir) == (1.5, "out")
+    assert (training_args.prototype_start, training_args.output_dir) == (3, "out")
     assert (data_args.test_split, data_args.random_flip, model_args.method) == (["a", "b"], True, "clip_style")
     assert model_args.config_options(PicoModel) == {"alignment_head": "clip_style"}
 
