@@ -496,7 +496,8 @@ def messages(monkeypatch) -> dict[str, list[str]]:
     return seen
 
 
-def test_all_pictures_of_a_model(trained, collator, dataset, tmp_path, messages, capfd):
+def test_all_pictures_of_a_model(trained, collator, dataset, tmp_path, messages, capfd, monkeypatch):
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", True)
     paths = modeling_pico.save_plots(
         tmp_path / "new",
         model=trained(),
