@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import sys
 from pathlib import Path
 
 import datasets
@@ -45,8 +44,8 @@ def constant_images(count: int, caption: str = "red") -> CaptionedImageDataset:
 @pytest.fixture
 def tiny_trainer(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).with_name("training")))
-    yield __import__("tiny").trainer
-    sys.modules.pop("tiny", None)
+    # It stays imported: classes of a second copy could not be pickled for workers of other tests.
+    return __import__("tiny").trainer
 
 
 @pytest.mark.parametrize(
