@@ -1,4 +1,4 @@
-"""What a checkpoint must be like before memory is taken for it: checkpoints come from strangers."""
+"""What a checkpoint must be like before memory is taken for it: checkpoints are untrusted."""
 
 from __future__ import annotations
 

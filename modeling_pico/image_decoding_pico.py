@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """
 Formats that are read, as far as PIL (for HEIF: a plugin of it) can. Left out are those that PIL hands to another
-program (EPS to Ghostscript), which a stranger's file must not start, and those without a signature (TGA), for which
+program (EPS to Ghostscript), which an untrusted file must not start, and those without a signature (TGA), for which
 PIL would take what is left of a damaged file.
 """
 

@@ -64,7 +64,7 @@ class PicoPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
         """
-        As `PreTrainedModel.from_pretrained`, for checkpoints of strangers: only safetensors are read, unless
+        As `PreTrainedModel.from_pretrained`, for untrusted checkpoints: only safetensors are read, unless
         `use_safetensors=False` is passed; no weight is made up because the file lacks it or has it in another size
         (with `ignore_mismatched_sizes` too, but for the backbones); the state of the prototypes is checked.
 

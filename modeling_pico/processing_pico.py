@@ -289,7 +289,7 @@ def _as_tensors(values: Any) -> Any:
 
 
 def _check_image_sizes(image_processor) -> None:
-    """Images are brought to these sizes whatever they are: a file of a stranger must not make them exhaust memory."""
+    """Images are brought to these sizes whatever they are: an untrusted file must not exhaust memory."""
     for name in ("size", "crop_size"):
         size = getattr(image_processor, name, None) or {}
         for side in ("height", "width", "shortest_edge"):

@@ -1,4 +1,4 @@
-"""Checkpoints of strangers: no code of theirs runs, and what is wrong with them is refused by name."""
+"""Untrusted checkpoints: none of their code runs, and what is wrong with them is refused by name."""
 
 from __future__ import annotations
 
