@@ -20,8 +20,8 @@ from pathlib import Path
 
 from transformers import TrainerCallback, set_seed
 
-from modeling_pico.backbones_pico import limit_text_length
 from modeling_pico.data import PicoDataCollator
+from modeling_pico.model.backbones_pico import limit_text_length
 from modeling_pico.plots import has_matplotlib, require_matplotlib, save_run_plots
 from modeling_pico.training import PicoTrainer, PicoTrainingArguments
 from modeling_pico.training.checkpoint_files import write_text

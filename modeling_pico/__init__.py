@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
 
-from .configuration_cdds import CddsConfig
-from .configuration_pico import PICO_LITERAL, PicoConfig
-from .image_decoding_pico import decode_image
-from .loss_pico import image_text_loss
-from .modeling_cdds import CddsModel
-from .modeling_pico import PicoFeatures, PicoModel, PicoOutput, PicoPreTrainedModel
-from .processing_pico import PicoProcessor
-from .prototypes_pico import StylePrototypes
-from .scoring_pico import pair_scores
+from .model.configuration_cdds import CddsConfig
+from .model.configuration_pico import PICO_LITERAL, PicoConfig
+from .model.image_decoding_pico import decode_image
+from .model.loss_pico import image_text_loss
+from .model.modeling_cdds import CddsModel
+from .model.modeling_pico import PicoFeatures, PicoModel, PicoOutput, PicoPreTrainedModel
+from .model.processing_pico import PicoProcessor
+from .model.prototypes_pico import StylePrototypes
+from .model.scoring_pico import pair_scores
 
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from torch import nn
 from transformers import AutoModel
 from transformers.utils import logging
 
-from .modeling_pico import PicoModel
-from .processing_pico import PicoProcessor
+from .model.modeling_pico import PicoModel
+from .model.processing_pico import PicoProcessor
 
 
 logger = logging.get_logger(__name__)

@@ -11,7 +11,7 @@ from backbone_families import JOINT, PAIRS, TEXT, VISION, batch, family, save, t
 from PIL import Image
 
 from modeling_pico import PicoConfig, PicoModel, PicoProcessor
-from modeling_pico.backbones_pico import (
+from modeling_pico.model.backbones_pico import (
     build_backbone,
     image_token_states,
     limit_text_length,

@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, BertConfig, CLIPTextConfig, CLIPVisionConfig, ViTConfig
 
 from modeling_pico import PICO_LITERAL, PicoConfig, PicoModel
-from modeling_pico.configuration_pico import (
+from modeling_pico.model.configuration_pico import (
     ALIGNMENT_HEADS,
     CHOICES,
     COLUMN_MODES,

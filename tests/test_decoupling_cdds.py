@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from modeling_pico import decoupling_cdds
-from modeling_pico.decoupling_cdds import (
+from modeling_pico.model import decoupling_cdds
+from modeling_pico.model.decoupling_cdds import (
     column_divergence,
     column_moments,
     gaussian_divergence,

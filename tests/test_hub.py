@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from huggingface_hub import ModelCard
 from transformers import TrainerCallback
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parent / "training"))
-
-import tiny
 
 from modeling_pico import PicoModel
 from modeling_pico.training.staging import STATE_FILE

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from modeling_pico.loss_pico import exclusion_mask, hinge_loss, image_text_loss, infonce_loss
+from modeling_pico.model.loss_pico import exclusion_mask, hinge_loss, image_text_loss, infonce_loss
 
 
 SCORES = torch.tensor([[0.9, 0.8, 0.1], [0.3, 0.5, 0.2], [0.0, 0.6, 0.7]])

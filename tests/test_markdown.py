@@ -14,7 +14,7 @@ from modeling_pico import PicoConfig
 from modeling_pico.evaluation import StyleReport
 from modeling_pico.evaluation.style_report import StyleRetrieval
 from modeling_pico.markdown import code_fence, escape_markdown, signed_number
-from modeling_pico.model_card import create_model_card
+from modeling_pico.training.model_card import create_model_card
 
 
 markdown_it = pytest.importorskip("markdown_it")

@@ -9,8 +9,8 @@ from transformers import BertConfig, ViTConfig
 
 import modeling_pico
 from modeling_pico import CddsConfig, PicoConfig
-from modeling_pico.configuration_pico import ALIGNMENT_HEADS
-from modeling_pico.model_card import create_model_card
+from modeling_pico.model.configuration_pico import ALIGNMENT_HEADS
+from modeling_pico.training.model_card import create_model_card
 
 
 METRICS = {

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from modeling_pico import CddsConfig, CddsModel, PicoConfig, PicoModel, PicoProcessor
-from modeling_pico.modeling_cdds import DecoupledSide, DualPathUNet
+from modeling_pico.model.modeling_cdds import DecoupledSide, DualPathUNet
 
 
 @pytest.fixture(scope="module")

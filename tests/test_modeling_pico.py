@@ -22,8 +22,8 @@ from transformers import (
 
 import modeling_pico
 from modeling_pico import PicoConfig, PicoModel, PicoProcessor, image_text_loss, pair_scores
-from modeling_pico.backbones_pico import build_backbone, load_backbone, num_prefix_tokens, text_token_mask
-from modeling_pico.configuration_pico import ALIGNMENT_HEADS, LOSS_TYPES, STYLE_PROBABILITIES
+from modeling_pico.model.backbones_pico import build_backbone, load_backbone, num_prefix_tokens, text_token_mask
+from modeling_pico.model.configuration_pico import ALIGNMENT_HEADS, LOSS_TYPES, STYLE_PROBABILITIES
 
 
 FAMILIES = [("vit", "bert"), ("swin", "roberta"), ("dinov2", "bert")]

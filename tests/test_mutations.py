@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import ast
-import sys
-from pathlib import Path
 
 import pytest
-
-
-sys.path.insert(0, str(Path(__file__).resolve().with_name("benchmarks")))
-
 from mutations import FAULTS, REPOSITORY, Fault, planted
 
 

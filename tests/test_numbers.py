@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from modeling_pico import CddsConfig, CddsModel, RetrievalEvaluator, image_text_loss, pair_scores
-from modeling_pico.alignment_heads_pico import HEADS, MIN_NORM
 from modeling_pico.data import CaptionedImageDataset
+from modeling_pico.model.alignment_heads_pico import HEADS, MIN_NORM
 from modeling_pico.training import feedback_weight
 
 

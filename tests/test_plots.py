@@ -10,14 +10,10 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from transformers.integrations import TensorBoardCallback
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parent / "training"))
-
-import tiny
 
 import modeling_pico
 from modeling_pico.data import CaptionedImageDataset, PicoDataCollator

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from modeling_pico import pair_scores
 from modeling_pico.evaluation import retrieval_metrics, retrieval_ranks
-from modeling_pico.scoring_pico import reference_pair_scores
-from modeling_pico.scoring_tiled_pico import tiled_pair_scores
+from modeling_pico.model.scoring_pico import reference_pair_scores
+from modeling_pico.model.scoring_tiled_pico import tiled_pair_scores
 from modeling_pico.training import PrototypeState, feedback_weight, weighted_kmeans
 
 

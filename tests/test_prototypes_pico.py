@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_pico.alignment_heads_pico import PicoHead
-from modeling_pico.configuration_pico import COLUMN_MODES, STYLE_PROBABILITIES
-from modeling_pico.prototypes_pico import (
+from modeling_pico.model.alignment_heads_pico import PicoHead
+from modeling_pico.model.configuration_pico import COLUMN_MODES, STYLE_PROBABILITIES
+from modeling_pico.model.prototypes_pico import (
     StylePrototypes,
     StyleRates,
     column_weights,
@@ -19,7 +19,7 @@ from modeling_pico.prototypes_pico import (
     squared_distances,
     style_probability,
 )
-from modeling_pico.scoring_pico import pair_scores
+from modeling_pico.model.scoring_pico import pair_scores
 
 
 def random_tokens(batch: int = 3, tokens: int = 6, dim: int = 12, seed: int = 0) -> torch.Tensor:

@@ -15,21 +15,15 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import backbone_families
 import pytest
+import retrieve
 import safetensors.torch
+import tiny
 import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parent / "training"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import backbone_families
-import retrieve
-import tiny
 from readme_blocks import (
     DOCUMENTATION,
     PAGES,

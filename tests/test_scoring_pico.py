@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_pico import scoring_pico, scoring_tiled_pico
-from modeling_pico.scoring_pico import ScoresBackendError, pair_scores, reference_pair_scores
-from modeling_pico.scoring_tiled_pico import tiled_pair_scores
+from modeling_pico.model import scoring_pico, scoring_tiled_pico
+from modeling_pico.model.scoring_pico import ScoresBackendError, pair_scores, reference_pair_scores
+from modeling_pico.model.scoring_tiled_pico import tiled_pair_scores
 
 
 PATHS = {"reference": reference_pair_scores, "tiled": tiled_pair_scores}

@@ -16,9 +16,9 @@ import pytest
 import torch
 from test_scoring_pico import gradients, ragged
 
-from modeling_pico import scoring_pico, scoring_triton_pico
-from modeling_pico.scoring_pico import ScoresBackendError, pair_scores, reference_pair_scores
-from modeling_pico.scoring_triton_pico import refusal, triton_pair_scores
+from modeling_pico.model import scoring_pico, scoring_triton_pico
+from modeling_pico.model.scoring_pico import ScoresBackendError, pair_scores, reference_pair_scores
+from modeling_pico.model.scoring_triton_pico import refusal, triton_pair_scores
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -235,8 +235,8 @@ def test_package_neither_needs_nor_loads_triton():
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
         "from modeling_pico import scoring_pico\n"
-        "assert 'modeling_pico.scoring_triton_pico' not in sys.modules\n"
-        "from modeling_pico.scoring_triton_pico import refusal\n"
+        "assert 'modeling_pico.model.scoring_triton_pico' not in sys.modules\n"
+        "from modeling_pico.model.scoring_triton_pico import refusal\n"
         "assert refusal(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)) == 'the package triton is not installed'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,20 +12,15 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+import tiny
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import BertModel, ViTModel
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent / "training"))
-
-import tiny
-
 import train_pico
 from modeling_pico import PicoConfig, PicoModel, PicoProcessor
-from modeling_pico.backbones_pico import build_backbone
 from modeling_pico.data import CaptionedImageDataset
+from modeling_pico.model.backbones_pico import build_backbone
 from modeling_pico.training.run_data import check_processes
 from modeling_pico.training.run_output import OneLineErrors, log_line, metrics_table
 from modeling_pico.training.run_record import (

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
-from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch.nn.functional import normalize
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parent / "training"))
-
-import tiny
-
 from modeling_pico import CddsModel, PicoConfig, PicoModel
-from modeling_pico.configuration_pico import ALIGNMENT_HEADS
-from modeling_pico.uncertainty_pico import (
+from modeling_pico.model.configuration_pico import ALIGNMENT_HEADS
+from modeling_pico.model.uncertainty_pico import (
     UncertaintyPrototypes,
     diversity_loss,
     prototype_uncertainty,

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
 from modeling_pico import CddsConfig, PicoConfig, PicoModel, PicoProcessor
-from modeling_pico.backbones_pico import load_backbone
-from modeling_pico.checkpoint_pico import check_prototypes, check_tensors
 from modeling_pico.data import load_captioned_images
+from modeling_pico.model.backbones_pico import load_backbone
+from modeling_pico.model.untrusted_pico import check_prototypes, check_tensors
 from modeling_pico.training import PicoTrainer, PicoTrainingArguments
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from modeling_pico.alignment_heads_pico import FineGrainedHead
-from modeling_pico.feature_columns_pico import column_weights
+from modeling_pico.model.alignment_heads_pico import FineGrainedHead
+from modeling_pico.model.feature_columns_pico import column_weights
 
 
 SIDES = ("image", "text")

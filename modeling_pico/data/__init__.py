@@ -1,6 +1,6 @@
 """Captioned images: where they come from, how they are decoded, sampled and batched."""
 
-from ..image_decoding_pico import BadImageError, decode_image
+from ..model.image_decoding_pico import BadImageError, decode_image
 from .collator import PicoDataCollator, count_truncated, default_max_length
 from .dataset import CaptionedImageDataset, CaptionedImages, RandomCropFlip, SampleKey, as_captioned, caption_code
 from .images import check_images

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
-from ..image_decoding_pico import decode_image
+from ..model.image_decoding_pico import decode_image
 from .paths import check_mark
 
 

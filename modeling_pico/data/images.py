@@ -13,7 +13,7 @@ import pyarrow as pa
 from datasets.fingerprint import Hasher
 from transformers.utils import logging
 
-from ..image_decoding_pico import BadImageError, describe_image, open_image, to_rgb
+from ..model.image_decoding_pico import BadImageError, describe_image, open_image, to_rgb
 from .paths import OutsideError, check_mark
 
 

@@ -23,9 +23,9 @@ from transformers.utils import is_peft_available, logging
 
 from ..data import CaptionedImageDataset, PicoDataCollator
 from ..data.images import file_state, iter_encoded
-from ..modeling_pico import PicoModel
-from ..prototypes_pico import StylePrototypes
-from ..uncertainty_pico import UncertaintyPrototypes
+from ..model.modeling_pico import PicoModel
+from ..model.prototypes_pico import StylePrototypes
+from ..model.uncertainty_pico import UncertaintyPrototypes
 from .evaluator import EncodedRetrieval
 
 

@@ -13,9 +13,9 @@ from torch import nn
 from transformers.utils import logging
 
 from ..data.dataset import count_shared_captions
-from ..loss_pico import image_text_loss
-from ..modeling_pico import PicoModel
-from ..scoring_pico import pair_scores
+from ..model.loss_pico import image_text_loss
+from ..model.modeling_pico import PicoModel
+from ..model.scoring_pico import pair_scores
 from .retrieval_metrics import (
     TIE_TOLERANCE,
     RetrievalRanks,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..modeling_pico import PicoModel
+from ..model.modeling_pico import PicoModel
 from .evaluator import EncodedRetrieval
 
 

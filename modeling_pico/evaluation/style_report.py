@@ -14,9 +14,9 @@ from transformers.utils import logging
 
 from ..data import PicoDataCollator, as_captioned
 from ..markdown import escape_markdown, signed_number
-from ..modeling_pico import PicoModel
-from ..processing_pico import PicoProcessor
-from ..scoring_pico import pair_scores
+from ..model.modeling_pico import PicoModel
+from ..model.processing_pico import PicoProcessor
+from ..model.scoring_pico import pair_scores
 from .evaluator import EncodedRetrieval, RetrievalEvaluator, gather_rows, own_rows, score_ready
 from .retrieval_metrics import RECALL_LEVELS, TIE_TOLERANCE, chance_rsum, retrieval_metrics
 from .style_alignment import match_moments

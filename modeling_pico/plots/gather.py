@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..backbones_pico import num_prefix_tokens
 from ..data import CaptionedImageDataset, PicoDataCollator
 from ..evaluation.evaluator import concatenate_padded
 from ..evaluation.retrieval_metrics import retrieval_ranks
 from ..evaluation.uncertainty_reranking import RiskCoverage, risk_coverage
-from ..modeling_pico import PicoModel
-from ..prototypes_pico import STAGE_PLAIN, StylePrototypes, squared_distances
-from ..scoring_pico import pair_scores
+from ..model.backbones_pico import num_prefix_tokens
+from ..model.modeling_pico import PicoModel
+from ..model.prototypes_pico import STAGE_PLAIN, StylePrototypes, squared_distances
+from ..model.scoring_pico import pair_scores
 from .canvas import NothingToDrawError
 from .features import PairScores, PrototypeSet, SemanticProbability
 from .matches import PatchWordMatch

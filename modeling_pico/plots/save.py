@@ -12,7 +12,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 
 from ..data import CaptionedImageDataset, PicoDataCollator
-from ..modeling_pico import PicoModel
+from ..model.modeling_pico import PicoModel
 from .canvas import NothingToDrawError, require_matplotlib
 from .features import plot_pair_scores, plot_prototypes, plot_semantic_probability
 from .gather import (

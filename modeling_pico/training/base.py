@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Trainer
 
 from ..evaluation.evaluator import RetrievalEvaluator
-from ..modeling_pico import PicoModel
+from ..model.modeling_pico import PicoModel
 from .arguments import PicoTrainingArguments
 from .staging import PrototypeConstruction
 

@@ -21,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import is_peft_available, logging
 
-from ..modeling_pico import PicoModel
+from ..model.modeling_pico import PicoModel
 from .base import TrainerBase
 from .callbacks import EpochEndCallback
 from .checkpoint_files import (

@@ -19,7 +19,7 @@ import torch
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ..evaluation.evaluator import concatenate_padded
-from ..modeling_pico import PicoOutput
+from ..model.modeling_pico import PicoOutput
 
 
 # Outputs that the loss and the staged construction read; the first two carry the gradient.

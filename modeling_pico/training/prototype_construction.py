@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from ..prototypes_pico import StylePrototypes, squared_distances
+from ..model.prototypes_pico import StylePrototypes, squared_distances
 
 
 # K-means ends in an optimum that depends on its start: from one start the energy is up to 4% above that from another.

@@ -12,8 +12,8 @@ import torch
 import transformers
 from transformers.trainer_utils import HubStrategy
 
-from ..model_card import create_model_card
 from .base import TrainerBase
+from .model_card import create_model_card
 
 
 # Training arguments that a model card names.

@@ -18,7 +18,7 @@ from ..data import (
     load_captioned_images,
 )
 from ..evaluation.style_report import order_styles
-from ..processing_pico import PicoProcessor
+from ..model.processing_pico import PicoProcessor
 from .arguments import PicoTrainingArguments
 from .run_record import fingerprint
 from .script_arguments import DataArguments

@@ -14,10 +14,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..backbones_pico import build_backbone, load_backbone
-from ..configuration_pico import PicoConfig
-from ..modeling_pico import PicoModel
-from ..processing_pico import PicoProcessor
+from ..model.backbones_pico import build_backbone, load_backbone
+from ..model.configuration_pico import PicoConfig
+from ..model.modeling_pico import PicoModel
+from ..model.processing_pico import PicoProcessor
 from .arguments import PicoTrainingArguments
 from .checkpoint_files import check_resumable, clean_up, is_complete, last_checkpoint
 from .from_scratch import (

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from types import NoneType
 from typing import Any, get_args
 
-from ..configuration_cdds import CddsConfig
-from ..configuration_pico import CHOICES, PICO_LITERAL, PicoConfig
-from ..modeling_cdds import CddsModel
-from ..modeling_pico import PicoModel
+from ..model.configuration_cdds import CddsConfig
+from ..model.configuration_pico import CHOICES, PICO_LITERAL, PicoConfig
+from ..model.modeling_cdds import CddsModel
+from ..model.modeling_pico import PicoModel
 from .arguments import PicoTrainingArguments
 from .option_parser import OptionParser, shown
 

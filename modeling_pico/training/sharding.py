@@ -13,7 +13,7 @@ from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..modeling_pico import PicoModel
+from ..model.modeling_pico import PicoModel
 
 
 def prepare_fsdp(accelerator, model: nn.Module, pico: PicoModel) -> None:

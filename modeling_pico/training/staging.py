@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import broadcast
 from transformers.utils import logging
 
-from ..prototypes_pico import STAGE_INITIAL, STAGE_PLAIN, STAGE_UPDATED, StylePrototypes
+from ..model.prototypes_pico import STAGE_INITIAL, STAGE_PLAIN, STAGE_UPDATED, StylePrototypes
 from .arguments import PicoTrainingArguments
 from .prototype_construction import PrototypeState, construct_prototypes, feedback_weight
 

@@ -16,18 +16,18 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import BestRun, TrainOutput
 from transformers.utils import logging
 
-from ..backbones_pico import limit_text_length
 from ..data import CaptionedImageDataset, PicoDataCollator, UniqueIdBatchSampler, as_captioned
+from ..distributed import gather_batch
 from ..evaluation.evaluator import RetrievalEvaluator, gather_rows, own_rows
-from ..loss_pico import image_text_loss
-from ..modeling_pico import PicoOutput
-from ..processing_pico import PicoProcessor
-from ..prototypes_pico import sign_agreement
-from ..scoring_pico import pair_scores
+from ..model.backbones_pico import limit_text_length
+from ..model.loss_pico import image_text_loss
+from ..model.modeling_pico import PicoOutput
+from ..model.processing_pico import PicoProcessor
+from ..model.prototypes_pico import sign_agreement
+from ..model.scoring_pico import pair_scores
 from .arguments import PicoTrainingArguments
 from .callbacks import LogitScaleCallback, PrototypeCallback, SamplerEpochCallback
 from .checkpoints import CheckpointTrainer
-from .distributed import gather_batch
 from .finite import FiniteLossCallback, spread_non_finite
 from .gradient_cache import cached_backward, split_inputs
 from .publishing import PublishingTrainer

@@ -59,7 +59,7 @@ FAULTS = (
     Fault(
         "score_mask",
         "padding of a sample counts as tokens",
-        "modeling_pico/scoring_tiled_pico.py",
+        "modeling_pico/model/scoring_tiled_pico.py",
         "counts, order = mask.sum(dim=1).sort(stable=True)",
         "mask = torch.ones_like(mask); counts, order = mask.sum(dim=1).sort(stable=True)",
         ("tests/test_scoring_pico.py::test_padding_has_no_influence",),
@@ -67,7 +67,7 @@ FAULTS = (
     Fault(
         "score_direction",
         "only words look for patches, and no patch for a word",
-        "modeling_pico/scoring_tiled_pico.py",
+        "modeling_pico/model/scoring_tiled_pico.py",
         "scores[:, samples] += patch_best",
         "scores[:, samples] += 0 * patch_best",
         ("tests/test_scoring_pico.py::test_scores_match_hand_computation",),
@@ -75,7 +75,7 @@ FAULTS = (
     Fault(
         "score_mean_over_padding",
         "the definition averages over padding",
-        "modeling_pico/scoring_pico.py",
+        "modeling_pico/model/scoring_pico.py",
         "word_best.sum(dim=2) / text_mask.sum(dim=1)[None, :].clamp(min=1)",
         "word_best.mean(dim=2)",
         ("tests/test_scoring_pico.py::test_tiled_scores_equal_reference",),
@@ -83,7 +83,7 @@ FAULTS = (
     Fault(
         "score_gradient",
         "the gradient of a long text is as large as if it were one word",
-        "modeling_pico/scoring_tiled_pico.py",
+        "modeling_pico/model/scoring_tiled_pico.py",
         "part / text.counts[text_tile.samples, None]",
         "part",
         ("tests/test_scoring_pico.py::test_tiled_gradients_equal_reference",),
@@ -92,7 +92,7 @@ FAULTS = (
     Fault(
         "pooled_scale",
         "scores of the pooled baseline are twice the cosine",
-        "modeling_pico/alignment_heads_pico.py",
+        "modeling_pico/model/alignment_heads_pico.py",
         "modality) * 0.5**0.5",
         "modality)",
         ("tests/test_modeling_pico.py::test_the_pooled_baseline_on_clip_is_clip",),
@@ -100,7 +100,7 @@ FAULTS = (
     Fault(
         "uncertainty_sign",
         "more evidence makes a sample less uncertain",
-        "modeling_pico/uncertainty_pico.py",
+        "modeling_pico/model/uncertainty_pico.py",
         "torch.sigmoid(torch.logsumexp(",
         "torch.sigmoid(-torch.logsumexp(",
         ("tests/test_uncertainty_pico.py::test_uncertainty_by_hand",),
@@ -108,7 +108,7 @@ FAULTS = (
     Fault(
         "uncertainty_side",
         "a modality is compared with prototypes of its own",
-        "modeling_pico/uncertainty_pico.py",
+        "modeling_pico/model/uncertainty_pico.py",
         'others = self.text if modality == "image" else self.image',
         'others = self.image if modality == "image" else self.text',
         ("tests/test_uncertainty_pico.py::test_a_modality_is_compared_with_the_prototypes_of_the_other",),
@@ -125,7 +125,7 @@ FAULTS = (
     Fault(
         "loss_ids",
         "pairs of one meaning are each other's negatives",
-        "modeling_pico/loss_pico.py",
+        "modeling_pico/model/loss_pico.py",
         '_pair_exclusion(("image_ids", "all_ids"), image_ids, all_ids, targets, columns)',
         "None",
         ("tests/test_loss_pico.py::test_repeated_ids_are_never_negatives",),
@@ -133,7 +133,7 @@ FAULTS = (
     Fault(
         "loss_captions",
         "images with the same caption are each other's negatives",
-        "modeling_pico/loss_pico.py",
+        "modeling_pico/model/loss_pico.py",
         "caption_codes, all_caption_codes, targets, columns)",
         "None, None, targets, columns)",
         ("tests/test_loss_pico.py::test_equal_captions_are_no_negatives_of_each_other",),
@@ -141,7 +141,7 @@ FAULTS = (
     Fault(
         "loss_margin",
         "the margin of the hinge is subtracted",
-        "modeling_pico/loss_pico.py",
+        "modeling_pico/model/loss_pico.py",
         "F.relu(margin + negatives",
         "F.relu(negatives - margin",
         ("tests/test_loss_pico.py::test_hinge_by_hand",),
@@ -149,7 +149,7 @@ FAULTS = (
     Fault(
         "loss_direction",
         "only images look for texts",
-        "modeling_pico/loss_pico.py",
+        "modeling_pico/model/loss_pico.py",
         "return (per_image + per_text) / 2",
         "return per_image",
         ("tests/test_loss_pico.py::test_directions_are_averaged_for_infonce_and_summed_for_hinge",),
@@ -173,7 +173,7 @@ FAULTS = (
     Fault(
         "gathered_gradient",
         "the loss of a process does not reach the embeddings of the others",
-        "modeling_pico/training/distributed.py",
+        "modeling_pico/distributed.py",
         "        distributed.all_reduce(gradient)\n",
         "",
         ("tests/distributed/test_processes.py::test_gradient_and_loss_are_those_of_the_whole_batch",),
@@ -288,7 +288,7 @@ FAULTS = (
     Fault(
         "image_orientation",
         "pictures lie on their side",
-        "modeling_pico/image_decoding_pico.py",
+        "modeling_pico/model/image_decoding_pico.py",
         "upright = _upright(image)",
         "upright = image",
         ("tests/data/test_images.py::test_exif_orientation",),
@@ -296,7 +296,7 @@ FAULTS = (
     Fault(
         "image_transparency",
         "what is transparent is black",
-        "modeling_pico/image_decoding_pico.py",
+        "modeling_pico/model/image_decoding_pico.py",
         'image.size, "white")',
         'image.size, "black")',
         ("tests/data/test_images.py::test_transparency_is_laid_on_white",),
@@ -445,7 +445,7 @@ FAULTS = (
     Fault(
         "style_for_semantics",
         "columns of style weigh most",
-        "modeling_pico/prototypes_pico.py",
+        "modeling_pico/model/prototypes_pico.py",
         "probability = 1 - style",
         "probability = style",
         ("tests/test_prototypes_pico.py::test_the_probability_is_the_written_formula",),
@@ -521,7 +521,7 @@ FAULTS = (
     Fault(
         "card_directions",
         "the card gives recalls of one direction for the other",
-        "modeling_pico/model_card.py",
+        "modeling_pico/training/model_card.py",
         '(("image_to_text", "Image→text"), ("text_to_image", "Text→image"))',
         '(("image_to_text", "Text→image"), ("text_to_image", "Image→text"))',
         ("tests/test_model_card.py::test_full_card",),
@@ -529,7 +529,7 @@ FAULTS = (
     Fault(
         "retrieve_ties",
         "of equally good items the later one comes first",
-        "modeling_pico/processing_pico.py",
+        "modeling_pico/model/processing_pico.py",
         "scores, order = torch.cat([scores, new_scores], dim=1).sort(dim=1, descending=True, stable=True)",
         "scores = torch.cat([scores, new_scores], dim=1)\n"
         "        order = scores.shape[1] - 1 - scores.flip(1).argsort(dim=1, descending=True, stable=True)\n"

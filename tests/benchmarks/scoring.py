@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy
 import torch
 
-from modeling_pico.scoring_pico import pair_scores, reference_pair_scores
+from modeling_pico.model.scoring_pico import pair_scores, reference_pair_scores
 
 
 CAPTIONS = Path(__file__).resolve().parents[3] / "shared" / "data" / "captions" / "coco_testall_caps.txt"

@@ -7,10 +7,11 @@ import json
 import os
 import shutil
 import struct
-import sys
 from pathlib import Path
 
 import datasets
+import dirty_data  # noqa: E402
+import dirty_images  # noqa: E402
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -19,11 +20,6 @@ from test_images import decode_bytes, encode
 
 from modeling_pico.data import BadImageError, CaptionedImageDataset, check_images, decode_image, load_captioned_images
 from modeling_pico.data.paths import Fence
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import dirty_data  # noqa: E402
-import dirty_images  # noqa: E402
 
 
 images = importlib.import_module("modeling_pico.data.images")

@@ -13,7 +13,7 @@ from modeling_pico.data import BadImageError, check_images, decode_image
 
 
 images = importlib.import_module("modeling_pico.data.images")
-decoding = importlib.import_module("modeling_pico.image_decoding_pico")
+decoding = importlib.import_module("modeling_pico.model.image_decoding_pico")
 
 
 def encode(image, kind="PNG", **options):

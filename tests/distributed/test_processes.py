@@ -15,7 +15,7 @@ import torch
 
 from modeling_pico import PicoModel
 from modeling_pico.evaluation import UncertaintyReranking, folded_retrieval_metrics
-from modeling_pico.prototypes_pico import STAGE_UPDATED
+from modeling_pico.model.prototypes_pico import STAGE_UPDATED
 
 
 WORKER = Path(__file__).with_name("worker.py")

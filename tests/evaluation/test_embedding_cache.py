@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import resource
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,9 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from tiny import CountedDataset, rows, trainer
 from tokenizers import normalizers
 from transformers import ViTImageProcessorPil
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-
-from tiny import CountedDataset, rows, trainer
 
 from modeling_pico import PicoModel, PicoProcessor
 from modeling_pico.data import CaptionedImageDataset, PicoDataCollator, load_captioned_images

@@ -2,16 +2,11 @@ from __future__ import annotations
 
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-
 from tiny import CountedDataset, model, processor, rows
+from torch.utils.data import DataLoader
 
 from modeling_pico import RetrievalEvaluator, image_text_loss, pair_scores
 from modeling_pico.data import PicoDataCollator

@@ -1,19 +1,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from itertools import combinations
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from torch.utils.data import DataLoader
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-
-import tiny
 
 import modeling_pico
 from modeling_pico import RetrievalEvaluator, StyleReport, match_moments, measure_styles

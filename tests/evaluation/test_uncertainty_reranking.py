@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from torch.utils.data import DataLoader
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-
-import tiny
 
 from modeling_pico import PicoModel, RetrievalEvaluator
 from modeling_pico.data import CaptionedImageDataset, PicoDataCollator

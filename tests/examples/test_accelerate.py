@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +13,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from torch.distributed.fsdp import StateDictType
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from backbone_families import JOINT, PAIRS, family
+from torch.distributed.fsdp import StateDictType
 
 from modeling_pico import PicoModel
 from modeling_pico.training.sharding import prepare_fsdp

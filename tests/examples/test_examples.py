@@ -13,15 +13,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import tiny
 import torch
 import yaml
 from PIL import Image
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-
-import tiny
 
 import train_pico
 from modeling_pico import PicoModel, PicoProcessor

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-import tiny
-import torch
-from transformers import BertConfig, ViTConfig, set_seed
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import test_export
 import test_hub
+import tiny
+import torch
 from test_hub import hub  # noqa: F401
+from transformers import BertConfig, ViTConfig, set_seed
 
 import modeling_pico
 import train_pico

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
-
-import pytest
-from transformers import TrainerCallback
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import endurance
+import pytest
 from endurance import Reading, growth, problems, train
+from transformers import TrainerCallback
 
 
 def test_a_run_holds_no_more_files_threads_and_processes_at_its_end_than_when_warm(tmp_path):

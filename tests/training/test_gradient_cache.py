@@ -8,8 +8,8 @@ import pytest
 import tiny
 import torch
 
-from modeling_pico.loss_pico import image_text_loss
-from modeling_pico.scoring_pico import pair_scores
+from modeling_pico.model.loss_pico import image_text_loss
+from modeling_pico.model.scoring_pico import pair_scores
 from modeling_pico.training.gradient_cache import cached_backward, split_inputs
 
 

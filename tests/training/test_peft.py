@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny import assert_same_state, model, processor, prototype_log, rows, trainer
 
 from modeling_pico import CddsModel, PicoModel
-from modeling_pico.prototypes_pico import STAGE_PLAIN, STAGE_UPDATED
+from modeling_pico.model.prototypes_pico import STAGE_PLAIN, STAGE_UPDATED
 
 
 peft = pytest.importorskip("peft")

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_pico.alignment_heads_pico import PicoHead
-from modeling_pico.prototypes_pico import StylePrototypes
+from modeling_pico.model.alignment_heads_pico import PicoHead
+from modeling_pico.model.prototypes_pico import StylePrototypes
 from modeling_pico.training import (
     PrototypeState,
     construct_prototypes,

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from modeling_pico.alignment_heads_pico import PicoHead
-from modeling_pico.prototypes_pico import sign_agreement
+from modeling_pico.model.alignment_heads_pico import PicoHead
+from modeling_pico.model.prototypes_pico import sign_agreement
 from modeling_pico.training import PicoTrainingArguments, PrototypeConstruction, PrototypeState, staging
 from modeling_pico.training.arguments import FEEDBACKS
 

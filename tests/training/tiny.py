@@ -13,8 +13,8 @@ from PIL import Image
 from transformers import TrainerCallback, set_seed
 
 from modeling_pico import PicoModel, PicoProcessor
-from modeling_pico.backbones_pico import build_backbone
 from modeling_pico.data import CaptionedImageDataset
+from modeling_pico.model.backbones_pico import build_backbone
 from modeling_pico.training import PicoTrainer, PicoTrainingArguments
 from modeling_pico.training.from_scratch import (
     small_image_processor,

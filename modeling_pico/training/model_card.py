@@ -18,7 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from transformers import PreTrainedConfig
 
-from .markdown import code_fence, escape_markdown, signed_number
+from ..markdown import code_fence, escape_markdown, signed_number
 
 
 TAGS = ["image-text-retrieval", "cross-modal-retrieval", "late-interaction"]

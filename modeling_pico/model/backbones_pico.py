@@ -18,8 +18,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from .checkpoint_pico import FINDING, explained_load_errors, prefer_safetensors, read_config
 from .configuration_pico import check_backbone_options
+from .untrusted_pico import FINDING, explained_load_errors, prefer_safetensors, read_config
 
 
 # Special tokens before the patches (CLS, distillation token); registers are counted from the configuration.

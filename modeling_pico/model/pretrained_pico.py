@@ -9,7 +9,10 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .alignment_heads_pico import TokenProjection
-from .checkpoint_pico import (
+from .configuration_pico import PicoConfig
+from .prototypes_pico import StylePrototypes, StyleRates
+from .uncertainty_pico import UncertaintyPrototypes
+from .untrusted_pico import (
     CheckpointError,
     TensorSizeError,
     check_missing,
@@ -19,9 +22,6 @@ from .checkpoint_pico import (
     prefer_safetensors,
     read_config,
 )
-from .configuration_pico import PicoConfig
-from .prototypes_pico import StylePrototypes, StyleRates
-from .uncertainty_pico import UncertaintyPrototypes
 
 
 class PicoPreTrainedModel(PreTrainedModel):
