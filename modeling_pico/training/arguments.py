@@ -107,6 +107,8 @@ class PicoTrainingArguments(TrainingArguments):
             model on the same data again then only scores.
     """
 
+    _argument_group_name = "training"  # of the script's help
+
     learning_rate: float = field(default=2e-4, metadata={"help": "Learning rate of new layers."})
     logging_steps: float = field(
         default=0.02, metadata={"help": "Steps between two logs of the loss; below 1, a share of all steps."}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from types import NoneType
 from typing import Any, get_args
@@ -61,24 +61,16 @@ _PICO_OPTIONS = _options_of(PicoConfig)
 _CDDS_OPTIONS = _options_of(CddsConfig)
 _ModelOptions: Any = make_dataclass("_ModelOptions", [*_PICO_OPTIONS, *_CDDS_OPTIONS])
 
-# Towers made from scratch: what they are like where nothing else is said.
-VISION_TOWER = {
-    "vision_hidden_size": 96,
-    "vision_num_layers": 4,
-    "vision_num_heads": 4,
-    "image_size": 48,
-    "patch_size": 8,
-}
-TEXT_TOWER = {"text_hidden_size": 96, "text_num_layers": 2, "text_num_heads": 4, "vocab_size": 8000}
-
-
-def _tower_option(name: str, text: str) -> Any:
-    return field(default=None, metadata={"help": f"{text} (default: {(VISION_TOWER | TEXT_TOWER)[name]})"})
+# Options of towers from scratch, of use only where no checkpoint is given.
+VISION_TOWER = ("image_size", "patch_size", "vision_hidden_size", "vision_num_layers")
+TEXT_TOWER = ("text_hidden_size", "text_num_layers")
 
 
 @dataclass
 class ModelArguments(_ModelOptions):
     """What is trained. Options of the model that are left out keep their default, or the checkpoint's value."""
+
+    _argument_group_name = "model"
 
     method: str | None = field(
         default=None,
@@ -112,15 +104,12 @@ class ModelArguments(_ModelOptions):
     train_uncertainty_only: bool = field(
         default=False, metadata={"help": "Train the prototypes of the uncertainty alone; scores stay as they are."}
     )
-    image_size: int | None = _tower_option("image_size", "Side of the images in pixels")
-    patch_size: int | None = _tower_option("patch_size", "Side of a patch in pixels")
-    vision_hidden_size: int | None = _tower_option("vision_hidden_size", "Width of the vision tower")
-    vision_num_layers: int | None = _tower_option("vision_num_layers", "Layers of the vision tower")
-    vision_num_heads: int | None = _tower_option("vision_num_heads", "Attention heads of the vision tower")
-    text_hidden_size: int | None = _tower_option("text_hidden_size", "Width of the text tower")
-    text_num_layers: int | None = _tower_option("text_num_layers", "Layers of the text tower")
-    text_num_heads: int | None = _tower_option("text_num_heads", "Attention heads of the text tower")
-    vocab_size: int | None = _tower_option("vocab_size", "Largest vocabulary of the tokenizer trained on captions")
+    image_size: int = field(default=48, metadata={"help": "Tower from scratch: side of the images in pixels"})
+    patch_size: int = field(default=8, metadata={"help": "Tower from scratch: side of a patch in pixels"})
+    vision_hidden_size: int = field(default=96, metadata={"help": "Tower from scratch: width"})
+    vision_num_layers: int = field(default=4, metadata={"help": "Tower from scratch: layers"})
+    text_hidden_size: int = field(default=96, metadata={"help": "Tower from scratch: width"})
+    text_num_layers: int = field(default=2, metadata={"help": "Tower from scratch: layers"})
 
     def config_options(self, model_class: type[PicoModel]) -> dict[str, Any]:
         """The model's options that were given; ValueError for one that this type of model does not have."""
@@ -145,16 +134,12 @@ class ModelArguments(_ModelOptions):
             )
         return given
 
-    def tower_options(self, defaults: Mapping[str, int]) -> dict[str, int]:
-        """The options of a tower from scratch, completed by their defaults."""
-        return {
-            name: default if (value := getattr(self, name)) is None else value for name, default in defaults.items()
-        }
-
 
 @dataclass
 class DataArguments:
     """What is trained on and evaluated on."""
+
+    _argument_group_name = "data"
 
     dataset_name: str = field(
         default="styled_shapes",
@@ -213,88 +198,39 @@ class DataArguments:
     on_empty_captions: str = field(
         default="error", metadata={"help": "For images whose captions are all empty.", "choices": ["error", "skip"]}
     )
-    max_skipped: float = field(
-        default=0.5, metadata={"help": "Largest share of the rows that skip leaves out; more is an error."}
-    )
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that check images (default: this one alone)"}
     )
     min_crop_scale: float = field(default=1.0, metadata={"help": "Smallest area of random training crops; 1 is off."})
     random_flip: bool = field(default=False, metadata={"help": "Mirror half of the training images."})
-    plots: str = field(
-        default="auto",
-        metadata={
-            "help": "Draw pictures of the run into output_dir/plots; auto: where matplotlib is installed.",
-            "choices": ["auto", "true", "false"],
-        },
+    plots: bool = field(
+        default=True, metadata={"help": "Draw pictures of the run into output_dir/plots, if matplotlib is installed."}
     )
 
+    def __post_init__(self) -> None:
+        for name in ("max_train_samples", "max_eval_samples", "max_text_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, but got {value}.")
+        if self.seen_styles is not None and not self.style_report:
+            raise ValueError("--seen_styles is for the style report; give --style_report true as well.")
 
-# The help, from what one asks first. What is named nowhere, all of transformers' own but a few, is folded.
-_HEAD = "Options of the model. One that is left out keeps its default, or the checkpoint's value."
-_GROUPS: dict[str, tuple[str | None, Sequence[str]]] = {
-    "what is run": (
-        None,
-        ("output_dir", "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "seed", "use_cpu"),
-    ),
-    "model and method": (
-        None,
-        [item.name for item in fields(ModelArguments) if item.name not in VISION_TOWER | TEXT_TOWER],
-    ),
-    "towers from scratch, where no checkpoint is given": (None, [*VISION_TOWER, *TEXT_TOWER]),
-    "alignment head": (_HEAD, [option[0] for option in _PICO_OPTIONS]),
-    "alignment head of --method cdds": (None, [option[0] for option in _CDDS_OPTIONS]),
-    "data": (None, [item.name for item in fields(DataArguments)]),
-    "training": (
-        None,
-        [
-            *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-            *("gradient_cache_chunk_size", "learning_rate", "backbone_learning_rate", "lr_scheduler_type"),
-            *("warmup_steps", "weight_decay", "bf16", "caption_sampling", "gather_negatives", "hinge_warmup_epochs"),
-            *("non_finite_loss", "dataloader_num_workers"),
-        ],
-    ),
-    "staged construction of prototypes": (
-        None,
-        [
-            *("prototype_start", "prototype_update_start", "prototype_interval"),
-            *("reservoir_pairs", "feedback", "feedback_images", "feedback_kappa", "feedback_weight"),
-        ],
-    ),
-    "evaluation": (
-        None,
-        [
-            *("eval_split", "test_split", "max_eval_samples", "eval_strategy", "eval_steps", "eval_num_folds"),
-            *("per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model", "eval_cache_dir"),
-            *("style_report", "seen_styles", "uncertainty_reranking"),
-        ],
-    ),
-    "output and logging": (
-        None,
-        [
-            *("save_strategy", "save_steps", "save_total_limit", "logging_steps", "report_to", "disable_tqdm"),
-            *("plots", "push_to_hub", "hub_model_id", "hub_token"),
-        ],
-    ),
-}
-_HELP = {
-    "output_dir": "Folder of the run: model, checkpoints, results, card, pictures (default: trainer_output)",
-    "do_train": "Train on --train_split.",
-    "do_eval": "Evaluate on --eval_split.",
-    "do_predict": "Evaluate on --test_split.",
-    "resume_from_checkpoint": "true: go on from the last checkpoint in output_dir; auto: the same, or start anew "
-    "where there is none; or the folder of a checkpoint (default: start anew)",
-    "metric_for_best_model": "Metric of the best checkpoint (default: rsum)",
-    "save_total_limit": "Checkpoints that are kept, the best one among them (default: all)",
-    "hub_model_id": "Name of the repository on the Hub (default: that of output_dir)",
-}
-_FOLDED = "all other options of transformers' TrainingArguments"
+
+# The options of `TrainingArguments` that the help shows without --help-all.
+_USUAL = (
+    *("output_dir", "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "seed", "use_cpu"),
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
+    *("gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "bf16"),
+    *("dataloader_num_workers", "eval_strategy", "save_strategy", "save_total_limit", "load_best_model_at_end"),
+    *("metric_for_best_model", "report_to", "push_to_hub", "hub_model_id"),
+)
 
 
 def option_parser(show_all: bool = False) -> OptionParser:
     """The parser of the script; `show_all` is for the help."""
-    kinds = (ModelArguments, DataArguments, PicoTrainingArguments)
-    return OptionParser(kinds, _GROUPS, _FOLDED, _HELP, show_all)
+    own = inspect.get_annotations(PicoTrainingArguments).keys()
+    hidden = {item.name for item in fields(PicoTrainingArguments)} - own - set(_USUAL)
+    return OptionParser((ModelArguments, DataArguments, PicoTrainingArguments), () if show_all else hidden)
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PicoTrainingArguments]:
