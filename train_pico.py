@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None, callbacks: list[TrainerCallback] | N
         collator = PicoDataCollator(processor)
         splits = data.by_name(data_args)
         if training_args.should_log:
-            report_truncation(splits, processor, collator.max_length)
+            report_truncation(splits, processor.tokenizer, collator.max_length)
         secrets = find_secrets({**vars(model_args), **vars(data_args), **vars(training_args)})
         command = shlex.join(without_secrets(["accelerate", "launch", "train_pico.py", *argv], secrets))
         if training_args.process_index == 0:

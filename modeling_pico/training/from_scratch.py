@@ -8,24 +8,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import BertConfig, PreTrainedTokenizerFast, ViTConfig, ViTImageProcessorPil
 
 
-SPECIAL_TOKENS = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
+SPECIAL_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 8000, max_length: int = 64) -> PreTrainedTokenizerFast:
-    r"""
-    Trains a lower-casing WordPiece tokenizer of BERT's form; the same captions always give the same tokenizer.
-
-    Args:
-        captions (iterable of `str`): Training captions.
-        vocab_size (`int`, *optional*, defaults to 8000): Upper bound of the vocabulary.
-        max_length (`int`, *optional*, defaults to 64): Longest text in tokens, recorded as `model_max_length`.
-    """
+    """Trains a lower-casing WordPiece tokenizer of BERT's form; the same captions always give the same tokenizer."""
     normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     captions = list(captions)
     words = {

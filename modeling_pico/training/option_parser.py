@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -41,7 +41,9 @@ class OptionParser(HfArgumentParser):
             elif action.default not in (None, argparse.SUPPRESS, "", []):
                 action.help = f"{action.help} (default: {shown(action.default)})"
             kind: Any = action.type
-            if kind in (int, float) and NoneType in get_args(hints[action.dest]):
+            if dict in (kind, get_origin(kind)):
+                action.type = json.loads
+            elif kind in (int, float) and NoneType in get_args(hints[action.dest]):
                 action.type = _number_or_none(kind)
 
     def error(self, message: str) -> Any:

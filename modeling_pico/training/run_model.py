@@ -63,14 +63,8 @@ def find_checkpoint(args: PicoTrainingArguments) -> str | None:
 @dataclass
 class ModelPlan:
     """
-    What the model of a run will be.
-
-    Attributes:
-        args (`ModelArguments`): What was asked for.
-        model_class (`type[PicoModel]`): Its type.
-        config (`PicoConfig`): Its options; the backbones are those of the model only where it is a checkpoint of PICO.
-        options (`dict`): The options of its configuration that were given and are to be applied.
-        source (`str` or `None`): Checkpoint of PICO to load: the one to resume from, or `--model_name_or_path`.
+    What the model of a run will be: its type, the options of its configuration that were given, and the PICO
+    checkpoint to load (`source`), if any. The backbones of `config` are those of the model only where there is one.
     """
 
     args: ModelArguments
@@ -82,12 +76,9 @@ class ModelPlan:
     revision: dict[str, Any]
 
     def build(self, captions: Sequence[str] | None, data_args: DataArguments) -> tuple[PicoModel, PicoProcessor]:
-        r"""
-        Model and processor: from a PICO checkpoint, from pretrained backbones, from scratch, or a mixture.
-
-        Args:
-            captions (`Sequence[str]`, *optional*): What the tokenizer of a text tower from scratch is trained on.
-            data_args (`DataArguments`): Says how long texts may be.
+        """
+        Model and processor: from a PICO checkpoint, from pretrained backbones, from scratch, or a mixture. The
+        tokenizer of a text tower from scratch is trained on `captions`.
         """
         args = self.args
         if self.source is not None:

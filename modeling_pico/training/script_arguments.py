@@ -66,6 +66,10 @@ VISION_TOWER = ("image_size", "patch_size", "vision_hidden_size", "vision_num_la
 TEXT_TOWER = ("text_hidden_size", "text_num_layers")
 
 
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
 @dataclass
 class ModelArguments(_ModelOptions):
     """What is trained. Options of the model that are left out keep their default, or the checkpoint's value."""
@@ -82,34 +86,31 @@ class ModelArguments(_ModelOptions):
             "choices": list(METHODS),
         },
     )
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "PICO checkpoint, or a joint vision-language checkpoint such as CLIP; else two towers."},
+    model_name_or_path: str | None = _option(
+        None, "PICO checkpoint, or a joint vision-language checkpoint such as CLIP; else two towers."
     )
-    vision_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Vision checkpoint (ViT, Swin, ...) (default: a tower from scratch)"}
+    vision_model_name_or_path: str | None = _option(
+        None, "Vision checkpoint (ViT, Swin, ...) (default: a tower from scratch)"
     )
-    text_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Text checkpoint (BERT, MiniLM, ...) (default: a tower from scratch)"}
+    text_model_name_or_path: str | None = _option(
+        None, "Text checkpoint (BERT, MiniLM, ...) (default: a tower from scratch)"
     )
-    model_revision: str | None = field(default=None, metadata={"help": "Revision of the checkpoints (default: main)"})
-    use_safetensors: bool = field(
-        default=True, metadata={"help": "false reads pickles, which can run code, where there are no safetensors."}
+    model_revision: str | None = _option(None, "Revision of the checkpoints (default: main)")
+    use_safetensors: bool = _option(True, "false reads pickles, which can run code, where there are no safetensors.")
+    attn_implementation: str | None = _option(
+        None, "eager, sdpa, flash_attention_2, ... (default: what the backbone prefers)"
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa, flash_attention_2, ... (default: what the backbone prefers)"}
+    freeze_vision: bool = _option(False, "Do not train the vision backbone.")
+    freeze_text: bool = _option(False, "Do not train the text backbone.")
+    train_uncertainty_only: bool = _option(
+        False, "Train the prototypes of the uncertainty alone; scores stay as they are."
     )
-    freeze_vision: bool = field(default=False, metadata={"help": "Do not train the vision backbone."})
-    freeze_text: bool = field(default=False, metadata={"help": "Do not train the text backbone."})
-    train_uncertainty_only: bool = field(
-        default=False, metadata={"help": "Train the prototypes of the uncertainty alone; scores stay as they are."}
-    )
-    image_size: int = field(default=48, metadata={"help": "Tower from scratch: side of the images in pixels"})
-    patch_size: int = field(default=8, metadata={"help": "Tower from scratch: side of a patch in pixels"})
-    vision_hidden_size: int = field(default=96, metadata={"help": "Tower from scratch: width"})
-    vision_num_layers: int = field(default=4, metadata={"help": "Tower from scratch: layers"})
-    text_hidden_size: int = field(default=96, metadata={"help": "Tower from scratch: width"})
-    text_num_layers: int = field(default=2, metadata={"help": "Tower from scratch: layers"})
+    image_size: int = _option(48, "Tower from scratch: side of the images in pixels")
+    patch_size: int = _option(8, "Tower from scratch: side of a patch in pixels")
+    vision_hidden_size: int = _option(96, "Tower from scratch: width")
+    vision_num_layers: int = _option(4, "Tower from scratch: layers")
+    text_hidden_size: int = _option(96, "Tower from scratch: width")
+    text_num_layers: int = _option(2, "Tower from scratch: layers")
 
     def config_options(self, model_class: type[PicoModel]) -> dict[str, Any]:
         """The model's options that were given; ValueError for one that this type of model does not have."""
@@ -141,71 +142,46 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    dataset_name: str = field(
-        default="styled_shapes",
-        metadata={
-            "help": "Hub id, folder (parquet, images with metadata.jsonl, caption files), Karpathy's JSON, or "
-            "styled_shapes, which is generated."
-        },
+    dataset_name: str = _option(
+        "styled_shapes",
+        "Hub id, folder (parquet, images with metadata.jsonl, caption files), Karpathy's JSON, or styled_shapes, "
+        "which is generated.",
     )
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of a Hub data set (default: its only one)"}
-    )
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_split: str = field(default="validation", metadata={"help": "Split for selection and feedback."})
+    dataset_config_name: str | None = _option(None, "Configuration of a Hub data set (default: its only one)")
+    train_split: str = _option("train", "Split to train on.")
+    eval_split: str = _option("validation", "Split for selection and feedback.")
     test_split: list[str] = field(
         default_factory=lambda: ["test"], metadata={"help": "Splits that --do_predict reports, never selects on."}
     )
-    image_column: str | None = field(default=None, metadata={"help": "Column with images (default: image)"})
-    caption_column: str | None = field(
-        default=None,
-        metadata={"help": "Column with a caption or a list of captions (default: the one that is named like it)"},
+    image_column: str | None = _option(None, "Column with images (default: image)")
+    caption_column: str | None = _option(
+        None, "Column with a caption or a list of captions (default: the one that is named like it)"
     )
-    id_column: str | None = field(
-        default=None, metadata={"help": "Column with the identity of the meaning (default: every image its own)"}
+    id_column: str | None = _option(None, "Column with the identity of the meaning (default: every image its own)")
+    style_column: str | None = _option(None, "Column with the style (default: style)")
+    style_report: bool = _option(
+        False,
+        "With --do_predict: also report on all test splits together how retrieval depends on the style of the images "
+        "(style_report.json, style_report.md).",
     )
-    style_column: str | None = field(default=None, metadata={"help": "Column with the style (default: style)"})
-    style_report: bool = field(
-        default=False,
-        metadata={
-            "help": "With --do_predict: also report on all test splits together how retrieval depends on the style of "
-            "the images (style_report.json, style_report.md)."
-        },
+    seen_styles: list[str] | None = _option(
+        None, "Styles that training has shown, for the style report (default: those that this run trains on)"
     )
-    seen_styles: list[str] | None = field(
-        default=None,
-        metadata={"help": "Styles that training has shown, for the style report (default: those of --train_split)"},
+    image_dir: str | None = _option(None, "Folder that image paths are relative to (default: that of the data)")
+    cache_dir: str | None = _option(None, "Cache folder of downloaded data (default: that of datasets)")
+    max_train_samples: int | None = _option(None, "Use the first images only (default: all)")
+    max_eval_samples: int | None = _option(None, "Use the first images only (default: all)")
+    max_text_length: int | None = _option(
+        None, "Longest caption in tokens; the rest is cut (default: what tokenizer and tower take)"
     )
-    image_dir: str | None = field(
-        default=None, metadata={"help": "Folder that image paths are relative to (default: that of the data)"}
+    on_bad_image: str = _option(
+        "error", "error: stop before training and list them; skip: leave them out.", choices=["error", "skip"]
     )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Cache folder of downloaded data (default: that of datasets)"}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first images only (default: all)"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first images only (default: all)"})
-    max_text_length: int | None = field(
-        default=None,
-        metadata={"help": "Longest caption in tokens; the rest is cut (default: what tokenizer and tower take)"},
-    )
-    on_bad_image: str = field(
-        default="error",
-        metadata={
-            "help": "error: stop before training and list them; skip: leave them out.",
-            "choices": ["error", "skip"],
-        },
-    )
-    on_empty_captions: str = field(
-        default="error", metadata={"help": "For images whose captions are all empty.", "choices": ["error", "skip"]}
-    )
-    preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Processes that check images (default: this one alone)"}
-    )
-    min_crop_scale: float = field(default=1.0, metadata={"help": "Smallest area of random training crops; 1 is off."})
-    random_flip: bool = field(default=False, metadata={"help": "Mirror half of the training images."})
-    plots: bool = field(
-        default=True, metadata={"help": "Draw pictures of the run into output_dir/plots, if matplotlib is installed."}
-    )
+    on_empty_captions: str = _option("error", "For images whose captions are all empty.", choices=["error", "skip"])
+    preprocessing_num_workers: int | None = _option(None, "Processes that check images (default: this one alone)")
+    min_crop_scale: float = _option(1.0, "Smallest area of random training crops; 1 is off.")
+    random_flip: bool = _option(False, "Mirror half of the training images.")
+    plots: bool = _option(True, "Draw pictures of the run into output_dir/plots, if matplotlib is installed.")
 
     def __post_init__(self) -> None:
         for name in ("max_train_samples", "max_eval_samples", "max_text_length"):

@@ -236,9 +236,7 @@ def time_limit(seconds: int) -> Iterator[None]:
 def reports() -> Iterator[list[str]]:
     """Collects the warnings of the package."""
     found: list[str] = []
-    modules = [
-        importlib.import_module(f"modeling_pico.data.{name}") for name in ("images", "sources", "caption_files")
-    ]
+    modules = [importlib.import_module(f"modeling_pico.data.{name}") for name in ("images", "sources")]
     for module in modules:
         module.logger.warning = found.append
     try:
@@ -250,10 +248,8 @@ def reports() -> Iterator[list[str]]:
 
 def load(options: dict[str, Any], folder: Path) -> CaptionedImageDataset:
     """As `train_pico.py` loads a split that may leave out rows."""
-    rows = load_captioned_images(
-        split="train", cache_dir=str(folder / "cache"), on_empty_captions="skip", max_skipped=1.0, **options
-    )
-    return CaptionedImageDataset(check_images(rows, "skip", max_skipped=1.0))
+    rows = load_captioned_images(split="train", cache_dir=str(folder / "cache"), on_empty_captions="skip", **options)
+    return CaptionedImageDataset(check_images(rows, "skip"))
 
 
 def counted(messages: list[str]) -> tuple[int, int]:
