@@ -12,7 +12,7 @@ import datasets
 import pyarrow as pa
 import torch
 from PIL import Image
-from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
+from torch.utils.data import Dataset, IterableDataset
 
 from ..model.image_decoding_pico import decode_image
 
@@ -124,80 +124,33 @@ class CaptionedImageDataset(Dataset):
         return {"image": image, "caption": item["captions"][key.caption], "image_id": image_id}
 
 
-class _Joined(CaptionedImageDataset):
-    """Rows of several captioned data sets, each read by the data set it comes from, with ids that hold for all."""
-
-    def __init__(self, places: list[tuple[CaptionedImageDataset, int]]) -> None:
-        parts = list(dict.fromkeys(part for part, _ in places))
-        columns = ["image", "captions", "image_id"] + ["style"] * all(part.styles is not None for part in parts)
-        starts, rows = {}, 0
-        for part in parts:
-            starts[part], rows = rows, rows + len(part)
-        table = datasets.concatenate_datasets([part.dataset.select_columns(columns) for part in parts])
-        super().__init__(table.select([starts[part] + row for part, row in places]))
-        self._places = places
-
-    def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
-        row = key.row if isinstance(key, SampleKey) else int(key)
-        part, place = self._places[row]
-        sample = part[key._replace(row=place) if isinstance(key, SampleKey) else place]
-        own = {"image_id": int(self.ids[row])}
-        return {**sample, **own} if isinstance(key, SampleKey) else {**sample, **own, "row": row % len(self)}
-
-
 def as_captioned(dataset: Any) -> CaptionedImages:
     """
     Gives a data set the form that training and evaluation ask for.
 
-    Rows of a `Subset` and of a `ConcatDataset` keep the transform of the data set they come from. Equal ids in two
-    parts are one meaning; those that [`load_captioned_images`] makes up differ wherever images do.
-
     Args:
-        dataset ([`CaptionedImageDataset`], `datasets.Dataset`, `Subset` or `ConcatDataset` of these):
+        dataset ([`CaptionedImageDataset`] or `datasets.Dataset`):
             A `datasets.Dataset` needs the columns of [`CaptionedImageDataset`]. Data sets of one's own are taken as
             they are if they have what [`CaptionedImages`] names.
 
-    Returns:
-        [`CaptionedImageDataset`], or the data set of one's own.
-
     Raises:
-        ValueError: for any other type; streams cannot be asked for a row.
+        ValueError: for any other type.
     """
     if isinstance(dataset, CaptionedImages):
         return dataset
     if isinstance(dataset, datasets.Dataset):
         return CaptionedImageDataset(dataset)
-    if isinstance(dataset, (Subset, ConcatDataset)):
-        places = _places(dataset)
-        if not places:
-            raise ValueError(f"The {type(dataset).__name__} holds no rows.")
-        return _Joined(places)
+    name = type(dataset).__name__
     if isinstance(dataset, (datasets.IterableDataset, IterableDataset)):
         raise ValueError(
-            f"{type(dataset).__name__} is a stream, which cannot be asked for a row: batches in which every meaning "
-            "occurs once, and rankings over a whole set, need all rows. Load it without `streaming=True`."
+            f"{name} is a stream, which cannot be asked for a row: batches in which every meaning occurs once, and "
+            "rankings over a whole set, need all rows. Load it without `streaming=True`."
         )
     raise ValueError(
-        f"{type(dataset).__name__} holds no captioned images. Give a CaptionedImageDataset, a datasets.Dataset with "
-        "the columns `image`, `captions` and `image_id` (`load_captioned_images` makes them), or a Subset or "
-        "ConcatDataset of these."
+        f"{name} holds no captioned images. Give a CaptionedImageDataset or a datasets.Dataset with the columns "
+        "`image`, `captions` and `image_id` (`load_captioned_images` makes them); parts of one are made by its "
+        "`select`, several are joined by `datasets.concatenate_datasets`."
     )
-
-
-def _places(dataset: Any) -> list[tuple[CaptionedImageDataset, int]]:
-    """Where each row of a data set made of others comes from."""
-    if isinstance(dataset, Subset):
-        places = _places(dataset.dataset)
-        return [places[index] for index in dataset.indices]
-    if isinstance(dataset, ConcatDataset):
-        return [place for part in dataset.datasets for place in _places(part)]
-    captioned = as_captioned(dataset)
-    if not isinstance(captioned, CaptionedImageDataset):
-        raise ValueError(
-            f"A Subset or ConcatDataset must be of CaptionedImageDataset or datasets.Dataset, not of "
-            f"{type(dataset).__name__}."
-        )
-    return [(captioned, row) for row in range(len(captioned))]
 
 
 def _check_types(dataset: datasets.Dataset) -> None:

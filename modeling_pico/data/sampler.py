@@ -49,7 +49,7 @@ class UniqueIdBatchSampler(Sampler[list[SampleKey]]):
             attribute and would otherwise discard the shorter batches.
 
     Raises:
-        ValueError: for an argument out of range, or when there are fewer ids than samples in a global batch.
+        ValueError: for a batch of one sample, or when there are fewer ids than samples in a global batch.
     """
 
     def __init__(
@@ -66,21 +66,12 @@ class UniqueIdBatchSampler(Sampler[list[SampleKey]]):
         # Copies, not views: handing a data set to a worker that is not forked moves its tensors to shared memory and
         # frees the memory that a view would go on reading.
         row_ids, self._num_captions = (np.asarray(values).astype(np.int64) for values in (ids, num_captions))
-        if row_ids.ndim != 1 or row_ids.shape != self._num_captions.shape:
-            raise ValueError(
-                f"`ids` and `num_captions` must be vectors of one length, got shapes {row_ids.shape} and "
-                f"{self._num_captions.shape}."
-            )
         if (self._num_captions < 1).any():
             raise ValueError(f"Every row needs a caption; row {int(self._num_captions.argmin())} has none.")
-        if captions not in ("random", "all"):
-            raise ValueError(f"`captions` must be 'random' or 'all', got {captions!r}.")
         if batch_size < SMALLEST_BATCH:
             raise ValueError(
                 f"`batch_size` must be at least {SMALLEST_BATCH} (one sample has no negatives), got {batch_size}."
             )
-        if num_processes < 1 or seed < 0:
-            raise ValueError(f"`num_processes` must be positive and `seed` not negative, got {num_processes}, {seed}.")
 
         unique, codes = np.unique(row_ids, return_inverse=True)
         self._global_size = batch_size * num_processes

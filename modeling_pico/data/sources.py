@@ -38,7 +38,8 @@ _NOT_PRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
 _FILE_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 _TABLES = (".csv", ".tsv", ".txt")
-_IMAGE_NAME = re.compile(r"\.(jpe?g|png|gif|webp)\b", re.IGNORECASE)
+# What no column is called: names of images, unprintable characters.
+_NO_NAME = re.compile(rf"\.(jpe?g|png|gif|webp)\b|{_NOT_PRINTABLE.pattern}", re.IGNORECASE)
 # From here on floating-point numbers skip integers: two ids may have become one.
 _FIRST_INEXACT = 2.0**53
 
@@ -75,9 +76,9 @@ def load_captioned_images(
 
     1. `"styled_shapes"`: the generated data of [`styled_shapes`] (a folder of that name is `"./styled_shapes"`).
     2. A file: `.json` in the layout of Karpathy's splits (`dataset_flickr30k.json`, `dataset_coco.json`) or of COCO
-       (`captions_val2017.json`), or any parquet, JSON, JSON lines or CSV file, also with tabs, semicolons or bars
-       between its columns and also as `.txt` (`captions.txt` of Flickr8k, `results.csv` of Flickr30k). All columns of
-       a CSV file are text.
+       (`captions_val2017.json`); any parquet, JSON, JSON lines or CSV file, the latter also with tabs, semicolons or
+       bars between its columns and also as `.txt` (`captions.txt` of Flickr8k, `results.csv` of Flickr30k). All
+       columns of a CSV file are text.
     3. A folder written by `save_to_disk`.
     4. `{name}/{split}_caps.txt` or `{name}_{split}_caps.txt` (`"data/f30k"` for `data/f30k_test_caps.txt`), with the
        ids of the images in `..._ids.txt` (one a caption, or one an image with five captions each) and their files in
@@ -85,19 +86,16 @@ def load_captioned_images(
     5. Everything else is found as `datasets.load_dataset` finds it: a local folder (parquet files, CSV files, images
        with `metadata.jsonl` or `metadata.csv`), a name on the Hub, or the name of a builder with `data_files`.
 
-    If the source knows a single split and its rows have a column `split`, that column says which rows are which. A
-    single file without such a column is the split that its name says (`test.csv`), or `train`; the same rows are never
-    handed out as two splits. `val`, `valid`, `dev` and `validation` are the same, and so are `train` and `training`,
-    `test` and `testing`.
+    If the source knows a single split, its column `split` says which rows are which. Without one, a file is the split
+    that its name says (`test.csv`), or `train`; the same rows are never handed out as two splits. Usual names are
+    understood (`val` and `dev` for `validation`).
 
     Rows that show the same image (the same bytes, or without bytes the same path, and the same id if there is an
-    `id_column`) become one row with all their captions, at the place of the first. Rows with one id but different
-    images stay separate: they mean the same and look different.
+    `id_column`) become one row with all their captions, at the place of the first.
 
-    Captions are stripped, and control characters in them become spaces. Empty ones, also those without a visible
-    character, are dropped with a warning. A text with line breaks may be one caption or several: each line of a text
-    file of a WebDataset is a caption, in a list of captions line breaks become spaces with a warning, and elsewhere
-    they are refused.
+    Captions are stripped, and control characters in them become spaces. Empty ones are dropped with a warning. Each
+    line of a text file of a WebDataset is a caption; in a list of captions line breaks become spaces with a warning,
+    and elsewhere they are refused, as a text with line breaks may be one caption or several.
 
     Images must lie in the folder of the data, in `image_dir`, or in the caches of `datasets` and `huggingface_hub`:
     paths that lead elsewhere, be it by `..`, as absolute paths or behind symbolic links, are refused.
@@ -117,8 +115,7 @@ def load_captioned_images(
         id_column (`str`, *optional*):
             Column with the identity of the meaning. Without it each image is a meaning of its own, except in the
             sources that have ids (1, 4, and the layouts of Karpathy and COCO). Ids that are not from a column differ
-            between different images of all sources, so that loaded sets can be concatenated; those of a column are
-            kept as they are.
+            between different images of all sources, so that loaded sets can be concatenated.
         style_column (`str`, *optional*):
             Column with the name of the style. Defaults to `"style"` if that exists.
         image_dir (`str`, *optional*):
@@ -248,14 +245,10 @@ def _read_table(path: Path) -> datasets.Dataset:
             rows = [(reader.line_num, row) for row in reader if row]
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"Cannot read {str(path)!r}: {error}.") from error
-    if not names or len(set(names)) < len(names) or any(_NOT_PRINTABLE.search(name) for name in names):
+    if not names or len(set(names)) < len(names) or any(_NO_NAME.search(name) for name in names):
         raise ValueError(
-            f"The first line of {str(path)!r} must name the columns, each once; it holds {str(names)[:80]}."
-        )
-    if any(_IMAGE_NAME.search(name) for name in names):
-        raise ValueError(
-            f"The first line of {str(path)!r} must name the columns (for example `image,caption`), but holds a row: "
-            f"{str(names)[:80]}."
+            f"The first line of {str(path)!r} must name the columns (for example `image,caption`), each once; it "
+            f"holds {str(names)[:80]}."
         )
     if separator == "|":  # which is written with spaces around it
         names, rows = [name.strip() for name in names], [(line, [f.strip() for f in row]) for line, row in rows]
@@ -271,11 +264,8 @@ def _read_table(path: Path) -> datasets.Dataset:
 
 
 def _from_rows(rows: list[dict[str, Any]]) -> datasets.Dataset:
-    features = datasets.Features(
-        image=datasets.Value("string"),
-        captions=datasets.List(datasets.Value("string")),
-        image_id=datasets.Value("string"),
-    )
+    text = datasets.Value("string")
+    features = datasets.Features(image=text, captions=datasets.List(text), image_id=text)
     return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
 
 
@@ -289,7 +279,7 @@ def _load(builder: str, source: str, **options: Any) -> dict[str, datasets.Datas
             splits = found.as_dataset()
     except OSError:  # what does not exist or cannot be reached
         raise
-    except Exception as error:  # its readers of files fail in many ways when these are not as they should be
+    except Exception as error:  # readers of files fail in many ways
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
         cause = error.__cause__ if generating and error.__cause__ is not None else error
         reason = f"{type(cause).__name__}: {cause}" if str(cause) else "it holds no rows"
