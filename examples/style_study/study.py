@@ -139,7 +139,7 @@ def train(
     if model.uncertainty_prototypes is not None:
         found["reranked"] = {name: [metrics[name]["reranked_rsum"]] for name in splits}
         sides = ("image_to_text", "text_to_image")
-        # Risk of the queries kept by certainty, and of all: what an order by lot has.
+        # Risk of the queries kept by certainty, and of all: what a random order has.
         found["aurc"] = {
             name: {side: [of[f"{side}_aurc"], 100 - of[f"{side}_recall_at_1"]] for side in sides}
             for name, of in metrics.items()
@@ -430,14 +430,14 @@ def _ranks(what: str, first: Runs, second: Runs, splits: list[str]) -> list[str]
 
 
 def _areas(records: list[dict[str, Any]]) -> list[str]:
-    """A table of the areas under the risk-coverage curves, image to text / text to image, by lot in brackets."""
+    """A table of the areas under the risk-coverage curves, image to text / text to image, that of a random order in brackets."""
     groups: dict[tuple[str, str], list[dict]] = defaultdict(list)
     for record in records:
         for split, areas in record.get("aurc", {}).items():
             groups[record["variant"], split].append(areas)
     if not groups:
         return []
-    lines = ["\nAURC at 1 (by lot), lower is better\n", "| variant | split | seeds | image → text | text → image |"]
+    lines = ["\nAURC at 1 (of a random order), lower is better\n", "| variant | split | seeds | image → text | text → image |"]
     lines.append("| --- | --- | ---: | ---: | ---: |")
     for names, runs in groups.items():
         cells = [
