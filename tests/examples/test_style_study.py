@@ -310,7 +310,12 @@ def test_bound_measures_gates_on_the_meanings_they_were_not_fitted_to(study, set
 def test_a_gate_that_is_fitted_learns_and_is_then_used(study):
     import bound
 
+    from modeling_pico import image_text_loss, pair_scores
     from modeling_pico.evaluation.evaluator import EncodedRetrieval
+
+    def pair_loss(*sides, image_ids):
+        scores = pair_scores(*sides)
+        return image_text_loss(scores, scores.T, image_ids=image_ids, logit_scale=10.0)
 
     generator = torch.Generator().manual_seed(0)
     # Half of the features tell the meanings apart, the others are larger and say nothing.
@@ -328,7 +333,7 @@ def test_a_gate_that_is_fitted_learns_and_is_then_used(study):
         gate = bound.Gate(kind, 16)
         start, weights = gate(images, mask, "image")
         assert torch.equal(start, images) and torch.equal(weights, torch.ones(16, 16))
-        bound.fit(gate, encoded, 10.0, 60, 16)
+        bound.fit(gate, encoded, pair_loss, 60, 16)
         _, weights = gate(images, mask, "image")
         assert weights[:, :8].mean() > weights[:, 8:].mean() + 0.1, kind
 
