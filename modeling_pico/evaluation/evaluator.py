@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather
 from torch import nn
 from transformers.utils import logging
 
 from ..data.dataset import count_shared_captions
+from ..distributed import gather, gather_rows
 from ..model.modeling_pico import PicoModel
 from .retrieval_metrics import (
     TIE_TOLERANCE,
@@ -461,33 +461,6 @@ def _blocks(ids: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, si
     return blocks
 
 
-def own_rows(num_images: int) -> range:
-    """This process's contiguous block of the images; ValueError if there are fewer images than processes."""
-    state = PartialState()
-    processes, process = state.num_processes, state.process_index
-    if num_images < processes:
-        # Raised on every process: the ones with images would wait for ever for the others.
-        raise ValueError(f"The evaluation set has {num_images} images, fewer than the {processes} processes.")
-    return range(num_images * process // processes, num_images * (process + 1) // processes)
-
-
-def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """
-    Concatenates a tensor of all processes along its first dimension; the first two dimensions may differ between
-    processes, the second is padded with zeros.
-    """
-    if PartialState().num_processes == 1:
-        return tensor
-    sizes = gather(torch.tensor([tensor.shape[:2]], device=tensor.device))
-    counts = sizes[:, 0].tolist()
-    # Not `pad_across_processes`, which makes integers of the booleans that it pads, on that process alone.
-    padded = tensor.new_zeros((*sizes.amax(dim=0).tolist(), *tensor.shape[2:]))
-    padded[tuple(slice(size) for size in tensor.shape[:2])] = tensor
-    # No `split`, which cannot cut a tensor without rows.
-    blocks = gather(padded).unflatten(0, (len(counts), max(counts)))
-    return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
-
-
 def concatenate_padded(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Concatenates along the first dimension; the second may differ and is padded with zeros."""
     if tensors[0].dim() == 1:
@@ -506,7 +479,5 @@ __all__ = [
     "EncodedRetrieval",
     "RetrievalEvaluator",
     "concatenate_padded",
-    "gather_rows",
-    "own_rows",
     "score_ready",
 ]

@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
 from ..data import PicoDataCollator, as_captioned
+from ..distributed import gather_rows, own_rows
 from ..markdown import escape_markdown, signed_number
 from ..model.modeling_pico import PicoModel
 from ..model.processing_pico import PicoProcessor
 from ..model.scoring_pico import pair_scores
-from .evaluator import EncodedRetrieval, RetrievalEvaluator, gather_rows, own_rows, score_ready
+from .evaluator import EncodedRetrieval, RetrievalEvaluator, score_ready
 from .retrieval_metrics import RECALL_LEVELS, TIE_TOLERANCE, chance_rsum, retrieval_metrics
 from .style_alignment import match_moments
 from .style_probe import StyleProbe, probe_styles
