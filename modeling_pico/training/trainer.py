@@ -17,8 +17,8 @@ from transformers.trainer_utils import BestRun, TrainOutput
 from transformers.utils import logging
 
 from ..data import CaptionedImageDataset, PicoDataCollator, UniqueIdBatchSampler, as_captioned
-from ..distributed import gather_batch
-from ..evaluation.evaluator import RetrievalEvaluator, gather_rows, own_rows
+from ..distributed import gather_batch, gather_rows, own_rows
+from ..evaluation.evaluator import RetrievalEvaluator
 from ..model.backbones_pico import limit_text_length
 from ..model.loss_pico import image_text_loss
 from ..model.modeling_pico import PicoOutput
