@@ -76,7 +76,7 @@ def train(
     from transformers import TrainerCallback, set_seed
 
     from modeling_pico import PicoTrainer, PicoTrainingArguments, RetrievalEvaluator, match_moments
-    from modeling_pico.evaluation import EncodedRetrieval, UncertaintyReranking
+    from modeling_pico.evaluation import EncodedRetrieval
 
     torch.set_num_threads(1)
     # Feedback comes from `validation`, whatever is reported.
@@ -134,7 +134,6 @@ def train(
             found["parameters"] = model.num_parameters()
     if model.uncertainty_prototypes is not None:
         found["reranking"] = trainer.learn_uncertainty_reranking()
-        evaluator.reranking = UncertaintyReranking.from_config(model.config)
     metrics = evaluate()
     if model.uncertainty_prototypes is not None:
         found["reranked"] = {name: [metrics[name]["reranked_rsum"]] for name in splits}
