@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from accelerate.utils import gather_object
 from datasets import concatenate_datasets
 from datasets.utils import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +17,7 @@ from ..data import (
     check_images,
     load_captioned_images,
 )
+from ..distributed import gather_object
 from ..evaluation.style_report import order_styles
 from .arguments import PicoTrainingArguments
 from .run_record import fingerprint
