@@ -23,20 +23,21 @@ from transformers import TrainerCallback, set_seed
 from modeling_pico.data import PicoDataCollator
 from modeling_pico.model.backbones_pico import limit_text_length
 from modeling_pico.plots import has_matplotlib, save_run_plots
-from modeling_pico.training import PicoTrainer
-from modeling_pico.training.checkpoint_files import write_text
-from modeling_pico.training.run_data import Data, check_data_arguments, load_data, report_truncation
-from modeling_pico.training.run_lock import sole_run
-from modeling_pico.training.run_model import find_checkpoint, plan_model
-from modeling_pico.training.run_output import (
+from modeling_pico.script.arguments import parse_arguments
+from modeling_pico.script.data import Data, check_data_arguments, load_data, report_truncation
+from modeling_pico.script.model import find_checkpoint, plan_model
+from modeling_pico.script.output import (
     OneLineErrors,
     ignore_closed_streams,
     never_fatal,
     set_up_logging,
     shorten_logs,
 )
-from modeling_pico.training.run_record import describe_run, find_secrets, without_secrets, write_run_record
-from modeling_pico.training.script_arguments import parse_arguments
+from modeling_pico.script.record import describe_run, write_run_record
+from modeling_pico.training import PicoTrainer
+from modeling_pico.training.checkpoint_files import write_text
+from modeling_pico.training.run_lock import sole_run
+from modeling_pico.training.secrets import find_secrets, without_secrets
 
 
 def main(argv: Sequence[str] | None = None, callbacks: list[TrainerCallback] | None = None) -> dict[str, float]:

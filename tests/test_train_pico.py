@@ -22,16 +22,15 @@ import train_pico
 from modeling_pico import PicoConfig, PicoModel, PicoProcessor
 from modeling_pico.data import CaptionedImageDataset
 from modeling_pico.model.backbones_pico import build_backbone
-from modeling_pico.training.run_data import check_processes
-from modeling_pico.training.run_output import OneLineErrors, main_metrics
-from modeling_pico.training.run_record import (
+from modeling_pico.script.data import check_processes
+from modeling_pico.script.output import OneLineErrors, main_metrics
+from modeling_pico.script.record import (
     describe_run,
-    find_secrets,
     fingerprint,
     git_state,
-    without_secrets,
     write_run_record,
 )
+from modeling_pico.training.secrets import find_secrets, without_secrets
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,7 +74,7 @@ def data(tmp_path_factory) -> str:
 def messages(monkeypatch) -> list[str]:
     """Warnings of the script and of the data package."""
     seen: list[str] = []
-    for name in ("modeling_pico.training.run_data", "modeling_pico.data.images", "modeling_pico.data.sources"):
+    for name in ("modeling_pico.script.data", "modeling_pico.data.images", "modeling_pico.data.sources"):
         monkeypatch.setattr(sys.modules[name].logger, "warning", seen.append)
     return seen
 
@@ -325,7 +324,7 @@ def test_auto_starts_anew_and_continues(data, tmp_path):
 
 def test_errors_of_card_and_pictures_cost_neither_model_nor_results(data, tmp_path, monkeypatch):
     errors: list[str] = []
-    monkeypatch.setattr("modeling_pico.training.run_output.logger.exception", errors.append)
+    monkeypatch.setattr("modeling_pico.script.output.logger.exception", errors.append)
 
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
@@ -486,7 +485,7 @@ def test_processes_with_other_data_are_refused_before_the_model_is_built(data, t
     }
     for words, other in others.items():
         there = {"train": (len(other), fingerprint(CaptionedImageDataset(other), images=False))}
-        monkeypatch.setattr("modeling_pico.training.run_data.gather_object", lambda own, there=there: [*own, there])
+        monkeypatch.setattr("modeling_pico.script.data.gather_object", lambda own, there=there: [*own, there])
         with pytest.raises(ValueError, match=f"the split 'train' of process 1 has {words}"):
             check_processes(split(rows))
     monkeypatch.setattr("train_pico.plan_model", lambda *args: SimpleNamespace(config=PicoConfig()))  # builds nothing

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from .run_record import find_secrets, without_secrets
+from .secrets import find_secrets, without_secrets
 
 
 FEEDBACKS = ("counterfactual", "epoch_delta", "constant")

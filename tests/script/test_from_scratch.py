@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer
 
-from modeling_pico.training.from_scratch import (
+from modeling_pico.script.from_scratch import (
     small_image_processor,
     small_text_config,
     small_vision_config,

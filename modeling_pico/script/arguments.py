@@ -18,7 +18,7 @@ from ..model.configuration_cdds import CddsConfig
 from ..model.configuration_pico import CHOICES, PICO_LITERAL, PicoConfig
 from ..model.modeling_cdds import CddsModel
 from ..model.modeling_pico import PicoModel
-from .arguments import PicoTrainingArguments
+from ..training.arguments import PicoTrainingArguments
 from .option_parser import OptionParser, shown
 
 

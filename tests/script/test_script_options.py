@@ -13,12 +13,12 @@ import pytest
 from transformers import PreTrainedConfig, TrainingArguments
 
 from modeling_pico import PICO_LITERAL, CddsConfig, PicoModel
+from modeling_pico.script.arguments import DataArguments, ModelArguments, option_parser, parse_arguments
+from modeling_pico.script.model import plan_model
 from modeling_pico.training import PicoTrainingArguments
-from modeling_pico.training.run_model import plan_model
-from modeling_pico.training.script_arguments import DataArguments, ModelArguments, option_parser, parse_arguments
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def write(path: Path, text: str) -> str:

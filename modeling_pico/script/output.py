@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.utils import logging as hf_logging
 
-from .run_record import without_secrets
+from ..training.secrets import without_secrets
 
 
 logger = hf_logging.get_logger(__name__)

@@ -19,9 +19,9 @@ from ..data import (
 )
 from ..distributed import gather_object
 from ..evaluation.style_report import order_styles
-from .arguments import PicoTrainingArguments
-from .run_record import fingerprint
-from .script_arguments import DataArguments
+from ..training.arguments import PicoTrainingArguments
+from .arguments import DataArguments
+from .record import fingerprint
 
 
 logger = logging.get_logger(__name__)

@@ -16,8 +16,10 @@ from ..model.backbones_pico import build_backbone, load_backbone
 from ..model.configuration_pico import PicoConfig
 from ..model.modeling_pico import PicoModel
 from ..model.processing_pico import PicoProcessor
-from .arguments import PicoTrainingArguments
-from .checkpoint_files import check_resumable, clean_up, is_complete, last_checkpoint
+from ..training.arguments import PicoTrainingArguments
+from ..training.checkpoint_files import check_resumable, clean_up, is_complete, last_checkpoint
+from ..training.secrets import without_secrets
+from .arguments import METHODS, TEXT_TOWER, VISION_TOWER, DataArguments, ModelArguments
 from .from_scratch import (
     check_division,
     small_image_processor,
@@ -26,8 +28,7 @@ from .from_scratch import (
     train_tokenizer,
 )
 from .option_parser import shown
-from .run_record import RUN_RECORD, without_secrets
-from .script_arguments import METHODS, TEXT_TOWER, VISION_TOWER, DataArguments, ModelArguments
+from .record import RUN_RECORD
 
 
 # Options of the model that a resumed run may be given anew: how its first checkpoints were read.
