@@ -6,7 +6,6 @@ import csv
 import glob
 import hashlib
 import json
-import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from huggingface_hub import constants as hub_constants
 from transformers.utils import logging
 
 from .caption_files import find_caption_files, has_image_list, read_caption_files, read_image_list
+from .columns import column_strings, column_values
 from .images import image_keys, iter_encoded, refuse_if_most
 from .paths import Fence, place_paths
 from .splits import choose_split, split_of_file
@@ -40,8 +40,6 @@ _FILE_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 _TABLES = (".csv", ".tsv", ".txt")
 # What no column is called: names of images, unprintable characters.
 _NO_NAME = re.compile(rf"\.(jpe?g|png|gif|webp)\b|{_NOT_PRINTABLE.pattern}", re.IGNORECASE)
-# From here on floating-point numbers skip integers: two ids may have become one.
-_FIRST_INEXACT = 2.0**53
 
 
 class _Source(NamedTuple):
@@ -154,8 +152,8 @@ def load_captioned_images(
     caption_column = _column(dataset, "caption", caption_column, CAPTION_COLUMNS)
     # The text file of a WebDataset holds a caption a line.
     texts = _caption_lists(dataset, caption_column, in_lines=dataset.info.builder_name == "webdataset")
-    ids = _strings(dataset, "id", id_column) if id_column else None
-    styles = _strings(dataset, "style", style_column) if style_column else None
+    ids = column_strings(dataset, _column(dataset, "id", id_column)) if id_column else None
+    styles = column_strings(dataset, _column(dataset, "style", style_column)) if style_column else None
     images = _image_table(source, image_column)
 
     keys = list(image_keys(images))
@@ -333,7 +331,7 @@ def _column(dataset: datasets.Dataset, kind: str, named: str | None, usual: Sequ
 def _made_ids(keys: list[tuple[str, Any]], texts: list[list[str | None]]) -> list[str]:
     """
     An id for each image that no other image of any source has; the same image has the same id in every load. Rows
-    without an image are told apart by their number among all the captions of the source.
+    without an image are known by their number and all the captions of the source.
     """
     if any(kind == "row" for kind, _ in keys):
         source = hashlib.blake2b(json.dumps(texts).encode()).digest()
@@ -356,39 +354,11 @@ def _clean(text: str | None) -> str:
     return cleaned if any(unicodedata.category(character) not in _INVISIBLE for character in cleaned) else ""
 
 
-def _values(dataset: datasets.Dataset, column: str) -> list[Any]:
-    feature = dataset.features[column]
-    if isinstance(feature, (datasets.Image, datasets.Audio, datasets.Video)):
-        raise ValueError(f"The column {column!r} must hold text or numbers, but holds {feature}.")
-    try:
-        return dataset[column][:]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"The column {column!r} holds text that is not UTF-8: {error}.") from error
-
-
-def _strings(dataset: datasets.Dataset, kind: str, column: str) -> list[str]:
-    values = _values(dataset, _column(dataset, kind, column))
-    feature = dataset.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        # Negative is how labels that are not known are stored.
-        values = [None if value is None or value < 0 else feature.int2str(value) for value in values]
-    missing = [row for row, value in enumerate(values) if value is None or value == "" or value != value]
-    if missing:
-        raise ValueError(f"The column {column!r} is empty in {len(missing)} rows, the first are {missing[:5]}.")
-    floats = (value for value in values if isinstance(value, float))
-    if any(math.isinf(value) or abs(value) >= _FIRST_INEXACT for value in floats):
-        raise ValueError(
-            f"The column {column!r} holds floating-point numbers of 2**53 or more, which have lost digits. Store it "
-            "as text or integers."
-        )
-    return [str(value) for value in values]
-
-
 def _caption_lists(dataset: datasets.Dataset, column: str, in_lines: bool) -> list[list[str | None]]:
-    """The captions of each row as a list, whatever of the known shapes the column has."""
+    """The captions of each row as a list, from any of the forms that columns of captions have."""
     lists: list[list[str | None]] = []
     wrong, broken = [], []
-    for row, value in enumerate(_values(dataset, column)):
+    for row, value in enumerate(column_values(dataset, column)):
         if value is None:
             value = [value]
         elif isinstance(value, str):

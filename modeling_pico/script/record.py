@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..data import CaptionedImageDataset
-from ..data.images import iter_encoded
+from ..data.images import file_state, image_keys
 from ..training.checkpoint_files import write_text
 from ..training.secrets import without_secrets
 
@@ -83,25 +83,15 @@ def fingerprint(dataset: CaptionedImageDataset, images: bool = True) -> str:
         dataset ([`CaptionedImageDataset`]): The data.
         images (`bool`, *optional*, defaults to `True`): Whether images count; without, nothing large is read.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    rows = dataset.dataset
     # Not the ids themselves: where none are given they are made of paths, which differ between machines.
-    digest.update(json.dumps([dataset.ids.tolist(), rows["captions"][:], dataset.styles]).encode())
+    known = [dataset.ids.tolist(), dataset.dataset["captions"][:], dataset.styles]
+    digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=16)
     if images:
-        for piece in iter_encoded(rows.select_columns("image")):
-            for image in piece.to_pylist():
-                content = _content(image or {})
-                digest.update(len(content).to_bytes(8, "little"))
-                digest.update(content)
+        for kind, value in image_keys(dataset.dataset.select_columns("image")):
+            if kind != "bytes":
+                value = repr((os.path.basename(str(value)), file_state(str(value))[:1])).encode()
+            digest.update(value)
     return digest.hexdigest()
-
-
-def _content(image: Mapping[str, Any]) -> bytes:
-    content, path = image.get("bytes"), image.get("path")
-    if content is not None:
-        return content
-    size = os.path.getsize(path) if path and os.path.isfile(path) else None
-    return json.dumps([os.path.basename(path or ""), size]).encode()
 
 
 def git_state(folder: str | os.PathLike) -> str | None:

@@ -65,7 +65,7 @@ def test_a_column_says_which_rows_are_a_split(table, kind):
 
 def test_a_column_that_does_not_say_it_of_every_row(table):
     source = table([{**row, "split": split} for row, split in zip(ROWS, ("train", "", "test"), strict=True)], "csv")
-    with pytest.raises(ValueError, match=r"The column 'split' of .* is empty in 1 rows, the first are \[1\]"):
+    with pytest.raises(ValueError, match=r"The column 'split' is empty in 1 rows, the first are \[1\]"):
         load_captioned_images(source, split="train")
 
 
