@@ -222,7 +222,7 @@ def test_gathered_scores_are_those_of_the_model(trained, collator, dataset):
 
 
 def test_scores_without_weights(tiny_model, collator, dataset):
-    for options in ({}, {"alignment_head": "fine_grained"}, {"alignment_head": "clip_style"}):
+    for options in ({}, {"method": "fine_grained"}, {"method": "clip_style"}):
         model = tiny_model(**options)
         scores = gather.gather_pair_scores(model, gather.encode_pairs(model, collator, dataset, [0, 1]))
         assert scores.weighted is None and scores.unweighted.shape == (2, 2)
@@ -306,7 +306,7 @@ def test_match_without_special_tokens(trained, collator, dataset):
 
 def test_pooled_vectors_and_odd_grids_have_no_matches(tiny_model, collator, dataset):
     with pytest.raises(canvas.NothingToDrawError, match="pooled vectors"):
-        gather.gather_match(tiny_model(alignment_head="clip_style"), collator, dataset, 0)
+        gather.gather_match(tiny_model(method="clip_style"), collator, dataset, 0)
     assert gather._grid(12, (32, 96)) == (2, 6)
     with pytest.raises(canvas.NothingToDrawError, match="17 image tokens are no grid of an image of 64 x 64"):
         gather._grid(17, (64, 64))
@@ -432,7 +432,7 @@ def test_gathered_prototypes_count_the_nearest_columns(trained, collator, datase
 
 
 def test_no_prototypes_nothing_to_draw(tiny_model, collator, dataset):
-    for model in (tiny_model(), tiny_model(alignment_head="fine_grained")):
+    for model in (tiny_model(), tiny_model(method="fine_grained")):
         with pytest.raises(canvas.NothingToDrawError, match="none has been built yet"):
             gather.gather_prototypes(model)
         with pytest.raises(canvas.NothingToDrawError, match="none has been built yet"):
@@ -458,7 +458,7 @@ def test_risk_coverage_is_readable(ranks):
 
 
 def test_gathered_risk_coverage_is_that_of_the_model(tiny_model, collator, dataset):
-    model = tiny_model(num_uncertainty_prototypes=3)
+    model = tiny_model(uncertainty_config={"num_prototypes": 3})
     pairs = gather.encode_pairs(model, collator, dataset, range(7))
     scores = torch.from_numpy(gather.gather_pair_scores(model, pairs).unweighted)
     ranks = retrieval_ranks(scores, pairs.ids, pairs.ids)
@@ -511,9 +511,9 @@ def test_all_pictures_of_a_model(trained, collator, dataset, tmp_path, messages,
 
 def test_baselines_get_what_makes_sense(tiny_model, collator, dataset, tmp_path, messages):
     subjects = {"collator": collator, "splits": {"a": dataset}, "log_history": LOG, "num_matches": 1}
-    fine = save.save_plots(tmp_path, model=tiny_model(alignment_head="fine_grained"), **subjects)
+    fine = save.save_plots(tmp_path, model=tiny_model(method="fine_grained"), **subjects)
     assert names(fine) == {"training_curves", "pair_scores", "matches_0"}
-    clip_model = tiny_model(alignment_head="clip_style", num_uncertainty_prototypes=3)
+    clip_model = tiny_model(method="clip_style", uncertainty_config={"num_prototypes": 3})
     clip = save.save_plots(tmp_path, model=clip_model, **subjects)
     assert names(clip) == {"training_curves", "pair_scores", "risk_coverage"}
     assert not messages["warning"] and any("matches_0 is left out" in message for message in messages["info"])

@@ -54,13 +54,13 @@ class UncertaintyReranking:
 
     @classmethod
     def from_config(cls, config: Any) -> UncertaintyReranking | None:
-        """What `config.uncertainty_reranking` holds; None without it, or for a model without uncertainty."""
-        options = config.uncertainty_reranking
-        if not config.num_uncertainty_prototypes or options is None:
+        """What `config.uncertainty_config["reranking"]` holds; None where nothing was learned."""
+        options = (config.uncertainty_config or {}).get("reranking")
+        if options is None:
             return None
         names = [item.name for item in fields(cls)]
         if unknown := sorted(set(options) - set(names)):
-            raise ValueError(f"`uncertainty_reranking` may hold {', '.join(names)}, but holds {', '.join(unknown)}.")
+            raise ValueError(f"The re-ranking may hold {', '.join(names)}, but holds {', '.join(unknown)}.")
         return cls(**options)
 
     def to_dict(self) -> dict[str, float]:

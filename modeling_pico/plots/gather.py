@@ -141,7 +141,7 @@ def gather_match(
     Raises:
         NothingToDrawError: if the model scores one vector per sample, or its tokens are not a grid of patches.
     """
-    if model.config.alignment_head == "clip_style":
+    if model.config.method == "clip_style":
         raise NothingToDrawError("the model scores pooled vectors and matches no patches with words")
     model.eval()
     batch = _batch(model, collator, dataset, [row])

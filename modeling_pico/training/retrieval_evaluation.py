@@ -43,10 +43,10 @@ class EvaluationTrainer(TrainerBase):
         ):
             metric = f"{self._feedback_dataset()}_{metric}"
         args.metric_for_best_model = metric
-        if self._pico_model().trains_uncertainty_only and not metric.endswith("_aurc"):
+        if not self._pico_model().trains_embeddings and not metric.endswith("_aurc"):
             raise ValueError(
                 f"metric_for_best_model={metric!r} cannot tell which checkpoint is the best: it stays as it is where "
-                "only the uncertainty is trained. Choose 'image_to_text_aurc' or 'text_to_image_aurc'."
+                "no embedding is trained. Choose 'image_to_text_aurc' or 'text_to_image_aurc'."
             )
         found = [entry[f"eval_{metric}"] for entry in state.log_history if f"eval_{metric}" in entry]
         if state.best_metric is not None and state.best_metric not in found:
@@ -120,16 +120,14 @@ class EvaluationTrainer(TrainerBase):
         """
         model = self._pico_model()
         if model.uncertainty_prototypes is None:
-            raise ValueError(
-                "The model has no uncertainty to re-rank by; train one with `num_uncertainty_prototypes` above 0."
-            )
+            raise ValueError("The model has no uncertainty to re-rank by; train one with an `uncertainty_config`.")
         dataset: Any = self._feedback_dataset() if eval_dataset is None else eval_dataset
         encoded = self._encode(self.get_eval_dataloader(dataset))
         uncertainty = self.evaluator.uncertainty(model, encoded)
         assert uncertainty is not None
         scores = self.evaluator.score(model, encoded)
         learned = learn_reranking(scores, encoded.image_ids, encoded.text_ids, *uncertainty).to_dict()
-        model.config.uncertainty_reranking = learned
+        model.config.uncertainty_config = {**(model.config.uncertainty_config or {}), "reranking": learned}
         return {f"uncertainty_reranking_{name}": value for name, value in learned.items()}
 
     def measure_styles(

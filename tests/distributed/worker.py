@@ -47,7 +47,7 @@ DECOUPLED = {
     "model_class": CddsModel,
     "unet_num_layers": 1,
     "semantic_probability": True,
-    "num_uncertainty_prototypes": 3,
+    "uncertainty_config": {"num_prototypes": 3},
 }
 EPOCHS = {"num_train_epochs": 3, "prototype_update_start": 2}
 # What four processes do, too.
@@ -197,9 +197,9 @@ def run(*args, measure: bool = True, **kwargs) -> dict:
 
 def measured(made: PicoTrainer) -> dict:
     config = made._pico_model().config
-    if config.num_uncertainty_prototypes:
+    if config.uncertainty_config is not None:
         learned = made.learn_uncertainty_reranking()
-        config.uncertainty_reranking.update(image_weight=-20.0, text_weight=20.0)
+        config.uncertainty_config["reranking"].update(image_weight=-20.0, text_weight=20.0)
     else:
         learned = None
     evaluation = made.evaluate()
@@ -214,7 +214,7 @@ def measured(made: PicoTrainer) -> dict:
         "folds": made.evaluator.metrics(made._pico_model(), encoded),
         "eval_ids": (encoded.image_ids, encoded.text_ids),
         "uncertainty": made.evaluator.uncertainty(made._pico_model(), encoded),
-        "reranking": (learned, config.uncertainty_reranking),
+        "reranking": (learned, config.uncertainty_config["reranking"]),
         "styles": styles,
         "scores": torch.from_numpy(prediction.predictions),
     }
@@ -306,7 +306,7 @@ def many(folder: Path) -> dict:
         "stop": stopped(folder),
         "pooled": run(
             folder / "pooled",
-            {"alignment_head": "clip_style", "pooling": "class_token"},
+            {"method": "clip_style", "pooling": "class_token"},
             num_train_epochs=1,
             measure=False,
         ),

@@ -119,7 +119,7 @@ def test_every_variant_is_a_model_of_its_method(study, setting, tmp_path):
         model = study.build_model(setting, options, data, tmp_path)
         method = options.get("method", "pico")
         head = {"pico_literal": "pico", "free_gate": "fine_grained"}.get(method, method)
-        assert model.config.alignment_head == head, name
+        assert model.config.method == head, name
         assert (model.style_prototypes is not None) == (head == "pico" or name.startswith("pico_cdds")), name
         literal = (model.config.column_mode, model.config.style_probability) == ("quantile", "purity")
         assert literal == (method == "pico_literal"), name
@@ -173,7 +173,7 @@ def test_pretrained_text_tower_is_frozen_but_for_its_last_layers(study, setting,
 
 def test_uncertainty_makes_a_second_row(study, setting, tmp_path):
     splits = ["seen", "validation"]
-    options = {"method": "fine_grained", "num_uncertainty_prototypes": 3, "uncertainty_gradient": False}
+    options = {"method": "fine_grained", "uncertainty_config": {"num_prototypes": 3, "gradient": False}}
     result = study.train(setting, options, 3, splits, tmp_path, tmp_path / "kept.safetensors")
     assert set(result["reranked"]) == set(result["aurc"]) == set(splits)
     assert all(0 <= area <= 100 for areas in result["aurc"]["seen"].values() for area in areas)
@@ -192,7 +192,7 @@ def test_uncertainty_is_added_to_kept_models_that_stay_as_they_are(study, settin
     file.write_text(yaml.safe_dump({**setting, "num_train_epochs": 1}))
     variants.write_text(
         "plain: {method: fine_grained}\n"
-        "plain_pau: {base: plain, num_uncertainty_prototypes: 3, args: {num_train_epochs: 2}}\n"
+        "plain_pau: {base: plain, uncertainty_config: {num_prototypes: 3}, args: {num_train_epochs: 2}}\n"
     )
     with pytest.raises(SystemExit, match="lost starts from 'nothing', which the file of variants lacks"):
         study._describe_job("tiny", setting, {"lost": {"base": "nothing"}}, "lost", 0)
