@@ -243,7 +243,7 @@ class PicoConfig(PreTrainedConfig):
     @property
     def uses_prototypes(self) -> bool:
         """Whether the model has style prototypes."""
-        return self.alignment_head == "pico"
+        return self.method == "pico"
 
     @property
     def column_size(self) -> int:
