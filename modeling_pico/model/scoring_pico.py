@@ -1,7 +1,8 @@
 """The pair score of PICO: how well every image of a batch or gallery agrees with every text, token by token.
 
 `pair_scores` is the one entry point. `reference_pair_scores` says in a few lines what it computes;
-`scoring_tiled_pico` computes the same without the `(images, texts, patches, words)` tensor and without work on padding.
+`scoring_tiled_pico` computes the same without the `(images, texts, patches, words)` tensor and without work on
+padding.
 """
 
 from __future__ import annotations
