@@ -17,8 +17,8 @@ from transformers.trainer_utils import BestRun, TrainOutput
 from transformers.utils import logging
 
 from ..data import CaptionedImageDataset, PicoDataCollator, UniqueIdBatchSampler, as_captioned
-from ..distributed import gather_batch
-from ..evaluation.evaluator import RetrievalEvaluator, gather_rows, own_rows
+from ..distributed import gather, gather_batch, gather_rows, own_rows, reduce
+from ..evaluation.evaluator import RetrievalEvaluator
 from ..model.backbones_pico import limit_text_length
 from ..model.modeling_pico import PicoOutput
 from ..model.processing_pico import PicoProcessor
@@ -365,7 +365,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             return split_inputs(inputs, chunk_size)
         # Each forward gathers weights from all processes, and short last batches differ by a pair between these.
         size = torch.tensor([len(inputs["image_ids"])], device=self.args.device)
-        number = -(-int(self.accelerator.gather(size).min()) // chunk_size)
+        number = -(-int(gather(size).min()) // chunk_size)
         parts = [value.tensor_split(number) for value in inputs.values()]
         return [dict(zip(inputs, values, strict=True)) for values in zip(*parts, strict=True)]
 
@@ -427,7 +427,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             logs["logit_scale"] = float(scale.detach().exp())
         if "loss" in logs and self._auxiliary_log:
             means = torch.stack([torch.stack(values).mean() for values in self._auxiliary_log.values()])
-            means = self.accelerator.reduce(means, "mean").tolist()
+            means = reduce(means, "mean").tolist()
             logs.update({f"{name}_loss": value for name, value in zip(self._auxiliary_log, means, strict=True)})
             self._auxiliary_log.clear()
         super().log(logs, *args, **kwargs)
