@@ -429,7 +429,7 @@ def _ranks(what: str, first: Runs, second: Runs, splits: list[str]) -> list[str]
 
 
 def _areas(records: list[dict[str, Any]]) -> list[str]:
-    """A table of the areas under the risk-coverage curves, image to text / text to image, that of a random order in brackets."""
+    """A table of the areas under the risk-coverage curves, and in brackets those of a random order."""
     groups: dict[tuple[str, str], list[dict]] = defaultdict(list)
     for record in records:
         for split, areas in record.get("aurc", {}).items():
@@ -439,8 +439,8 @@ def _areas(records: list[dict[str, Any]]) -> list[str]:
     lines = [
         "\nAURC at 1 (of a random order), lower is better\n",
         "| variant | split | seeds | image → text | text → image |",
+        "| --- | --- | ---: | ---: | ---: |",
     ]
-    lines.append("| --- | --- | ---: | ---: | ---: |")
     for names, runs in groups.items():
         cells = [
             "{:.1f} ({:.1f})".format(

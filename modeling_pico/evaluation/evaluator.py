@@ -13,9 +13,7 @@ from transformers.utils import logging
 
 from ..data.dataset import count_shared_captions
 from ..distributed import gather, gather_rows
-from ..model.loss_pico import image_text_loss
 from ..model.modeling_pico import PicoModel
-from ..model.scoring_pico import pair_scores
 from .retrieval_metrics import (
     TIE_TOLERANCE,
     RetrievalRanks,
@@ -325,11 +323,11 @@ class RetrievalEvaluator:
             # Texts are weighted tile by tile as well: a weighted copy of a large gallery would double its memory.
             for text_block in text_blocks:
                 texts, text_mask = score_ready(model, encoded, "text", text_block.tokens)
-                tile = pair_scores(images, texts, image_mask, text_mask)
+                tile = model.score(images, texts, image_mask, text_mask)
                 yield image_block.positions, text_block.positions, tile.float()
 
     def _loss(self, model: PicoModel, encoded: EncodedRetrieval) -> float:
-        config, size, first = model.config, self.loss_batch_size, encoded.first_image()
+        size, first = self.loss_batch_size, encoded.first_image()
         sorted_ids, order = encoded.text_ids.sort(stable=True)
         captions = order[torch.searchsorted(sorted_ids, encoded.image_ids)]
         end = first + len(encoded.image_tokens)
@@ -339,7 +337,7 @@ class RetrievalEvaluator:
             own = slice(max(start, first) - first, min(start + size, end) - first)
             images, image_mask = score_ready(model, encoded, "image", own)
             texts, text_mask = score_ready(model, encoded, "text", captions[start : start + size])
-            block = pair_scores(images, texts, image_mask, text_mask)
+            block = model.score(images, texts, image_mask, text_mask)
             rows.append(block.float())
         scores = gather_rows(concatenate_padded(rows))
         total = 0.0
@@ -347,15 +345,7 @@ class RetrievalEvaluator:
             ids = encoded.image_ids[start : start + size]
             codes = None if encoded.caption_codes is None else encoded.caption_codes[captions[start : start + size]]
             block = scores[start : start + size, : len(ids)]
-            loss = image_text_loss(
-                block,
-                block.T,
-                image_ids=ids,
-                caption_codes=codes,
-                loss_type=config.loss_type,
-                logit_scale=model.logit_scale.float().exp().squeeze(),
-                margin=config.margin,
-            )
+            loss = model.loss_of_scores(block, block.T, image_ids=ids, caption_codes=codes)
             total += float(loss) * len(ids)
         return total / len(scores)
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import modeling_pico
-from modeling_pico import RetrievalEvaluator, StyleReport, match_moments, measure_styles
+from modeling_pico import RetrievalEvaluator, StyleReport, match_moments, measure_styles, pair_scores
 from modeling_pico.data import CaptionedImageDataset, PicoDataCollator
 from modeling_pico.evaluation import EncodedRetrieval, style_report
 from modeling_pico.evaluation.style_probe import probe_accuracy
@@ -29,7 +29,7 @@ class Head:
 
 
 def model_of(kept=None) -> SimpleNamespace:
-    return SimpleNamespace(alignment_head=Head(kept))
+    return SimpleNamespace(alignment_head=Head(kept), score=pair_scores)
 
 
 def encode(scores, image_ids, text_ids) -> EncodedRetrieval:
