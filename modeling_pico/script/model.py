@@ -152,12 +152,12 @@ def plan_model(args: ModelArguments, checkpoint: str | None, training: bool) -> 
                 f"--resume_from_checkpoint: {checkpoint!r} holds no PICO model, but {config.model_type!r}."
             )
         _check_resumed(args, checkpoint)
-        return ModelPlan(args, METHODS[config.alignment_head], config, {}, checkpoint, loading, revision)
+        return ModelPlan(args, METHODS[config.method], config, {}, checkpoint, loading, revision)
     configs = {name: _read_config(name, path, revision) for name, path in paths.items()}
     _check_towers(args, training)
     found = configs.get("model_name_or_path")
     trained = found if isinstance(found, PicoConfig) else None
-    method = args.method or (trained.alignment_head if trained else "pico")
+    method = args.method or (trained.method if trained else "pico")
     model_class = METHODS[method]
     options = args.config_options(model_class)
     source = args.model_name_or_path if trained else None
