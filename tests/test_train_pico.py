@@ -82,7 +82,9 @@ def messages(monkeypatch) -> list[str]:
 def flags(**options) -> list[str]:
     words = []
     for name, value in options.items():
-        if value is not None:
+        if isinstance(value, dict):
+            words += [f"--{name}", json.dumps(value)]
+        elif value is not None:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return words
 
@@ -265,7 +267,7 @@ def test_records_hold_no_secrets():
     }
     secrets = find_secrets(options)
     assert secrets == {"-to'k en", "kkk"}
-    signed = "https://me:pass@host/a?key=abc&name=x&X-Amz-Signature=1#access_token=q"
+    signed = "https://me:pass@host/a?key=swordfish&name=x&X-Amz-Signature=1#access_token=q"
     argv = ["--hub_token=-to'k en", "--more", '{"api_key": "kkk"}', "--run_name", "a-to'k enb", signed]
     assert without_secrets([*argv, "hf_" + 34 * "a"], secrets) == [
         *("--hub_token=...", "--more", '{"api_key": "..."}', "--run_name", "a...b"),
@@ -276,7 +278,7 @@ def test_records_hold_no_secrets():
     assert json.loads(record)["configuration"]["training"] == {
         **{"hub_token": "...", "seed": 1, "odd": "a", "more": {"api_key": "..."}, "text_special_tokens": "no"}
     }
-    for secret in ("k en", "kkk", "pass", "abc", "=1", "=q"):
+    for secret in ("k en", "kkk", "pass", "swordfish", "=1", "=q"):
         assert secret not in record
 
 

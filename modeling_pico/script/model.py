@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..model.backbones_pico import build_backbone, load_backbone
 from ..model.configuration_pico import PicoConfig
@@ -139,6 +140,12 @@ def plan_model(args: ModelArguments, checkpoint: str | None, training: bool) -> 
         raise ValueError("Give either --model_name_or_path or --vision/text_model_name_or_path, not both.")
     if args.model_revision is not None and not paths:
         raise ValueError("--model_revision is that of a checkpoint, but none is named.")
+    attentions = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    # A name with a slash is that of a kernel on the Hub.
+    if "/" not in (args.attn_implementation or "/") and args.attn_implementation not in attentions:
+        raise ValueError(
+            f"--attn_implementation must be one of {', '.join(attentions)}, but got {args.attn_implementation!r}."
+        )
     # Revision and file type are those of the checkpoints that a run begins with; its own are safetensors.
     begins = checkpoint is None
     revision: dict[str, Any] = {"revision": args.model_revision} if begins and args.model_revision else {}

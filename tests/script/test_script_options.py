@@ -188,6 +188,7 @@ def test_curves_of_short_runs_have_points():
         ({"vision_model_name_or_path": "nowhere/at/all"}, "--vision_model_name_or_path: 'nowhere/at/all' is no"),
         ({"text_model_name_or_path": "no-such-model"}, "--text_model_name_or_path: 'no-such-model' is no checkpoint"),
         ({"model_revision": "v2"}, "--model_revision is that of a checkpoint, but none is named"),
+        ({"attn_implementation": "nonsense"}, "--attn_implementation must be one of eager, .*but got 'nonsense'"),
         ({"margin": -1.0}, "`margin` must be from 0"),
         ({"text_hidden_size": 30}, "`text_hidden_size` must be a multiple of its attention heads, but got 30 and 4"),
         ({"image_size": 50}, "`image_size` must be a multiple of `patch_size`"),
