@@ -103,11 +103,6 @@ class UniqueIdBatchSampler(Sampler[list[SampleKey]]):
         """Itself: accelerate looks for `set_epoch` at this attribute when the sampler is wrapped."""
         return self
 
-    @property
-    def num_samples(self) -> int:
-        """Samples in one epoch without any left over: rows, or pairs of a row and a caption."""
-        return len(self._rows)
-
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch that the next iteration yields."""
         self.epoch = int(epoch)
@@ -121,7 +116,7 @@ class UniqueIdBatchSampler(Sampler[list[SampleKey]]):
         mixed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(mixed))
 
-        order = torch.randperm(self.num_samples, generator=generator).numpy()
+        order = torch.randperm(len(self._rows), generator=generator).numpy()
         full, left_over = _select_full(order, self._codes, self._counts, self._full_batches, self._global_size)
         table = full.reshape(self._full_batches, self._global_size)
         rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
@@ -131,12 +126,12 @@ class UniqueIdBatchSampler(Sampler[list[SampleKey]]):
             batches += self._tail(left_over, rng)
 
         if self.captions == "random":
-            share = torch.rand(self.num_samples, generator=generator, dtype=torch.float64).numpy()
+            share = torch.rand(len(self._rows), generator=generator, dtype=torch.float64).numpy()
             caption = (share * self._num_captions).astype(np.int64)
         else:
             starts = np.cumsum(self._num_captions) - self._num_captions
-            caption = np.arange(self.num_samples) - np.repeat(starts, self._num_captions)
-        seeds = torch.randint(2**62, (self.num_samples,), generator=generator).numpy()
+            caption = np.arange(len(self._rows)) - np.repeat(starts, self._num_captions)
+        seeds = torch.randint(2**62, (len(self._rows),), generator=generator).numpy()
         for batch in batches:
             for part in np.array_split(batch, self.num_processes):
                 columns = (self._rows[part].tolist(), caption[part].tolist(), seeds[part].tolist())
@@ -151,7 +146,7 @@ class UniqueIdBatchSampler(Sampler[list[SampleKey]]):
         for index in range(self._tail_batches):
             batch = dealt[index :: self._tail_batches]
             if len(batch) < smallest:
-                others = rng.permutation(self.num_samples)
+                others = rng.permutation(len(self._rows))
                 others = others[~np.isin(self._codes[others], self._codes[batch])]
                 _, first = np.unique(self._codes[others], return_index=True)
                 batch = np.concatenate([batch, others[np.sort(first)[: smallest - len(batch)]]])
