@@ -36,7 +36,9 @@ class GatheredBatch:
     loss_share: float
 
 
-def gather_batch(outputs, ids: torch.Tensor, caption_codes: torch.Tensor | None = None) -> GatheredBatch:
+def gather_batch(
+    outputs, ids: torch.Tensor, caption_codes: torch.Tensor | None = None, gather_negatives: bool = True
+) -> GatheredBatch:
     r"""
     Gathers the embeddings of all processes; the gradient of a process's loss reaches the others' embeddings.
 
@@ -44,9 +46,10 @@ def gather_batch(outputs, ids: torch.Tensor, caption_codes: torch.Tensor | None 
         outputs ([`PicoOutput`]): Output of the model on this process's pairs.
         ids (`torch.Tensor` of shape `(pairs,)`): Identity of each pair's meaning.
         caption_codes (`torch.Tensor` of shape `(pairs,)`, *optional*): Identity of each pair's caption.
+        gather_negatives (`bool`, *optional*, defaults to `True`): False leaves every process with its own pairs.
     """
     local = (outputs.image_embeds, outputs.image_mask, outputs.text_embeds, outputs.text_mask, ids, caption_codes)
-    if PartialState().num_processes == 1:
+    if not gather_negatives or PartialState().num_processes == 1:
         return GatheredBatch(*local, own=slice(0, len(ids)), loss_share=1.0)
     # One small collective tells every process how far to pad: captions differ in length, last batches in size.
     shape = torch.tensor([[len(ids), outputs.image_mask.shape[1], outputs.text_mask.shape[1]]], device=ids.device)

@@ -25,13 +25,11 @@ from ..durable import DurableTrainer, end_with_training_only, spread_non_finite
 from ..evaluation.embedding_cache import cached_embeddings
 from ..evaluation.evaluator import EncodedRetrieval, RetrievalEvaluator
 from ..evaluation.style_report import StyleReport
-from ..evaluation.uncertainty_reranking import UncertaintyReranking, learn_reranking
+from ..evaluation.uncertainty_reranking import RetrievalUncertainty, learn_reranking
 from ..model.backbones_pico import limit_text_length
-from ..model.loss_pico import image_text_loss
 from ..model.modeling_pico import PicoModel, PicoOutput
 from ..model.processing_pico import PicoProcessor
 from ..model.prototypes_pico import sign_agreement
-from ..model.scoring_pico import pair_scores
 from .arguments import PicoTrainingArguments
 from .callbacks import LogitScaleCallback, PrototypeCallback, TrainLoaderCallback, UploadCallback
 from .gradient_cache import cached_backward, split_inputs
@@ -417,52 +415,25 @@ class PicoTrainer(DurableTrainer):
         if collect:
             for name, value in (outputs.get("auxiliary_losses") or {}).items():
                 self._auxiliary_log.setdefault(name, []).append(value.detach())
-        gathers = self.args.gather_negatives and self.args.world_size > 1
-        loss_function = self._gathered_loss if gathers else self._local_loss
-        return spread_non_finite(loss_function(outputs, ids, caption_codes))
+        return spread_non_finite(self._pair_loss(outputs, ids, caption_codes))
 
-    def _loss_kwargs(self, outputs: PicoOutput) -> dict[str, Any]:
-        config = self._pico_model().config
-        epoch = self.state.epoch or 0.0
-        return {
-            "loss_type": config.loss_type,
-            "logit_scale": outputs.logit_scale,
-            "margin": config.margin,
-            "hardest": epoch >= self.args.hinge_warmup_epochs,
-        }
-
-    def _local_loss(self, outputs: PicoOutput, ids: torch.Tensor, caption_codes: torch.Tensor | None) -> torch.Tensor:
-        scores = pair_scores(
-            outputs["image_embeds"], outputs["text_embeds"], outputs["image_mask"], outputs["text_mask"]
-        )
-        loss = image_text_loss(
-            scores, scores.T, image_ids=ids, caption_codes=caption_codes, **self._loss_kwargs(outputs)
-        )
-        return self._total_loss(loss, outputs)
-
-    def _total_loss(self, pair_loss: torch.Tensor, outputs: PicoOutput) -> torch.Tensor:
-        loss = self._pico_model().config.ranking_weight * pair_loss
-        auxiliary = outputs.get("auxiliary_loss")
-        return loss if auxiliary is None else loss + auxiliary
-
-    def _gathered_loss(
-        self, outputs: PicoOutput, ids: torch.Tensor, caption_codes: torch.Tensor | None
-    ) -> torch.Tensor:
-        batch = gather_batch(outputs, ids, caption_codes)
-        own = batch.own
-        # Own rows and own columns only: scoring all pairs on every process would repeat the work.
-        per_image = pair_scores(batch.image_embeds[own], batch.text_embeds, batch.image_mask[own], batch.text_mask)
-        per_text = pair_scores(batch.image_embeds, batch.text_embeds[own], batch.image_mask, batch.text_mask[own]).T
-        loss = image_text_loss(
-            per_image,
-            per_text,
-            all_ids=batch.ids,
-            all_caption_codes=batch.caption_codes,
-            offset=own.start,
-            **self._loss_kwargs(outputs),
+    def _pair_loss(self, outputs: PicoOutput, ids: torch.Tensor, caption_codes: torch.Tensor | None) -> torch.Tensor:
+        batch = gather_batch(outputs, ids, caption_codes, self.args.gather_negatives)
+        loss = self._pico_model().pair_loss(
+            batch.image_embeds,
+            batch.text_embeds,
+            batch.image_mask,
+            batch.text_mask,
+            image_ids=batch.ids,
+            caption_codes=batch.caption_codes,
+            own=batch.own,
+            # Not the model's own: no process holds the whole of a parameter that DeepSpeed has sharded.
+            logit_scale=outputs.logit_scale,
+            auxiliary_loss=outputs.get("auxiliary_loss"),
+            hardest=(self.state.epoch or 0.0) >= self.args.hinge_warmup_epochs,
         )
         # Auxiliary losses are over this process's pairs, which the share weighs like those of the other processes.
-        return self._total_loss(loss, outputs) * batch.loss_share
+        return loss * batch.loss_share
 
     @torch.no_grad()
     def _collect(self, construction: PrototypeConstruction, outputs: PicoOutput) -> None:
@@ -569,7 +540,6 @@ class PicoTrainer(DurableTrainer):
             prediction_loss_only = self.args.prediction_loss_only
         encoded = self._encode(dataloader)
         model = self._pico_model()
-        self.evaluator.reranking = UncertaintyReranking.from_config(model.config)
         scores = None if prediction_loss_only else self.evaluator.score(model, encoded)
         metrics = self.evaluator.metrics(model, encoded, scores)
         self._card_metrics[metric_key_prefix] = metrics
@@ -605,16 +575,16 @@ class PicoTrainer(DurableTrainer):
             `ValueError`: For a model without uncertainty.
         """
         model = self._pico_model()
-        if model.uncertainty_prototypes is None:
+        dataset: Any = self._feedback_dataset() if eval_dataset is None else eval_dataset
+        encoded = self._encode(self.get_eval_dataloader(dataset))
+        uncertainty = RetrievalUncertainty.measure(model, encoded)
+        if uncertainty is None:
             raise ValueError(
                 "The model has no uncertainty to re-rank by; train one with `num_uncertainty_prototypes` above 0."
             )
-        dataset: Any = self._feedback_dataset() if eval_dataset is None else eval_dataset
-        encoded = self._encode(self.get_eval_dataloader(dataset))
-        uncertainty = self.evaluator.uncertainty(model, encoded)
-        assert uncertainty is not None
         scores = self.evaluator.score(model, encoded)
-        learned = learn_reranking(scores, encoded.image_ids, encoded.text_ids, *uncertainty).to_dict()
+        of_sides = uncertainty.images, uncertainty.texts
+        learned = learn_reranking(scores, encoded.image_ids, encoded.text_ids, *of_sides).to_dict()
         model.config.uncertainty_reranking = learned
         return {f"uncertainty_reranking_{name}": value for name, value in learned.items()}
 
