@@ -34,15 +34,9 @@ def last_checkpoint(run: str | os.PathLike) -> str | None:
 
 
 def resumable_state(checkpoint: str | os.PathLike, optimizer: str = "optimizer") -> TrainerState:
-    r"""
-    The trainer's state in a checkpoint from which a run can continue exactly.
-
-    Args:
-        checkpoint (`str` or `os.PathLike`): Its folder.
-        optimizer (`str`, *optional*): Name of the optimizer's file, which depends on the launch.
-
-    Raises:
-        ValueError: if something is missing.
+    """
+    The trainer's state in a checkpoint; ValueError if a run could not continue from there exactly as it was.
+    `optimizer` is how the name of that file begins, which depends on the launch.
     """
     try:
         state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
@@ -70,22 +64,11 @@ def resumable_state(checkpoint: str | os.PathLike, optimizer: str = "optimizer")
 
 
 def put_in_place(written: Path, final: Path) -> None:
-    """
-    Moves a folder out of `UNFINISHED_FOLDER` to its final name, once all of it is on the disk. A folder of that name
-    is replaced; should the process die between the two moves, [`remove_unfinished`] brings the old one back.
-    """
+    """Moves a folder out of `UNFINISHED_FOLDER` to its final name, once all of it is on the disk."""
     synchronise(written)
-    if final.exists():
-        replaced = written.with_name(f"replaced-{final.name}")
-        final.rename(replaced)
-        try:
-            written.rename(final)
-        except OSError:
-            replaced.rename(final)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        written.rename(final)
+    if final.exists():  # of a run that went on from an earlier one
+        delete_checkpoint(final)
+    written.rename(final)
     _synchronise_names(final.parent)
 
 
@@ -98,13 +81,9 @@ def delete_checkpoint(folder: Path) -> None:
 
 
 def delete_old_checkpoints(run: Path, limit: int | None, keep: list[str | os.PathLike | None]) -> None:
-    r"""
-    Deletes the oldest checkpoints beyond a limit. (`rotate_checkpoints` of transformers may leave half of one.)
-
-    Args:
-        run (`Path`): Folder of the run.
-        limit (`int`, *optional*): Checkpoints that may stay; None or 0 for all.
-        keep (`list`): Checkpoints that stay in any case: the newest, and the best if there is one.
+    """
+    Deletes the oldest checkpoints beyond a limit (None or 0: none), and in no case those to `keep`: the newest, and
+    the best if there is one. (`rotate_checkpoints` of transformers may leave half of one.)
     """
     if not limit:
         return
@@ -120,14 +99,8 @@ def delete_old_checkpoints(run: Path, limit: int | None, keep: list[str | os.Pat
 
 
 def remove_unfinished(run: str | os.PathLike) -> None:
-    """Removes what a killed run left unfinished, and brings back a checkpoint that it was about to replace."""
-    unfinished = Path(run, UNFINISHED_FOLDER)
-    for replaced in unfinished.glob("replaced-*"):
-        final = Path(run, replaced.name.removeprefix("replaced-"))
-        if not final.exists():
-            replaced.rename(final)
-    if unfinished.is_dir():
-        shutil.rmtree(unfinished, ignore_errors=True)
+    """Removes what a killed run left unfinished."""
+    shutil.rmtree(Path(run, UNFINISHED_FOLDER), ignore_errors=True)
 
 
 # Files
@@ -184,15 +157,10 @@ def _synchronise_names(folder: Path) -> None:
 
 @contextlib.contextmanager
 def sole_run(folder: str | os.PathLike) -> Iterator[None]:
-    r"""
-    Keeps other processes from writing a run into the same folder for as long as the context lasts. The operating
-    system holds the lock, so it ends with the process, however that ends. This process may enter again.
-
-    Args:
-        folder (`str` or `os.PathLike`): Output folder of the run; made if it is not there.
-
-    Raises:
-        ValueError: if another process is in it. Nothing was changed then.
+    """
+    Keeps other processes from writing a run into the same folder for as long as the context lasts (ValueError; nothing
+    was changed then). The operating system holds the lock, so it ends with the process, however that ends. This
+    process may enter again.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     path = Path(folder).resolve() / LOCK_FILE

@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import is_peft_available, logging
 
-from ..distributed import gather_object, reduce, wait_for_everyone
+from ..distributed import gather_object, reduce, wait_for_everyone, whole
 from .files import (
     PROGRESS_FILE,
     UNFINISHED_FOLDER,
@@ -182,8 +182,7 @@ class DurableTrainer(Trainer):
     # No callback is told the norm, and to compute it again takes time.
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        self._finite_loss.grad_norm = whole if self.accelerator.scaler is None else None
+        self._finite_loss.grad_norm = whole(norm) if self.accelerator.scaler is None else None
         return norm
 
     # With `save_total_limit=1` it deletes the newest checkpoint, unless that is the best one; and no hook prevents it.

@@ -98,6 +98,12 @@ class PicoTrainingArguments(TrainingArguments):
         "Learning rate of the backbones (default: a tenth of learning_rate). Towers without pretrained weights learn "
         "at one rate with the rest.",
     )
+    ddp_find_unused_parameters: bool | None = _option(
+        False, "Look for parameters without a gradient, of which tested towers have none, in every step."
+    )
+    ddp_broadcast_buffers: bool | None = _option(
+        False, "Send buffers to all processes before every step, which compute their prototypes alike."
+    )
     caption_sampling: str = _option(
         "random",
         "random: each image once an epoch, with one of its captions; all: every pair once an epoch.",
@@ -177,12 +183,6 @@ class PicoTrainingArguments(TrainingArguments):
                 )
         # Samples are pixels and token ids only after collation, so no column can be judged unused before it.
         self.remove_unused_columns = False
-        if self.ddp_find_unused_parameters is None:
-            # Every trainable parameter gets a gradient in every step; looking for others takes time.
-            self.ddp_find_unused_parameters = False
-        if self.ddp_broadcast_buffers is None:
-            # Prototypes are computed alike on all processes; a broadcast before every forward would be wasted.
-            self.ddp_broadcast_buffers = False
         self._check_values()
 
     def _check_values(self) -> None:

@@ -44,17 +44,8 @@ if is_peft_available():
 logger = logging.get_logger(__name__)
 
 
-_METRICS_OVER_THE_WHOLE_SET = (
-    "PicoTrainer computes retrieval metrics over the whole evaluation set. Use `modeling_pico.RetrievalEvaluator` for "
-    "metrics of your own."
-)
-# Arguments of `Trainer` that could do nothing here, and why.
-_WITHOUT_EFFECT = {
-    "compute_loss_func": "the loss compares the pairs of all processes. Choose `loss_type` in the model's "
-    "configuration, or override `PicoTrainer.compute_loss`.",
-    "compute_metrics": _METRICS_OVER_THE_WHOLE_SET,
-    "preprocess_logits_for_metrics": _METRICS_OVER_THE_WHOLE_SET,
-}
+# Arguments of `Trainer` that could do nothing here.
+_WITHOUT_EFFECT = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
 # Training arguments that a model card names.
 _CARD_ARGUMENTS = (
     "learning_rate",
@@ -121,9 +112,13 @@ class PicoTrainer(DurableTrainer):
         args = PicoTrainingArguments("trainer_output") if args is None else args
         if not isinstance(args, PicoTrainingArguments):
             raise ValueError(f"`args` must be PicoTrainingArguments, but got {type(args).__name__}.")
-        for name, reason in _WITHOUT_EFFECT.items():
+        for name in _WITHOUT_EFFECT:
             if kwargs.get(name) is not None:
-                raise ValueError(f"`{name}` is not used: {reason}")
+                raise ValueError(
+                    f"`{name}` is not used: PicoTrainer compares the pairs of all processes in its loss (override "
+                    "`compute_loss` for another) and ranks the whole evaluation set (for metrics of your own take "
+                    "`modeling_pico.RetrievalEvaluator`)."
+                )
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("PicoTrainer needs a `data_collator` or a `processing_class` to make one from.")
@@ -193,12 +188,8 @@ class PicoTrainer(DurableTrainer):
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | datasets.Dataset | None = None) -> DataLoader:
         """
-        Batches of this process's contiguous block of images, with all their captions.
-
-        Args:
-            eval_dataset (`str`, [`CaptionedImageDataset`], *optional*):
-                Name of one of the trainer's validation sets, or a data set that [`~modeling_pico.data.as_captioned`]
-                takes. Defaults to the trainer's only validation set.
+        Batches of this process's contiguous block of images, with all their captions, of the trainer's only validation
+        set, of one of them by name, or of a data set that [`~modeling_pico.data.as_captioned`] takes.
         """
         if eval_dataset is None and self.eval_dataset is None:
             raise ValueError("PicoTrainer: evaluation requires an eval_dataset.")
@@ -563,16 +554,9 @@ class PicoTrainer(DurableTrainer):
 
     def learn_uncertainty_reranking(self, eval_dataset: Dataset | datasets.Dataset | None = None) -> dict[str, float]:
         """
-        Learns by which weights the uncertainty re-ranks scores, see [`~modeling_pico.evaluation.learn_reranking`], and
-        puts them into the model's configuration: evaluations then report re-ranked metrics beside the plain ones.
-        Returns them, as `uncertainty_reranking_image_weight` and so on.
-
-        Args:
-            eval_dataset ([`CaptionedImageDataset`], *optional*):
-                Validation data, never what is tested on; the first one of the trainer by default.
-
-        Raises:
-            `ValueError`: For a model without uncertainty.
+        Learns by which weights the uncertainty re-ranks scores, see [`~modeling_pico.evaluation.learn_reranking`], on
+        validation data (the first set of the trainer), and puts them into the model's configuration: evaluations then
+        report re-ranked metrics beside the plain ones. Returns them; ValueError for a model without uncertainty.
         """
         model = self._pico_model()
         dataset: Any = self._feedback_dataset() if eval_dataset is None else eval_dataset
@@ -663,13 +647,9 @@ class PicoTrainer(DurableTrainer):
     def create_model_card(  # type: ignore[override]
         self, language: str | None = None, license: str | None = None, **kwargs: Any
     ) -> None:
-        r"""
-        Writes the model card (`README.md`) into the output folder.
-
-        Args:
-            language (`str`, *optional*): Language of the captions.
-            license (`str`, *optional*): Licence of the model.
-            kwargs: Accepted for compatibility with `Trainer`; the card takes the rest from the run itself.
+        """
+        Writes the model card (`README.md`) into the output folder. `language` is that of the captions; further
+        `kwargs` of `Trainer.create_model_card` are not used: the card takes the rest from the run itself.
         """
         if not self.is_world_process_zero():
             return

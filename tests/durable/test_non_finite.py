@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from plain import model, rows, trainer
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-from modeling_pico.durable import NonFiniteLossError, spread_non_finite
+from modeling_pico.durable import DurableTrainer, NonFiniteLossError, spread_non_finite
 from modeling_pico.durable.finite import MAX_SKIPPED_IN_A_ROW, FiniteLossCallback
 
 
@@ -134,3 +134,19 @@ def test_a_real_scaler_takes_a_skipped_step_for_what_it_is():
 def test_an_unknown_choice_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`non_finite_loss` must be one of \('stop', 'skip'\), but got 'ignore'"):
         trainer(tmp_path, non_finite_loss="ignore")
+
+
+class Poisoning(Trainer):
+    """Another trainer, whose loss is not finite."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss, outputs = super().compute_loss(*args, **kwargs)
+        return loss + math.inf, outputs
+
+
+def test_it_goes_before_other_trainers(tmp_path):
+    class Both(DurableTrainer, Poisoning):
+        pass
+
+    with pytest.raises(NonFiniteLossError, match=r"loss \(nan\) of step 1"):
+        trainer(tmp_path, trainer_class=Both).train()
