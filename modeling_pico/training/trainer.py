@@ -273,8 +273,8 @@ class PicoTrainer(DurableTrainer):
         self._choose_best_metric()
         self._auxiliary_log.clear()
         model = self._pico_model()
-        # Where nothing but the uncertainty is trained, embeddings stay as they are, and so do their prototypes.
-        prototypes = None if model.trains_uncertainty_only else model.style_prototypes
+        # Where no embedding is trained they stay as they are, and so do their prototypes.
+        prototypes = model.style_prototypes if model.trains_embeddings else None
         if prototypes is not None and self.args.feedback_needs_validation and self.eval_dataset is None:
             raise ValueError(
                 f"feedback={self.args.feedback!r} weighs prototypes by validation retrieval and needs an "
@@ -283,7 +283,8 @@ class PicoTrainer(DurableTrainer):
         self._check_adapter(model)
         self._report_shared_captions()
         # Learned for the weights as they were.
-        model.config.uncertainty_reranking = None
+        if model.config.uncertainty_config is not None:
+            model.config.uncertainty_config.pop("reranking", None)
         self.remove_callback(PrototypeCallback)
         self.construction = None if prototypes is None else PrototypeConstruction(prototypes, self.args)
         if self.construction is not None:
@@ -309,17 +310,15 @@ class PicoTrainer(DurableTrainer):
             )
 
     def _check_adapter(self, model: PicoModel) -> None:
+        """An adapter holds what is learned beside the towers only where it is told to."""
         # By `peft.get_peft_model`, or in place by `model.add_adapter`.
         if self.unwrapped_model() is model and not model._hf_peft_config_loaded:
             return
-        learned: dict[str, nn.Module | None] = {"uncertainty_prototypes": model.uncertainty_prototypes}
-        parts = {name.split(".")[0] for name in model.alignment_head.state_dict()}
-        if not model.trains_uncertainty_only and parts - {"visual_projection", "text_projection"}:
-            learned["alignment_head"] = model.alignment_head
-        for name, module in learned.items():
-            if module is not None and not isinstance(module, ModulesToSaveWrapper):
+        for name, module in model.beside_towers().items():
+            learned = {part.split(".")[0] for part in module.state_dict()} - {"visual_projection", "text_projection"}
+            if learned and not isinstance(module, ModulesToSaveWrapper):
                 raise ValueError(
-                    f"The adapter would be saved without what is learned in `{name}`; configure it with "
+                    f"The adapter would be saved without {', '.join(sorted(learned))} of `{name}`; configure it with "
                     f'`modules_to_save=["{name}"]`.'
                 )
 
@@ -493,10 +492,10 @@ class PicoTrainer(DurableTrainer):
         ):
             metric = f"{self._feedback_dataset()}_{metric}"
         args.metric_for_best_model = metric
-        if self._pico_model().trains_uncertainty_only and not metric.endswith("_aurc"):
+        if not self._pico_model().trains_embeddings and not metric.endswith("_aurc"):
             raise ValueError(
                 f"metric_for_best_model={metric!r} cannot tell which checkpoint is the best: it stays as it is where "
-                "only the uncertainty is trained. Choose 'image_to_text_aurc' or 'text_to_image_aurc'."
+                "no embedding is trained. Choose 'image_to_text_aurc' or 'text_to_image_aurc'."
             )
         found = [entry[f"eval_{metric}"] for entry in state.log_history if f"eval_{metric}" in entry]
         if state.best_metric is not None and state.best_metric not in found:
@@ -563,13 +562,11 @@ class PicoTrainer(DurableTrainer):
         encoded = self._encode(self.get_eval_dataloader(dataset))
         uncertainty = RetrievalUncertainty.measure(model, encoded)
         if uncertainty is None:
-            raise ValueError(
-                "The model has no uncertainty to re-rank by; train one with `num_uncertainty_prototypes` above 0."
-            )
+            raise ValueError("The model has no uncertainty to re-rank by; train one with an `uncertainty_config`.")
         scores = self.evaluator.score(model, encoded)
         of_sides = uncertainty.images, uncertainty.texts
         learned = learn_reranking(scores, encoded.image_ids, encoded.text_ids, *of_sides).to_dict()
-        model.config.uncertainty_reranking = learned
+        model.config.uncertainty_config = {**(model.config.uncertainty_config or {}), "reranking": learned}
         return {f"uncertainty_reranking_{name}": value for name, value in learned.items()}
 
     def measure_styles(
