@@ -245,14 +245,14 @@ class PicoTrainer(DurableTrainer):
         if self.optimizer is not None:
             return super().create_optimizer(model)
         kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(args, model)
-        optimizer = super().create_optimizer(model)
         if not isinstance(kind, type) or {"params", "model", "optimizer_dict"} & options.keys():
             if args.backbone_learning_rate not in (None, args.learning_rate):
                 raise ValueError(
                     f"optim={str(args.optim)!r} groups parameters itself, so backbones cannot have a learning rate of "
                     f"their own; leave backbone_learning_rate out or set it to learning_rate ({args.learning_rate})."
                 )
-            return optimizer
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
         backbone_rate = args.learning_rate / 10 if args.backbone_learning_rate is None else args.backbone_learning_rate
         backbone = {parameter for name, parameter in model.named_parameters() if _is_backbone(name)}
         groups, optimizer.param_groups = optimizer.param_groups, []
