@@ -19,7 +19,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from .configuration_pico import check_backbone_options
 from .untrusted_pico import HUB_OPTIONS, read_config
 
 
@@ -182,10 +181,7 @@ def load_model(name_or_path: str, **kwargs) -> tuple[PreTrainedModel, dict]:
     """
     if kwargs.get("use_safetensors") is None:
         kwargs["use_safetensors"] = True
-    stated = read_config(name_or_path, kwargs)
-    for part in ("vision_config", "text_config"):
-        check_backbone_options(stated.get(part) or {}, part)
-    check_backbone_options(stated, "config")
+    read_config(name_or_path, kwargs)
     config = load_config(name_or_path, kwargs)
     check_vision_family(config.vision_config if is_joint(config) else config)
     model_class: Any = AutoModel
@@ -416,27 +412,3 @@ def class_token_state(
     if modality == "image":
         return token_states[:, 0] if num_prefix_tokens(model.config) else None
     return token_states[:, 0]
-
-
-__all__ = [
-    "build_backbone",
-    "check_vision_family",
-    "class_token_state",
-    "freeze_unused",
-    "hidden_size",
-    "image_token_states",
-    "is_joint",
-    "joint_logit_scale",
-    "joint_projections",
-    "left_aligned",
-    "limit_text_length",
-    "load_backbone",
-    "load_config",
-    "load_model",
-    "max_text_length",
-    "num_prefix_tokens",
-    "plain_tower",
-    "run_text_tower",
-    "text_token_mask",
-    "tower_of",
-]

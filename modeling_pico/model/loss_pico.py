@@ -23,11 +23,6 @@ def exclusion_mask(row_ids: Tensor, column_ids: Tensor, targets: Tensor) -> Tens
     Returns:
         `torch.Tensor`: Boolean of shape `(rows, columns)`, `True` where the column is never a negative of the row.
     """
-    if row_ids.ndim != 1 or column_ids.ndim != 1 or targets.shape != row_ids.shape:
-        raise ValueError(
-            "exclusion_mask needs row_ids (rows,), column_ids (columns,) and targets (rows,), got shapes "
-            f"{tuple(row_ids.shape)}, {tuple(column_ids.shape)} and {tuple(targets.shape)}."
-        )
     same_meaning = row_ids[:, None] == column_ids[None, :]
     return same_meaning.scatter(1, targets[:, None], False)
 
@@ -47,7 +42,6 @@ def infonce_loss(logits: Tensor, targets: Tensor, exclude: Tensor | None = None)
     Returns:
         `torch.Tensor`: Scalar, the mean over rows, in float32 (float64 for float64 input).
     """
-    _check_rows_and_columns(logits, targets, exclude)
     logits = _at_least_float32(logits)
     if exclude is not None:
         logits = logits.masked_fill(exclude.scatter(1, targets[:, None], False), float("-inf"))
@@ -73,9 +67,6 @@ def hinge_loss(
     Returns:
         `torch.Tensor`: Scalar, the mean over rows, in float32 (float64 for float64 input).
     """
-    _check_rows_and_columns(scores, targets, exclude)
-    if not margin >= 0:
-        raise ValueError(f"margin must be at least 0, got {margin}.")
     scores = _at_least_float32(scores)
     columns = targets[:, None]
     positives = scores.gather(1, columns)
@@ -161,18 +152,6 @@ def image_text_loss(
     per_image = infonce_loss(_at_least_float32(scores_per_image) * scale, targets, exclude)
     per_text = infonce_loss(_at_least_float32(scores_per_text) * scale, targets, exclude)
     return (per_image + per_text) / 2
-
-
-def _check_rows_and_columns(scores: Tensor, targets: Tensor, exclude: Tensor | None) -> None:
-    if scores.ndim != 2 or scores.numel() == 0:
-        raise ValueError(f"Scores must be a non-empty matrix (rows, columns), got the shape {tuple(scores.shape)}.")
-    if targets.shape != scores.shape[:1]:
-        raise ValueError(f"targets must be ({scores.shape[0]},), one per row of scores, got {tuple(targets.shape)}.")
-    if exclude is not None and (exclude.shape != scores.shape or exclude.dtype != torch.bool):
-        raise ValueError(
-            f"exclude must be a boolean mask of shape {tuple(scores.shape)}, got {exclude.dtype} of shape "
-            f"{tuple(exclude.shape)}."
-        )
 
 
 def _at_least_float32(scores: Tensor) -> Tensor:

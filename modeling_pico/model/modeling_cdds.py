@@ -430,6 +430,3 @@ class CddsModel(PicoModel):
             PreTrainedModel._init_weights(self, module)
         else:
             super()._init_weights(module)
-
-
-__all__ = ["CddsModel"]

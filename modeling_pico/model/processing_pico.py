@@ -222,7 +222,8 @@ class PicoProcessor(ProcessorMixin):
         queries, items, query_masks, item_masks = map(
             _as_tensors, (query_embeds, gallery_embeds, query_mask, gallery_mask)
         )
-        _check_query_and_gallery(queries, items, query_masks, item_masks)
+        if len(items) == 0:
+            raise ValueError("The gallery is empty.")
         size = (len(queries), min(k, len(items)))
         scores = torch.empty(size, device=output_device)
         indices = torch.empty(size, dtype=torch.int64, device=output_device)
@@ -291,29 +292,6 @@ def _check_image_sizes(image_processor) -> None:
                 )
 
 
-def _check_query_and_gallery(
-    query_embeds: torch.Tensor | list[torch.Tensor],
-    gallery_embeds: torch.Tensor | list[torch.Tensor],
-    query_mask: torch.Tensor | None,
-    gallery_mask: torch.Tensor | None,
-) -> None:
-    if len(gallery_embeds) == 0:
-        raise ValueError("The gallery is empty.")
-    for side, embeds, mask in (("query", query_embeds, query_mask), ("gallery", gallery_embeds, gallery_mask)):
-        if not isinstance(embeds, torch.Tensor):
-            continue
-        if embeds.ndim != 3:
-            raise ValueError(f"{side}_embeds has shape {tuple(embeds.shape)}; expected (samples, tokens, dim).")
-        if mask is not None and mask.shape != embeds.shape[:2]:
-            raise ValueError(
-                f"{side}_mask has shape {tuple(mask.shape)}; {side}_embeds of shape {tuple(embeds.shape)} needs "
-                f"{tuple(embeds.shape[:2])}."
-            )
-    dims = [embeds[0].shape[-1] for embeds in (query_embeds, gallery_embeds) if len(embeds)]
-    if dims[0] != dims[-1]:
-        raise ValueError(f"query_embeds has dim {dims[0]} and gallery_embeds has dim {dims[-1]}; they must be equal.")
-
-
 _Batches = Iterator[tuple[int, torch.Tensor, torch.Tensor]]
 
 
@@ -361,6 +339,3 @@ def _padded(embeds: torch.Tensor | list[torch.Tensor], mask: torch.Tensor | None
         embeds = torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True)
     # A token has unit length before it is weighted. Zeros are padding, of the list or of the model.
     return embeds, (embeds != 0).any(dim=-1) if mask is None else mask
-
-
-__all__ = ["PicoProcessor"]
