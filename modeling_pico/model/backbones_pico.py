@@ -161,7 +161,7 @@ def is_joint(config: PreTrainedConfig) -> bool:
     return "vision_config" in config.sub_configs
 
 
-def load_model(name_or_path: str, **kwargs) -> tuple[PreTrainedModel, dict]:
+def load_model(name_or_path: str, **kwargs) -> PreTrainedModel:
     """
     Loads the checkpoint of a tower or of a joint vision-language model.
 
@@ -170,9 +170,6 @@ def load_model(name_or_path: str, **kwargs) -> tuple[PreTrainedModel, dict]:
     Args:
         name_or_path (`str`): Hub id or folder.
         kwargs: Passed to `from_pretrained` (`revision`, `token`, `dtype`, ...).
-
-    Returns:
-        The model, and the loading information of `from_pretrained(..., output_loading_info=True)`.
 
     Raises:
         ValueError: if the checkpoint lacks weights of the model, which `from_pretrained` would make up, or names code
@@ -205,7 +202,7 @@ def load_model(name_or_path: str, **kwargs) -> tuple[PreTrainedModel, dict]:
             f"{len(missing)} tensors of {type(model).__name__}, such as {', '.join(missing[:3])}. It is a checkpoint "
             "of another kind of model; towers and models of two encoders (CLIP, SigLIP, BLIP for retrieval) work."
         )
-    return model, info
+    return model
 
 
 def plain_tower(tower: PreTrainedModel) -> PreTrainedModel:
@@ -235,19 +232,17 @@ def tower_of(joint: PreTrainedModel, modality: str) -> PreTrainedModel:
     )
 
 
-def load_backbone(name_or_path: str, modality: str, *, output_loading_info: bool = False, **kwargs) -> Any:
+def load_backbone(name_or_path: str, modality: str, **kwargs) -> PreTrainedModel:
     """
     Loads one tower from a checkpoint of its own, or out of a joint vision-language checkpoint such as CLIP.
 
     Args:
         name_or_path (`str`): Hub id or folder.
         modality (`str`): `"image"` or `"text"`.
-        output_loading_info (`bool`, *optional*, defaults to `False`): Whether to return loading information as well.
         kwargs: Passed to `from_pretrained` (`revision`, `token`, `dtype`, ...).
     """
-    model, info = load_model(name_or_path, **kwargs)
-    tower = tower_of(model, modality) if is_joint(model.config) else model
-    return (tower, info) if output_loading_info else tower
+    model = load_model(name_or_path, **kwargs)
+    return tower_of(model, modality) if is_joint(model.config) else model
 
 
 def joint_projections(joint: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -105,3 +105,6 @@ def column_weights(semantic_probability: torch.Tensor) -> torch.Tensor:
     # The rescaling cancels any common factor; this one keeps the weights of a constant probability at exactly one.
     probability = probability / probability.detach().amax(dim=-1, keepdim=True)
     return probability / probability.mean(dim=-1, keepdim=True)
+
+
+__all__ = ["MIN_PROBABILITY", "column_weights", "feature_columns"]

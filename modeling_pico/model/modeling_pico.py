@@ -424,7 +424,7 @@ class PicoModel(PicoPreTrainedModel):
             )
         check_vision_family(joint_config.vision_config)
         if isinstance(joint, str):
-            joint, _ = load_model(joint, **kwargs)
+            joint = load_model(joint, **kwargs)
         projections = joint_projections(joint)
         if projections:
             config_kwargs = {
@@ -619,10 +619,7 @@ class PicoModel(PicoPreTrainedModel):
         image_mask: torch.Tensor | None = None,
         text_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """
-        Scores `(images, texts)` of every image with every text, from score-ready embeddings and masks; the arguments
-        are those of [`pair_scores`].
-        """
+        """Scores `(images, texts)` of score-ready embeddings; arguments are those of [`pair_scores`]."""
         return pair_scores(image_embeds, text_embeds, image_mask, text_mask)
 
     def loss_of_scores(

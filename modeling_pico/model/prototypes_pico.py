@@ -265,3 +265,15 @@ class StylePrototypes(nn.Module):
         """Starts a new collection of statistics of pairs."""
         self.matched_sum.zero_()
         self.matched_count.zero_()
+
+
+__all__ = [
+    "StyleRates",
+    "StylePrototypes",
+    "column_weights",
+    "feature_columns",
+    "sign_agreement",
+    "sign_shares",
+    "squared_distances",
+    "style_probability",
+]
