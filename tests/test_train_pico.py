@@ -127,7 +127,7 @@ def test_run_from_scratch_leaves_all_files(finished):
 
 def test_run_draws_its_pictures(finished):
     pytest.importorskip("matplotlib")
-    names = ["training_curves", "stage_timeline", "pair_scores", "prototypes", "semantic_probability"]
+    names = ["training_curves", "pair_scores", "prototypes", "semantic_probability"]
     expected = {f"{name}.png" for name in (*names, "matches_0", "matches_2", "matches_4", "matches_6")}
     assert {path.name for path in (finished.folder / "plots").iterdir()} == expected
 

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import io
 import json
+import subprocess
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import bound
@@ -30,6 +34,25 @@ def threads_as_found():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch) -> None:
+    """Trainings that the study would start as processes of their own, with imports of their own, run here."""
+
+    def run(command: list[str], **options) -> subprocess.CompletedProcess:
+        if command[0] != sys.executable:
+            return start(command, **options)
+        printed, failure = io.StringIO(), ""
+        with redirect_stdout(printed):
+            try:
+                study.main(command[2:])
+            except (SystemExit, Exception) as error:
+                failure = str(error)
+        return subprocess.CompletedProcess(command, bool(failure), printed.getvalue(), failure)
+
+    start = subprocess.run
+    monkeypatch.setattr(study.subprocess, "run", run)
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +196,7 @@ def test_uncertainty_makes_a_second_row(setting, tmp_path):
     assert f"| pau, re-ranked | 1 | {result['reranked']['seen'][0]:.1f} (+2.0) |" in text
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_uncertainty_is_added_to_kept_models_that_stay_as_they_are(setting, tmp_path, capsys):
     file, variants, table = tmp_path / "tiny.yaml", tmp_path / "variants.yaml", tmp_path / "table.jsonl"
     file.write_text(yaml.safe_dump({**setting, "num_train_epochs": 1}))
@@ -233,6 +257,27 @@ def test_a_batch_holds_the_captions_of_its_images(setting, tmp_path):
     assert whole["pixel_values"].abs().max() <= 1
 
 
+def test_every_training_is_a_process_of_its_own(setting, tmp_path, capsys):
+    file, table = tmp_path / "tiny.yaml", tmp_path / "table.jsonl"
+    file.write_text(yaml.safe_dump({**setting, "num_train_epochs": 1}))
+    study.main(
+        [
+            "run",
+            str(file),
+            "--output",
+            str(table),
+            "--cache",
+            str(tmp_path),
+            "--variants",
+            "fine_grained",
+            "--seeds",
+            "0",
+        ]
+    )
+    assert "fine_grained, seed 0: {'seen': [" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_trains_what_the_table_lacks_and_reports_it(setting, tmp_path, capsys):
     file, variants, table = tmp_path / "tiny.yaml", tmp_path / "variants.yaml", tmp_path / "table.jsonl"
     file.write_text(yaml.safe_dump({**setting, "num_train_epochs": 1}))
