@@ -24,7 +24,6 @@ from modeling_pico.model.backbones_pico import (
 
 
 OPTIONS = {"num_style_prototypes": 3}
-# What a checkpoint may hold beside the towers: heads for other tasks.
 
 
 def towers_of(name: str, model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
