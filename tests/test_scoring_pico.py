@@ -418,12 +418,9 @@ def test_late_interaction_equals_reference_on_cuda(sizes, dtype):
         ({"image_embeds": torch.zeros(2, 4)}, r"image_embeds has shape \(2, 4\); expected \(images, patches, dim\)"),
         ({"text_embeds": torch.zeros(3, 2, 4, 1)}, r"text_embeds has shape .* expected \(texts, words, dim\)"),
         ({"text_embeds": torch.zeros(3, 2, 5)}, "image_embeds has dim 4 and text_embeds has dim 5"),
-        ({"image_embeds": torch.zeros(2, 3, 4, dtype=torch.long)}, "image_embeds has type torch.int64"),
-        ({"image_embeds": torch.zeros(2, 3, 4, device="meta")}, "image_embeds is on meta and text_embeds on cpu"),
         ({"image_mask": torch.ones(2, 4) > 0}, r"image_mask has shape \(2, 4\); .* needs \(2, 3\)"),
         ({"text_mask": torch.ones(3) > 0}, r"text_mask has shape \(3,\); .* needs \(3, 2\)"),
         ({"text_mask": torch.ones(3, 2)}, "text_mask has type torch.float32; expected a boolean or integer"),
-        ({"text_mask": torch.ones(3, 2, device="meta") > 0}, "text_mask is on meta and text_embeds on cpu"),
     ],
 )
 def test_wrong_input_is_named(change, message):

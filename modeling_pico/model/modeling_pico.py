@@ -655,8 +655,8 @@ class PicoModel(PicoPreTrainedModel):
         self,
         image_embeds: torch.Tensor,
         text_embeds: torch.Tensor,
-        image_mask: torch.Tensor | None = None,
-        text_mask: torch.Tensor | None = None,
+        image_mask: torch.Tensor,
+        text_mask: torch.Tensor,
         *,
         own: slice | None = None,
         auxiliary_loss: torch.Tensor | None = None,
@@ -669,8 +669,8 @@ class PicoModel(PicoPreTrainedModel):
         Args:
             image_embeds (`torch.Tensor` of shape `(pairs, patches, dim)`): Images, of all processes with `own`.
             text_embeds (`torch.Tensor` of shape `(pairs, words, dim)`): Their texts.
-            image_mask (`torch.Tensor` of shape `(pairs, patches)`, *optional*): True at tokens that take part.
-            text_mask (`torch.Tensor` of shape `(pairs, words)`, *optional*): Likewise for the texts.
+            image_mask (`torch.Tensor` of shape `(pairs, patches)`): True at tokens that take part.
+            text_mask (`torch.Tensor` of shape `(pairs, words)`): Likewise for the texts.
             own (`slice`, *optional*): This process's pairs, whose rows and columns alone are scored; all by default.
             auxiliary_loss (`torch.Tensor`, *optional*): What [`PicoOutput`] holds.
             kwargs: `image_ids`, `caption_codes` and `hardest` of [`image_text_loss`], and `logit_scale`.
@@ -681,10 +681,8 @@ class PicoModel(PicoPreTrainedModel):
         if own is None or (own.start, own.stop) == (0, len(image_embeds)):
             scores = self.score(image_embeds, text_embeds, image_mask, text_mask)
             return self._total_loss(self.loss_of_scores(scores, scores.T, **kwargs), auxiliary_loss)
-        own_images = None if image_mask is None else image_mask[own]
-        own_texts = None if text_mask is None else text_mask[own]
-        per_image = self.score(image_embeds[own], text_embeds, own_images, text_mask)
-        per_text = self.score(image_embeds, text_embeds[own], image_mask, own_texts).T
+        per_image = self.score(image_embeds[own], text_embeds, image_mask[own], text_mask)
+        per_text = self.score(image_embeds, text_embeds[own], image_mask, text_mask[own]).T
         return self._total_loss(self.loss_of_scores(per_image, per_text, offset=own.start, **kwargs), auxiliary_loss)
 
     def _total_loss(self, pair_loss: torch.Tensor, auxiliary_loss: torch.Tensor | None) -> torch.Tensor:
@@ -753,7 +751,7 @@ class PicoModel(PicoPreTrainedModel):
         for modality, side in sides.items():
             encoded |= self._output_of(modality, *side)
         if missing:
-            ((modality, (_, features)),) = sides.items()
+            modality, (_, features) = next(iter(sides.items()))
             pooled = self.alignment_head.pool(features["embeds"], features["mask"], None, modality)
             return PicoOutput(**encoded, pooler_output=pooled)
         image, text = sides["image"][1], sides["text"][1]
