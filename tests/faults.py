@@ -66,7 +66,7 @@ FAULTS = (
         "score_gradient",
         "the gradient of a long text is as large as if it were one word",
         "modeling_pico/model/scoring_tiled_pico.py",
-        "part / text.counts[text_tile.samples, None]",
+        "part / texts.counts[text.samples, None]",
         "part",
         ("tests/test_scoring_pico.py::test_tiled_gradients_equal_reference",),
     ),
