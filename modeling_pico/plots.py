@@ -30,7 +30,6 @@ from .markdown import signed_number
 from .model.backbones_pico import num_prefix_tokens
 from .model.modeling_pico import PicoModel
 from .model.prototypes_pico import STAGE_PLAIN, squared_distances
-from .model.scoring_pico import pair_scores
 
 
 if TYPE_CHECKING:
@@ -482,7 +481,7 @@ def _draw_pair_scores(model: PicoModel, encoded: EncodedRetrieval) -> Figure:
     panels = {"Scores": RetrievalEvaluator().score(model, encoded)}
     if _prototypes_in_use(model) is not None:
         masks = encoded.image_mask, encoded.text_mask
-        unweighted = pair_scores(encoded.image_tokens, encoded.text_tokens, *masks)
+        unweighted = model.score(encoded.image_tokens, encoded.text_tokens, *masks)
         panels = {"Without weights": unweighted, "With semantic weights": panels["Scores"]}
     return plot_pair_scores(panels, encoded.image_ids[:, None] == encoded.text_ids)
 

@@ -13,8 +13,7 @@ from .evaluator import EncodedRetrieval
 
 
 _NUM_FOLDS = 5
-# Ten times scikit-learn's default, at which features of unit variance are read less well than they could be; beyond,
-# there is hardly more to read.
+# Ten times scikit-learn's default, at which features of unit variance are read less well than they could be.
 _INVERSE_PENALTY = 10.0
 _CHUNK = 256
 
@@ -47,15 +46,12 @@ class StyleProbe:
 
 def probe_styles(model: PicoModel, encoded: EncodedRetrieval, image_styles: Tensor) -> StyleProbe | None:
     """
-    Probes mean image tokens with and without weights.
+    Probes mean image tokens with and without weights; None if there is one meaning only.
 
     Args:
         model ([`PicoModel`]): The model, unwrapped.
         encoded ([`EncodedRetrieval`]): The set with the image tokens of all processes.
-        image_styles (`torch.Tensor` of shape `(images,)`): Code of each image's style, from 0 on without holes.
-
-    Returns:
-        [`StyleProbe`], or None if there is one meaning only.
+        image_styles (`torch.Tensor` of shape `(images,)`): Code of each image's style, from 0 on without gaps.
     """
     num_meanings = len(encoded.image_ids.unique())
     if num_meanings < 2:
@@ -79,9 +75,8 @@ def probe_styles(model: PicoModel, encoded: EncodedRetrieval, image_styles: Tens
 
 def probe_accuracy(features: Tensor, labels: Tensor, groups: Tensor, num_folds: int = _NUM_FOLDS) -> float:
     """
-    Balanced accuracy of scikit-learn's logistic regression, cross-validated so that no group is on both sides.
-
-    Every label weighs the same, in fitting and in the accuracy, so guessing reaches one by the number of labels
+    Balanced accuracy in percent of scikit-learn's logistic regression, cross-validated so that no group is on both
+    sides. Every label weighs the same, in fitting and in the accuracy, so guessing reaches one by the number of labels
     however unevenly they occur.
 
     Args:
@@ -89,9 +84,6 @@ def probe_accuracy(features: Tensor, labels: Tensor, groups: Tensor, num_folds: 
         labels (`torch.Tensor` of shape `(samples,)`): Codes of at least two labels.
         groups (`torch.Tensor` of shape `(samples,)`): Identity of each sample's group.
         num_folds (`int`, *optional*, defaults to 5): Folds, at most the number of groups.
-
-    Returns:
-        `float`: The mean over labels of the share that is read rightly, in percent.
     """
     # Imported here: it takes a second, and only the style report needs it.
     from sklearn.linear_model import LogisticRegression
@@ -104,8 +96,7 @@ def probe_accuracy(features: Tensor, labels: Tensor, groups: Tensor, num_folds: 
     folds = GroupKFold(num_folds, shuffle=True, random_state=0)
     for train, held_out in folds.split(points, targets, groups.cpu().numpy()):
         centred = points - points[train].mean(axis=0)
-        # One scale for all features and not one each: the score is an inner product, in which a feature that weights
-        # have made small counts little, and so it should for the probe.
+        # One scale for all features: one that weights have made small counts little in the score, and so it does here.
         scale = max(np.sqrt(np.square(centred[train]).mean()), 1e-30)
         known = np.unique(targets[train])
         if len(known) == 1:

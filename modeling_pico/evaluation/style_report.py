@@ -66,10 +66,8 @@ class StyleRetrieval:
 
     def table_row(self) -> dict[str, float]:
         """What a model card shows: recalls, the size of the gallery, and what they are to be judged by."""
-        return {
-            **self.retrieval,
-            **{name: getattr(self, name) for name in ("images", "texts", "chance_rsum", "equal_rsum")},
-        }
+        compared = {name: getattr(self, name) for name in ("images", "texts", "chance_rsum", "equal_rsum")}
+        return {**self.retrieval, **compared}
 
 
 @dataclass
@@ -203,12 +201,9 @@ class StyleReport:
         """The main numbers under flat names: `style_{name}_rsum`, `style_{name}_gap`, `style_gap` (the mean), ..."""
         metrics = {}
         for name, result in self.styles.items():
-            metrics[f"style_{name}_rsum"] = result.retrieval["rsum"]
-            metrics[f"style_{name}_chance_rsum"] = result.chance_rsum
-            if result.gap is not None:
-                metrics[f"style_{name}_gap"] = result.gap
-            if result.aligned_rsum is not None:
-                metrics[f"style_{name}_aligned_rsum"] = result.aligned_rsum
+            values = {"rsum": result.retrieval["rsum"]}
+            values |= {key: getattr(result, key) for key in ("chance_rsum", "gap", "aligned_rsum")}
+            metrics.update({f"style_{name}_{key}": value for key, value in values.items() if value is not None})
         gaps = [result.gap for result in self.styles.values() if result.gap is not None]
         if gaps:
             metrics["style_gap"] = sum(gaps) / len(gaps)
