@@ -544,7 +544,7 @@ def _draw_semantic_probability(
 
 @torch.no_grad()
 def _draw_matches(model: PicoModel, collator: PicoDataCollator, dataset: CaptionedImageDataset, row: int) -> Figure:
-    if model.config.alignment_head == "clip_style":
+    if model.config.method == "clip_style":
         raise NothingToDrawError("the model scores pooled vectors and matches no patches with words")
     sample = dataset[row]
     pair = {"image": sample["image"], "caption": sample["captions"][0], "image_id": sample["image_id"]}

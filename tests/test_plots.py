@@ -242,7 +242,7 @@ def test_where_every_order_is_alike_there_is_no_risk_coverage(ranks):
 
 
 def test_risk_coverage_is_that_of_the_model(tiny_model, collator, dataset, monkeypatch):
-    model, calls = tiny_model(num_uncertainty_prototypes=3), given(monkeypatch, "plot_risk_coverage")
+    model, calls = tiny_model(uncertainty_config={"num_prototypes": 3}), given(monkeypatch, "plot_risk_coverage")
     encoded = plots._encode(model, collator, dataset, range(7))
     plots._draw_risk_coverage(model, encoded)
     ((curves,),) = calls
@@ -318,7 +318,7 @@ def test_match_without_special_tokens(trained, collator, dataset, monkeypatch):
 
 def test_pooled_vectors_and_odd_grids_have_no_matches(tiny_model, collator, dataset):
     with pytest.raises(plots.NothingToDrawError, match="pooled vectors"):
-        plots._draw_matches(tiny_model(alignment_head="clip_style"), collator, dataset, 0)
+        plots._draw_matches(tiny_model(method="clip_style"), collator, dataset, 0)
     assert plots.patch_grid(tiny_model(), 13, (32, 96)) == (2, 6)
     with pytest.raises(plots.NothingToDrawError, match="17 image tokens are no grid of an image of 64 x 64"):
         plots.patch_grid(tiny_model(), 18, (64, 64))
@@ -408,7 +408,7 @@ def test_prototypes_count_the_nearest_columns(trained, collator, dataset, option
 
 
 def test_no_prototypes_nothing_to_draw(tiny_model, collator, dataset):
-    for model in (tiny_model(), tiny_model(alignment_head="fine_grained")):
+    for model in (tiny_model(), tiny_model(method="fine_grained")):
         encoded = plots._encode(model, collator, dataset, [0])
         with pytest.raises(plots.NothingToDrawError, match="none has been built yet"):
             plots._draw_prototypes(model, encoded)
@@ -453,9 +453,9 @@ def test_all_pictures_of_a_model(trained, collator, dataset, tmp_path, messages,
 
 def test_baselines_get_what_makes_sense(tiny_model, collator, dataset, tmp_path, messages):
     subjects = {"collator": collator, "splits": {"a": dataset}, "log_history": LOG, "num_matches": 1}
-    fine = plots.save_plots(tmp_path, model=tiny_model(alignment_head="fine_grained"), **subjects)
+    fine = plots.save_plots(tmp_path, model=tiny_model(method="fine_grained"), **subjects)
     assert names(fine) == {"training_curves", "pair_scores", "matches_0"}
-    clip_model = tiny_model(alignment_head="clip_style", num_uncertainty_prototypes=3)
+    clip_model = tiny_model(method="clip_style", uncertainty_config={"num_prototypes": 3})
     clip = plots.save_plots(tmp_path, model=clip_model, **subjects)
     assert names(clip) == {"training_curves", "pair_scores", "risk_coverage"}
     assert not messages["warning"] and any("matches_0 is left out" in message for message in messages["info"])
