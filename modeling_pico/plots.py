@@ -673,7 +673,7 @@ def save_run_plots(
         paths = save_plots(folder, log_history=trainer.state.log_history, **subjects)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
-            # It closes its writer at the end of training and opens one when something is logged, be it nothing.
+            # It closes its writer at the end of training and opens one again when something is logged.
             callback.on_log(trainer.args, trainer.state, trainer.control, logs={})
             for path in paths:
                 pixels = np.asarray(Image.open(path).convert("RGB"))
