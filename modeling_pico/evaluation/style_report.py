@@ -137,59 +137,46 @@ class StyleReport:
                 f"num_captions adds up to {int(num_captions.sum())}, not to {len(encoded.text_ids)} texts."
             )
         encoded = encoded.gather_images()
-        rows = [(image_styles == code).nonzero().squeeze(1) for code in range(len(names))]
         text_styles = image_styles.repeat_interleave(num_captions)
-        text_rows = [(text_styles == code).nonzero().squeeze(1) for code in range(len(names))]
-        evaluator = RetrievalEvaluator()
-        # Of each style's images, then of their captions: ranks within the style, and how many answers are wrong.
-        ranks = [evaluator.ranks(model, encoded.subset(*own)) for own in zip(rows, text_rows, strict=True)]
-        wrong = []
-        for images, texts in zip(rows, text_rows, strict=True):
-            ids, of_texts = encoded.image_ids[images], encoded.text_ids[texts]
-            wrong.append(
-                (len(texts) - num_right_answers(ids, of_texts), len(images) - num_right_answers(of_texts, ids))
-            )
-        left_texts, left_images = (min(int(of_style[side].min()) for of_style in wrong) for side in (0, 1))
+        galleries = [
+            _rank_style(model, encoded, image_styles == code, text_styles == code) for code in range(len(names))
+        ]
+        left_texts, left_images = (min(int(wrong[side].min()) for *_, wrong in galleries) for side in (0, 1))
         # The captions of an image count as one query.
         weights = (1 / (num_captions * len(num_captions))).repeat_interleave(num_captions)
         mixed = _shares_of_styles(model, encoded, nn.functional.one_hot(image_styles).float(), weights)
         report = cls({}, left_images, left_texts, probe_styles(model, encoded, image_styles))
-        for code, name in enumerate(names):
-            images, texts = rows[code], text_rows[code]
+        for name, (images, texts, ranks, wrong), shares in zip(names, galleries, mixed, strict=True):
             report.styles[name] = StyleRetrieval(
                 images=len(images),
                 texts=len(texts),
                 seen=None if seen_styles is None else name in seen_styles,
-                retrieval=retrieval_metrics(*ranks[code]),
+                retrieval=retrieval_metrics(*ranks),
                 chance_rsum=chance_rsum(encoded.image_ids[images], encoded.text_ids[texts]),
                 equal_rsum=sum(
-                    thinned_recall(ranks[code][0], wrong[code][0], left_texts, k)
-                    + thinned_recall(ranks[code][1], wrong[code][1], left_images, k)
+                    thinned_recall(ranks[0], wrong[0], left_texts, k)
+                    + thinned_recall(ranks[1], wrong[1], left_images, k)
                     for k in RECALL_LEVELS
                 ),
                 gap=None,
                 aligned_rsum=None,
                 gallery_share=100 * len(images) / len(image_styles),
-                **mixed[code],
+                **shares,
             )
-        seen = [code for code, result in enumerate(report.styles.values()) if result.seen]
+        seen = [result for result in report.styles.values() if result.seen]
         if seen:
-            report._measure_gaps()
-            known = torch.isin(image_styles, torch.tensor(seen, device=device))
+            known = torch.cat([images for images, *_ in galleries[: len(seen)]]).sort().values
             reference = encoded.image_tokens[known], encoded.image_mask[known]
-            for code, result in enumerate(report.styles.values()):
-                if not result.seen:
-                    gallery = encoded.subset(rows[code], text_rows[code])
-                    tokens = match_moments(gallery.image_tokens, gallery.image_mask, *reference)
-                    aligned = replace(gallery, image_tokens=tokens.to(gallery.image_tokens.dtype))
-                    result.aligned_rsum = evaluator.retrieval_metrics(model, aligned)["rsum"]
+            for (images, texts, *_), result in list(zip(galleries, report.styles.values(), strict=True))[len(seen) :]:
+                result.gap = sum(other.equal_rsum for other in seen) / len(seen) - result.equal_rsum
+                gallery = encoded.subset(images, texts)
+                tokens = match_moments(gallery.image_tokens, gallery.image_mask, *reference)
+                aligned = replace(gallery, image_tokens=tokens.to(gallery.image_tokens.dtype))
+                result.aligned_rsum = RetrievalEvaluator().retrieval_metrics(model, aligned)["rsum"]
+            report._warn_of_small_galleries()
         return report
 
-    def _measure_gaps(self) -> None:
-        seen = [result.equal_rsum for result in self.styles.values() if result.seen]
-        for result in self.styles.values():
-            if not result.seen:
-                result.gap = sum(seen) / len(seen) - result.equal_rsum
+    def _warn_of_small_galleries(self) -> None:
         rarest = min(self.styles, key=lambda name: self.styles[name].images)
         if self.styles[rarest].images <= max(RECALL_LEVELS):
             logger.warning(
@@ -327,6 +314,20 @@ def order_styles(styles: Sequence[str] | None, seen_styles: Sequence[str] | None
     if unknown:
         raise ValueError(f"`seen_styles` holds {sorted(unknown)}, which no image has; the styles are {sorted(found)}.")
     return sorted(found, key=lambda style: (style not in (seen_styles or ()), style))
+
+
+def _rank_style(
+    model: PicoModel, encoded: EncodedRetrieval, images: Tensor, texts: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """
+    Rows of a style's images and of their captions, the ranks of both among each other, and how many wrong captions
+    each of the images has and how many wrong images each of the captions.
+    """
+    images, texts = images.nonzero().squeeze(1), texts.nonzero().squeeze(1)
+    ranks = RetrievalEvaluator().ranks(model, encoded.subset(images, texts))
+    ids, of_texts = encoded.image_ids[images], encoded.text_ids[texts]
+    wrong = len(texts) - num_right_answers(ids, of_texts), len(images) - num_right_answers(of_texts, ids)
+    return images, texts, ranks, wrong
 
 
 def thinned_recall(ranks: Tensor, wrong: Tensor, left: int, k: int) -> float:
