@@ -146,9 +146,7 @@ def test_nothing_in_a_style_report_is_live(text):
         aligned_rsum=None,
         gallery_share=100.0,
         top_shares={"1": 1.0, "10": 1.0},
-        first_right_share=None,
-        first_right_expected=None,
     )
-    report = StyleReport({text: style}, 2, 2, None).to_markdown()
+    report = StyleReport({text: style}, 2, 2).to_markdown()
     assert live(report) == ([], [])
     assert "+0.0" in report and "-0.0" not in report

@@ -20,7 +20,6 @@ from ..model.processing_pico import PicoProcessor
 from .evaluator import EncodedRetrieval, RetrievalEvaluator
 from .retrieval_metrics import RECALL_LEVELS, TIE_TOLERANCE, chance_rsum, num_right_answers, retrieval_metrics
 from .style_alignment import match_moments
-from .style_probe import StyleProbe, probe_styles
 
 
 logger = logging.get_logger(__name__)
@@ -45,10 +44,6 @@ class StyleRetrieval:
             rSum after [`match_moments`] has moved the images to the features of the seen styles, for a style not seen.
         gallery_share (`float`): Share of the style in the gallery that mixes all styles.
         top_shares (`dict[str, float]`): Its share of the first place (`"1"`) and of the first ten (`"10"`) there.
-        first_right_share (`float`, *optional*):
-            How often its image comes first among the right images of a caption, over captions whose meaning is shown
-            in more than one style; None if there are none.
-        first_right_expected (`float`, *optional*): The same for a random choice among the right images.
     """
 
     images: int
@@ -61,8 +56,6 @@ class StyleRetrieval:
     aligned_rsum: float | None
     gallery_share: float
     top_shares: dict[str, float]
-    first_right_share: float | None
-    first_right_expected: float | None
 
     def table_row(self) -> dict[str, float]:
         """What a model card shows: recalls, the size of the gallery, and what they are to be judged by."""
@@ -88,13 +81,11 @@ class StyleReport:
         styles (`dict[str, StyleRetrieval]`): By style; seen ones first, then by name.
         equal_wrong_images (`int`): Wrong images that each caption is left with for `equal_rsum`.
         equal_wrong_texts (`int`): Wrong captions that each image is left with for `equal_rsum`.
-        probe ([`StyleProbe`], *optional*): How well the style is read from embeddings; None with a single meaning.
     """
 
     styles: dict[str, StyleRetrieval]
     equal_wrong_images: int
     equal_wrong_texts: int
-    probe: StyleProbe | None
 
     @classmethod
     @torch.no_grad()
@@ -145,7 +136,7 @@ class StyleReport:
         # The captions of an image count as one query.
         weights = (1 / (num_captions * len(num_captions))).repeat_interleave(num_captions)
         mixed = _shares_of_styles(model, encoded, nn.functional.one_hot(image_styles).float(), weights)
-        report = cls({}, left_images, left_texts, probe_styles(model, encoded, image_styles))
+        report = cls({}, left_images, left_texts)
         for name, (images, texts, ranks, wrong), shares in zip(names, galleries, mixed, strict=True):
             report.styles[name] = StyleRetrieval(
                 images=len(images),
@@ -161,7 +152,7 @@ class StyleReport:
                 gap=None,
                 aligned_rsum=None,
                 gallery_share=100 * len(images) / len(image_styles),
-                **shares,
+                top_shares=shares,
             )
         seen = [result for result in report.styles.values() if result.seen]
         if seen:
@@ -194,11 +185,6 @@ class StyleReport:
         gaps = [result.gap for result in self.styles.values() if result.gap is not None]
         if gaps:
             metrics["style_gap"] = sum(gaps) / len(gaps)
-        if self.probe is not None:
-            metrics["style_probe_accuracy"] = self.probe.accuracy
-            if self.probe.weighted_accuracy is not None:
-                metrics["style_probe_weighted_accuracy"] = self.probe.weighted_accuracy
-            metrics["style_probe_chance"] = self.probe.chance
         return metrics
 
     def to_dict(self) -> dict[str, Any]:
@@ -206,7 +192,7 @@ class StyleReport:
         return asdict(self)
 
     def to_markdown(self) -> str:
-        """Two tables and a sentence."""
+        """Two tables and what their columns mean."""
         recalls = {
             f"{arrow} R@{k}": f"{direction}_recall_at_{k}"
             for arrow, direction in (("i→t", "image_to_text"), ("t→i", "text_to_image"))
@@ -230,8 +216,6 @@ class StyleReport:
                 "Of the gallery": _number(result.gallery_share),
                 "Of the first places": _number(result.top_shares["1"]),
                 "Of the first 10": _number(result.top_shares["10"]),
-                "First of the right images": _number(result.first_right_share),
-                "The same at random": _number(result.first_right_expected),
             }
             for name, result in self.styles.items()
         }
@@ -245,8 +229,6 @@ class StyleReport:
             "Share of each style in percent when captions are ranked against the images of all styles:",
             _table(mixed),
         ]
-        if self.probe is not None:
-            parts.append(self.probe.sentence())
         return "\n\n".join(parts) + "\n"
 
 
@@ -357,34 +339,19 @@ def _log_choose(n: Tensor, k: Tensor) -> Tensor:
 
 def _shares_of_styles(
     model: PicoModel, encoded: EncodedRetrieval, styles: Tensor, weights: Tensor
-) -> list[dict[str, Any]]:
+) -> list[dict[str, float]]:
     """
-    What captions find in the gallery of all images, by style; `styles` is `(images, styles)`, one-hot, and `weights`
-    `(texts,)` what each caption counts.
+    By style, its share in percent of the first place (`"1"`) and the first ten (`"10"`) that captions find in the
+    gallery of all images; `styles` is `(images, styles)`, one-hot, and `weights` `(texts,)` what each caption counts.
     """
-    tops = {"1": torch.zeros(styles.shape[1], dtype=torch.float64)}
-    tops["10"], first, expected = (torch.zeros_like(tops["1"]) for _ in range(3))
+    tops = {k: torch.zeros(styles.shape[1], dtype=torch.float64) for k in (1, 10)}
     for start in range(0, len(weights), _TEXT_CHUNK):
         some = slice(start, start + _TEXT_CHUNK)
         captions = {name: getattr(encoded, name)[some] for name in ("text_tokens", "text_mask", "text_ids")}
         scores = RetrievalEvaluator().score(model, replace(encoded, **captions)).T
         for k, total in tops.items():
-            total += (weights[some] @ _places(scores, int(k)) @ styles).cpu()
-        right = captions["text_ids"][:, None] == encoded.image_ids
-        random_choice = right / right.sum(dim=1, keepdim=True)
-        # Only captions whose meaning is shown in more than one style.
-        choice = weights[some] * ((random_choice @ styles > 0).sum(dim=1) > 1)
-        first += (choice @ _places(scores.masked_fill(~right, -torch.inf), 1) @ styles).cpu()
-        expected += (choice @ random_choice @ styles).cpu()
-    asked = float(expected.sum())
-    return [
-        {
-            "top_shares": {k: 100 * float(share[code]) for k, share in tops.items()},
-            "first_right_share": 100 * float(first[code]) / asked if asked else None,
-            "first_right_expected": 100 * float(expected[code]) / asked if asked else None,
-        }
-        for code in range(styles.shape[1])
-    ]
+            total += (weights[some] @ _places(scores, k) @ styles).cpu()
+    return [{str(k): 100 * float(share[code]) for k, share in tops.items()} for code in range(styles.shape[1])]
 
 
 def _places(scores: Tensor, k: int) -> Tensor:
