@@ -18,7 +18,7 @@ from ..data import as_captioned
 from ..evaluation.embedding_cache import cached_embeddings
 from ..evaluation.evaluator import EncodedRetrieval, RetrievalEvaluator
 from ..evaluation.style_report import StyleReport
-from ..evaluation.uncertainty_reranking import UncertaintyReranking, learn_reranking
+from ..evaluation.uncertainty_reranking import RetrievalUncertainty, learn_reranking
 from .base import TrainerBase
 from .staging import PrototypeConstruction
 
@@ -43,10 +43,10 @@ class EvaluationTrainer(TrainerBase):
         ):
             metric = f"{self._feedback_dataset()}_{metric}"
         args.metric_for_best_model = metric
-        if self._pico_model().trains_uncertainty_only and not metric.endswith("_aurc"):
+        if not self._pico_model().trains_embeddings and not metric.endswith("_aurc"):
             raise ValueError(
                 f"metric_for_best_model={metric!r} cannot tell which checkpoint is the best: it stays as it is where "
-                "only the uncertainty is trained. Choose 'image_to_text_aurc' or 'text_to_image_aurc'."
+                "no embedding is trained. Choose 'image_to_text_aurc' or 'text_to_image_aurc'."
             )
         found = [entry[f"eval_{metric}"] for entry in state.log_history if f"eval_{metric}" in entry]
         if state.best_metric is not None and state.best_metric not in found:
@@ -81,7 +81,6 @@ class EvaluationTrainer(TrainerBase):
             prediction_loss_only = self.args.prediction_loss_only
         encoded = self._encode(dataloader)
         model = self._pico_model()
-        self.evaluator.reranking = UncertaintyReranking.from_config(model.config)
         scores = None if prediction_loss_only else self.evaluator.score(model, encoded)
         metrics = self.evaluator.metrics(model, encoded, scores)
         self._card_metrics[metric_key_prefix] = metrics
@@ -119,17 +118,15 @@ class EvaluationTrainer(TrainerBase):
             `ValueError`: For a model without uncertainty.
         """
         model = self._pico_model()
-        if model.uncertainty_prototypes is None:
-            raise ValueError(
-                "The model has no uncertainty to re-rank by; train one with `num_uncertainty_prototypes` above 0."
-            )
         dataset: Any = self._feedback_dataset() if eval_dataset is None else eval_dataset
         encoded = self._encode(self.get_eval_dataloader(dataset))
-        uncertainty = self.evaluator.uncertainty(model, encoded)
-        assert uncertainty is not None
+        uncertainty = RetrievalUncertainty.measure(model, encoded)
+        if uncertainty is None:
+            raise ValueError("The model has no uncertainty to re-rank by; train one with an `uncertainty_config`.")
         scores = self.evaluator.score(model, encoded)
-        learned = learn_reranking(scores, encoded.image_ids, encoded.text_ids, *uncertainty).to_dict()
-        model.config.uncertainty_reranking = learned
+        of_sides = uncertainty.images, uncertainty.texts
+        learned = learn_reranking(scores, encoded.image_ids, encoded.text_ids, *of_sides).to_dict()
+        model.config.uncertainty_config = {**(model.config.uncertainty_config or {}), "reranking": learned}
         return {f"uncertainty_reranking_{name}": value for name, value in learned.items()}
 
     def measure_styles(

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 import safetensors.torch
 import torch
-from accelerate.utils import broadcast
 from transformers.utils import logging
 
+from ..distributed import broadcast
 from ..model.prototypes_pico import STAGE_INITIAL, STAGE_PLAIN, STAGE_UPDATED, StylePrototypes
 from .arguments import PicoTrainingArguments
 from .prototype_construction import PrototypeState, construct_prototypes, feedback_weight

@@ -28,7 +28,7 @@ from transformers import set_seed
 
 from modeling_pico import CddsModel, PicoModel, RetrievalEvaluator
 from modeling_pico.data import CaptionedImageDataset
-from modeling_pico.evaluation import UncertaintyReranking, folded_retrieval_metrics
+from modeling_pico.evaluation import RetrievalUncertainty, UncertaintyReranking, folded_retrieval_metrics
 from modeling_pico.model.prototypes_pico import STAGE_UPDATED
 from modeling_pico.training import NonFiniteLossError, PicoTrainer
 
@@ -42,7 +42,7 @@ DECOUPLED = {
     "model_class": CddsModel,
     "unet_num_layers": 1,
     "semantic_probability": True,
-    "num_uncertainty_prototypes": 3,
+    "uncertainty_config": {"num_prototypes": 3},
 }
 # Two steps an epoch.
 EPOCHS = {"num_train_epochs": 3, "prototype_update_start": 2}
@@ -146,11 +146,11 @@ def scores(made: PicoTrainer) -> dict[str, Any]:
 
 def evaluations(made: PicoTrainer) -> dict[str, Any]:
     config = made._pico_model().config
-    if config.num_uncertainty_prototypes:
+    learned = reranking = None
+    if config.uncertainty_config is not None:
         learned = made.learn_uncertainty_reranking()
-        config.uncertainty_reranking.update(image_weight=-20.0, text_weight=20.0)
-    else:
-        learned = None
+        reranking = config.uncertainty_config["reranking"]
+        reranking.update(image_weight=-20.0, text_weight=20.0)
     evaluation = made.evaluate()
     predicted = scores(made)
     made.eval_dataset.styles = ["ink", "oil", "oil"] * 3
@@ -158,14 +158,15 @@ def evaluations(made: PicoTrainer) -> dict[str, Any]:
     # Folds, tiles and batches of the loss that end within a process's images; one process has none of the first fold.
     made.evaluator = RetrievalEvaluator(num_folds=3, loss_batch_size=3, image_chunk=2, text_chunk=5)
     encoded = made._encode(made.get_eval_dataloader())
+    uncertainty = RetrievalUncertainty.measure(made._pico_model(), encoded)
     return {
         "evaluation": {
             name: evaluation[name] for name in evaluation if not name.endswith(("per_second", "eval_runtime"))
         },
         "folds": made.evaluator.metrics(made._pico_model(), encoded),
         "eval_ids": (encoded.image_ids, encoded.text_ids),
-        "uncertainty": made.evaluator.uncertainty(made._pico_model(), encoded),
-        "reranking": (learned, config.uncertainty_reranking),
+        "uncertainty": uncertainty and (uncertainty.images, uncertainty.texts),
+        "reranking": (learned, reranking),
         "styles": styles,
         **predicted,
     }
@@ -218,7 +219,7 @@ def chunks(folder: Path) -> dict[str, Any]:
 
 
 def pooled(folder: Path) -> dict[str, Any]:
-    return run(folder, model(alignment_head="clip_style", pooling="class_token"), num_train_epochs=1)
+    return run(folder, model(method="clip_style", pooling="class_token"), num_train_epochs=1)
 
 
 def with_adapter(**config: Any) -> PicoModel:

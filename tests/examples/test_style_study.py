@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, BertModel
 
+from modeling_pico import image_text_loss, pair_scores
 from modeling_pico.data.dataset import SampleKey
 from modeling_pico.evaluation.evaluator import EncodedRetrieval
 from modeling_pico.training.from_scratch import small_text_config, train_tokenizer
@@ -134,7 +135,7 @@ def test_every_variant_is_a_model_of_its_method(setting, tmp_path):
         model = study.build_model(setting, options, data, tmp_path)
         method = options.get("method", "pico")
         head = {"pico_literal": "pico", "free_gate": "fine_grained"}.get(method, method)
-        assert model.config.alignment_head == head, name
+        assert model.config.method == head, name
         assert (model.style_prototypes is not None) == (head == "pico" or name.startswith("pico_cdds")), name
         literal = (model.config.column_mode, model.config.style_probability) == ("quantile", "purity")
         assert literal == (method == "pico_literal"), name
@@ -183,7 +184,7 @@ def test_pretrained_text_tower_is_frozen_but_for_its_last_layers(setting, tmp_pa
 
 def test_uncertainty_makes_a_second_row(setting, tmp_path):
     splits = ["seen", "validation"]
-    options = {"method": "fine_grained", "num_uncertainty_prototypes": 3, "uncertainty_gradient": False}
+    options = {"method": "fine_grained", "uncertainty_config": {"num_prototypes": 3, "gradient": False}}
     result = study.train(setting, options, 3, splits, tmp_path, tmp_path / "kept.safetensors")
     assert set(result["reranked"]) == set(result["aurc"]) == set(splits)
     assert all(0 <= area <= 100 for areas in result["aurc"]["seen"].values() for area in areas)
@@ -201,7 +202,7 @@ def test_uncertainty_is_added_to_kept_models_that_stay_as_they_are(setting, tmp_
     file.write_text(yaml.safe_dump({**setting, "num_train_epochs": 1}))
     variants.write_text(
         "plain: {method: fine_grained}\n"
-        "plain_pau: {base: plain, num_uncertainty_prototypes: 3, args: {num_train_epochs: 2}}\n"
+        "plain_pau: {base: plain, uncertainty_config: {num_prototypes: 3}, args: {num_train_epochs: 2}}\n"
     )
     with pytest.raises(SystemExit, match="lost starts from 'nothing', which the file of variants lacks"):
         study._describe_job("tiny", setting, {"lost": {"base": "nothing"}}, "lost", 0)
@@ -332,6 +333,10 @@ def test_bound_measures_gates_on_the_meanings_they_were_not_fitted_to(setting, t
 
 
 def test_a_gate_that_is_fitted_learns_and_is_then_used():
+    def pair_loss(*sides, image_ids):
+        scores = pair_scores(*sides)
+        return image_text_loss(scores, scores.T, image_ids=image_ids, logit_scale=10.0)
+
     generator = torch.Generator().manual_seed(0)
     # Half of the features tell the meanings apart, the others are larger and say nothing.
     meaning = torch.eye(8).repeat_interleave(2, dim=0)[:, None]
@@ -348,7 +353,7 @@ def test_a_gate_that_is_fitted_learns_and_is_then_used():
         gate = bound.Gate(kind, 16)
         start, weights = gate(images, mask, "image")
         assert torch.equal(start, images) and torch.equal(weights, torch.ones(16, 16))
-        bound.fit(gate, encoded, 10.0, 60, 16)
+        bound.fit(gate, encoded, pair_loss, 60, 16)
         _, weights = gate(images, mask, "image")
         assert weights[:, :8].mean() > weights[:, 8:].mean() + 0.1, kind
 

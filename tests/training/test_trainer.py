@@ -293,23 +293,22 @@ def test_logit_scale_stays_below_100(tmp_path):
     assert net.logit_scale.item() == pytest.approx(MAX_LOGIT_SCALE)
 
 
-def test_hinge_counts_all_negatives_in_its_first_epochs(tmp_path, monkeypatch):
+def test_hinge_counts_all_negatives_in_its_first_epochs(tmp_path):
     hardest = {}
-
-    class Watched(PicoTrainer):
-        def _loss_kwargs(self, outputs):
-            kwargs = super()._loss_kwargs(outputs)
-            hardest[self.state.global_step] = kwargs["hardest"]
-            return kwargs
-
     made = trainer(
         tmp_path,
-        trainer_class=Watched,
         model_options={"loss_type": "hinge"},
         hinge_warmup_epochs=4 / 3,
         num_train_epochs=2,
         save_strategy="no",
     )
+    pair_loss = made.model.pair_loss
+
+    def watched(*args, **kwargs):
+        hardest[made.state.global_step] = kwargs["hardest"]
+        return pair_loss(*args, **kwargs)
+
+    made.model.pair_loss = watched
     made.train()
     assert hardest == {0: False, 1: False, 2: False, 3: False, 4: True, 5: True}
     assert not made.model.logit_scale.requires_grad
@@ -390,17 +389,17 @@ def test_model_init_makes_a_model_for_each_training(tmp_path):
 
 @pytest.mark.parametrize("head", ["fine_grained", "clip_style"])
 def test_heads_without_prototypes_use_the_same_trainer(tmp_path, head):
-    made = trainer(tmp_path, model_options={"alignment_head": head}, num_train_epochs=2)
+    made = trainer(tmp_path, model_options={"method": head}, num_train_epochs=2)
     made.train()
     assert made.construction is None and prototype_log(made) == []
     assert not (tmp_path / "checkpoint-6" / "prototype_construction.safetensors").exists()
     losses = [entry["eval_loss"] for entry in made.state.log_history if "eval_loss" in entry]
     assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
-    resumed = trainer(tmp_path, model_options={"alignment_head": head}, num_train_epochs=2)
+    resumed = trainer(tmp_path, model_options={"method": head}, num_train_epochs=2)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert_same_state(resumed.model, made.model)
     # No validation is needed where nothing is fed back.
-    trainer(tmp_path, model_options={"alignment_head": head}, eval_data=None, eval_strategy="no", max_steps=1).train()
+    trainer(tmp_path, model_options={"method": head}, eval_data=None, eval_strategy="no", max_steps=1).train()
 
 
 # Wrong use
@@ -472,7 +471,7 @@ def shared_captions(count: int, seed: int = 0):
 
 @pytest.mark.parametrize("loss_type", ["infonce", "hinge"])
 def test_equal_captions_of_different_images_are_no_negatives(tmp_path, loss_type):
-    options = {"loss_type": loss_type, "num_uncertainty_prototypes": 3}
+    options = {"loss_type": loss_type, "uncertainty_config": {"num_prototypes": 3}}
     made = trainer(tmp_path, data=CaptionedImageDataset(shared_captions(6)), model_options=options)
     batch = next(iter(made.get_train_dataloader()))
     # As if the images of one caption were of one id.
