@@ -6,7 +6,6 @@ import errno
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -34,7 +33,6 @@ from modeling_pico.training.run_lock import LOCK_FILE
 from modeling_pico.training.signals import heed_only_parent
 
 
-BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "interruptions.py"
 QUICK = {"num_train_epochs": 2, "logging_steps": 2}
 
 
@@ -478,14 +476,6 @@ def test_random_numbers_of_another_number_of_processes_are_told(run, tmp_path, c
     (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
     trainer(tmp_path, **{**QUICK, "max_steps": 4}).train(resume_from_checkpoint=str(folder))
     assert "has no rng_state.pth, as after a run on another number of processes" in caplog.text
-
-
-def test_killed_trainings_end_as_the_uninterrupted_one():
-    """Few kills here; `--kills 50` for many."""
-    command = [sys.executable, str(BENCHMARK), "--kills", "4", "--seed", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert re.search(r"4 kills; [1-9] trainings ended equal", done.stdout)
 
 
 def test_metrics_are_added_to_those_of_earlier_calls(tmp_path):
