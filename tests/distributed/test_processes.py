@@ -439,11 +439,8 @@ class Poisoned(FirstGradients):
 class Infinite(FirstGradients):
     """The loss of the last process is infinite in the second step, and its gradient is not."""
 
-    def _local_loss(self, *args):
-        return super()._local_loss(*args) + self.surplus()
-
-    def _gathered_loss(self, *args):
-        return super()._gathered_loss(*args) + self.surplus()
+    def _pair_loss(self, *args):
+        return super()._pair_loss(*args) + self.surplus()
 
     def surplus(self) -> float:
         return math.inf if self.state.global_step == 1 and PartialState().is_last_process else 0.0
