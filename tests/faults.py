@@ -498,7 +498,7 @@ FAULTS = (
         "        return features.embeds, features.mask",
         "features = self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)\n"
         "        return features.embeds, torch.ones_like(features.mask)",
-        ("tests/test_export.py::test_learned_weights_of_vit_and_bert",),
+        ("tests/test_export.py::test_learned_weights_of_vit_and_bert_from_the_command_line",),
     ),
     Fault(
         "card_directions",
