@@ -21,6 +21,7 @@ from pathlib import Path
 from transformers import TrainerCallback, set_seed
 
 from modeling_pico.data import PicoDataCollator
+from modeling_pico.durable import sole_run, write_text
 from modeling_pico.model.backbones_pico import limit_text_length
 from modeling_pico.plots import has_matplotlib, save_run_plots
 from modeling_pico.script.arguments import parse_arguments
@@ -35,8 +36,6 @@ from modeling_pico.script.output import (
 )
 from modeling_pico.script.record import describe_run, write_run_record
 from modeling_pico.training import PicoTrainer
-from modeling_pico.training.checkpoint_files import write_text
-from modeling_pico.training.run_lock import sole_run
 from modeling_pico.training.secrets import find_secrets, without_secrets
 
 

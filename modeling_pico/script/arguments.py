@@ -18,7 +18,7 @@ from ..model.configuration_cdds import CddsConfig
 from ..model.configuration_pico import CHOICES, PICO_LITERAL, PicoConfig
 from ..model.modeling_cdds import CddsModel
 from ..model.modeling_pico import PicoModel
-from ..training.arguments import PicoTrainingArguments
+from ..training.arguments import PicoTrainingArguments, Range, option_field
 from .option_parser import OptionParser, shown
 
 
@@ -74,49 +74,45 @@ VISION_TOWER = ("image_size", "patch_size", "vision_hidden_size", "vision_num_la
 TEXT_TOWER = ("text_hidden_size", "text_num_layers")
 
 
-def _option(default: Any, help: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": help, **metadata})
-
-
 @dataclass
 class ModelArguments(_ModelOptions):
     """What is trained. Options of the model that are left out keep their default, or the checkpoint's value."""
 
     _argument_group_name = "model"
 
-    method: str | None = field(
-        default=None,
-        metadata={
-            "help": f"{_method_help()}; pico_literal: pico by the literal reading of the paper, of which no part is "
-            "learned (default: pico, or what the checkpoint is)",
-            "choices": list(METHODS),
-        },
+    method: str | None = option_field(
+        None,
+        f"{_method_help()}; pico_literal: pico by the literal reading of the paper, of which no part is learned "
+        "(default: pico, or what the checkpoint is)",
+        choices=list(METHODS),
     )
-    model_name_or_path: str | None = _option(
+    model_name_or_path: str | None = option_field(
         None, "PICO checkpoint, or a joint vision-language checkpoint such as CLIP; else two towers."
     )
-    vision_model_name_or_path: str | None = _option(
+    vision_model_name_or_path: str | None = option_field(
         None, "Vision checkpoint (ViT, Swin, ...) (default: a tower from scratch)"
     )
-    text_model_name_or_path: str | None = _option(
+    text_model_name_or_path: str | None = option_field(
         None, "Text checkpoint (BERT, MiniLM, ...) (default: a tower from scratch)"
     )
-    model_revision: str | None = _option(None, "Revision of the checkpoints (default: main)")
-    use_safetensors: bool = _option(True, "false reads pickles, which can run code, where there are no safetensors.")
-    attn_implementation: str | None = _option(
+    model_revision: str | None = option_field(None, "Revision of the checkpoints (default: main)")
+    use_safetensors: bool = option_field(
+        True, "false reads pickles, which can run code, where there are no safetensors."
+    )
+    attn_implementation: str | None = option_field(
         None, "eager, sdpa, flash_attention_2, ... (default: what the backbone prefers)"
     )
-    freeze_vision: bool = _option(False, "Do not train the vision backbone.")
-    freeze_text: bool = _option(False, "Do not train the text backbone.")
-    train_uncertainty_only: bool = _option(
+    freeze_vision: bool = option_field(False, "Do not train the vision backbone.")
+    freeze_text: bool = option_field(False, "Do not train the text backbone.")
+    train_uncertainty_only: bool = option_field(
         False, "Train the prototypes of the uncertainty alone; scores stay as they are."
     )
-    image_size: int = _option(48, "Tower from scratch: side of the images in pixels")
-    patch_size: int = _option(8, "Tower from scratch: side of a patch in pixels")
-    vision_hidden_size: int = _option(96, "Tower from scratch: width")
-    vision_num_layers: int = _option(4, "Tower from scratch: layers")
-    text_hidden_size: int = _option(96, "Tower from scratch: width")
-    text_num_layers: int = _option(2, "Tower from scratch: layers")
+    image_size: int = option_field(48, "Tower from scratch: side of the images in pixels")
+    patch_size: int = option_field(8, "Tower from scratch: side of a patch in pixels")
+    vision_hidden_size: int = option_field(96, "Tower from scratch: width")
+    vision_num_layers: int = option_field(4, "Tower from scratch: layers")
+    text_hidden_size: int = option_field(96, "Tower from scratch: width")
+    text_num_layers: int = option_field(2, "Tower from scratch: layers")
 
     def config_options(self, model_class: type[PicoModel]) -> dict[str, Any]:
         """The model's options that were given; ValueError for one that this type of model does not have."""
@@ -148,52 +144,56 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    dataset_name: str = _option(
+    dataset_name: str = option_field(
         "styled_shapes",
         "Hub id, folder (parquet, images with metadata.jsonl, caption files), Karpathy's JSON, or styled_shapes, "
         "which is generated.",
     )
-    dataset_config_name: str | None = _option(None, "Configuration of a Hub data set (default: its only one)")
-    train_split: str = _option("train", "Split to train on.")
-    eval_split: str = _option("validation", "Split for selection and feedback.")
+    dataset_config_name: str | None = option_field(None, "Configuration of a Hub data set (default: its only one)")
+    train_split: str = option_field("train", "Split to train on.")
+    eval_split: str = option_field("validation", "Split for selection and feedback.")
     test_split: list[str] = field(
         default_factory=lambda: ["test"], metadata={"help": "Splits that --do_predict reports, never selects on."}
     )
-    image_column: str | None = _option(None, "Column with images (default: image)")
-    caption_column: str | None = _option(
+    image_column: str | None = option_field(None, "Column with images (default: image)")
+    caption_column: str | None = option_field(
         None, "Column with a caption or a list of captions (default: the one that is named like it)"
     )
-    id_column: str | None = _option(None, "Column with the identity of the meaning (default: every image its own)")
-    style_column: str | None = _option(None, "Column with the style (default: style)")
-    style_report: bool = _option(
+    id_column: str | None = option_field(
+        None, "Column with the identity of the meaning (default: every image its own)"
+    )
+    style_column: str | None = option_field(None, "Column with the style (default: style)")
+    style_report: bool = option_field(
         False,
         "With --do_predict: also report on all test splits together how retrieval depends on the style of the images "
         "(style_report.json, style_report.md).",
     )
-    seen_styles: list[str] | None = _option(
+    seen_styles: list[str] | None = option_field(
         None, "Styles that training has shown, for the style report (default: those that this run trains on)"
     )
-    image_dir: str | None = _option(None, "Folder that image paths are relative to (default: that of the data)")
-    cache_dir: str | None = _option(None, "Cache folder of downloaded data (default: that of datasets)")
-    max_train_samples: int | None = _option(None, "Use the first images only (default: all)")
-    max_eval_samples: int | None = _option(None, "Use the first images only (default: all)")
-    max_text_length: int | None = _option(
+    image_dir: str | None = option_field(None, "Folder that image paths are relative to (default: that of the data)")
+    cache_dir: str | None = option_field(None, "Cache folder of downloaded data (default: that of datasets)")
+    max_train_samples: int | None = option_field(None, "Use the first images only (default: all)")
+    max_eval_samples: int | None = option_field(None, "Use the first images only (default: all)")
+    max_text_length: int | None = option_field(
         None, "Longest caption in tokens; the rest is cut (default: what tokenizer and tower take)"
     )
-    on_bad_image: str = _option(
+    on_bad_image: str = option_field(
         "error", "error: stop before training and list them; skip: leave them out.", choices=["error", "skip"]
     )
-    on_empty_captions: str = _option("error", "For images whose captions are all empty.", choices=["error", "skip"])
-    preprocessing_num_workers: int | None = _option(None, "Processes that check images (default: this one alone)")
-    min_crop_scale: float = _option(1.0, "Smallest area of random training crops; 1 is off.")
-    random_flip: bool = _option(False, "Mirror half of the training images.")
-    plots: bool = _option(True, "Draw pictures of the run into output_dir/plots, if matplotlib is installed.")
+    on_empty_captions: str = option_field(
+        "error", "For images whose captions are all empty.", choices=["error", "skip"]
+    )
+    preprocessing_num_workers: int | None = option_field(None, "Processes that check images (default: this one alone)")
+    min_crop_scale: float = option_field(1.0, "Smallest area of random training crops; 1 is off.")
+    random_flip: bool = option_field(False, "Mirror half of the training images.")
+    plots: bool = option_field(True, "Draw pictures of the run into output_dir/plots, if matplotlib is installed.")
 
     def __post_init__(self) -> None:
         for name in ("max_train_samples", "max_eval_samples", "max_text_length"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, but got {value}.")
+            if value is not None:
+                Range(1).check(name, value)
         if self.seen_styles is not None and not self.style_report:
             raise ValueError("--seen_styles is for the style report; give --style_report true as well.")
 

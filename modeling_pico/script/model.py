@@ -13,12 +13,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..durable.files import last_checkpoint, remove_unfinished, resumable_state
 from ..model.backbones_pico import build_backbone, load_backbone
 from ..model.configuration_pico import PicoConfig
 from ..model.modeling_pico import PicoModel
 from ..model.processing_pico import PicoProcessor
 from ..training.arguments import PicoTrainingArguments
-from ..training.checkpoint_files import check_resumable, clean_up, is_complete, last_checkpoint
 from ..training.secrets import without_secrets
 from .arguments import METHODS, TEXT_TOWER, VISION_TOWER, DataArguments, ModelArguments
 from .from_scratch import (
@@ -44,7 +44,7 @@ def find_checkpoint(args: PicoTrainingArguments) -> str | None:
     if wanted.lower() in ("true", "auto", "false"):
         with args.main_process_first(local=False, desc="looking for checkpoints"):
             if args.do_train and args.should_save:
-                clean_up(folder)
+                remove_unfinished(folder)
         checkpoint = last_checkpoint(folder)
         if wanted.lower() == "false" or (wanted.lower() == "auto" and checkpoint is None):
             if args.do_train and (checkpoint is not None or Path(folder, "all_results.json").is_file()):
@@ -53,12 +53,12 @@ def find_checkpoint(args: PicoTrainingArguments) -> str | None:
                     "true, or choose another --output_dir; nothing was changed."
                 )
             return None
-    if checkpoint is None or not is_complete(checkpoint):
+    if checkpoint is None:
         raise ValueError(
-            f"--resume_from_checkpoint {wanted}: {checkpoint or folder!r} holds no complete checkpoint (with a "
-            "trainer_state.json). Give the folder of one, or true, auto, false."
+            f"--resume_from_checkpoint: {folder!r} holds no complete checkpoint. With auto, a run starts anew where "
+            "there is none."
         )
-    check_resumable(checkpoint)
+    resumable_state(checkpoint)
     return checkpoint
 
 

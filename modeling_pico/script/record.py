@@ -16,7 +16,7 @@ import torch
 
 from ..data import CaptionedImageDataset
 from ..data.images import file_state, image_keys
-from ..training.checkpoint_files import write_text
+from ..durable import write_text
 from ..training.secrets import without_secrets
 
 
