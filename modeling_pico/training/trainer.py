@@ -528,7 +528,7 @@ class PicoTrainer(DurableTrainer):
         encoded = self._encode(dataloader)
         model = self._pico_model()
         scores = None if prediction_loss_only else self.evaluator.score(model, encoded)
-        metrics = self.evaluator.metrics(model, encoded, scores)
+        metrics = self.evaluator.metrics(model, encoded)
         self._card_metrics[metric_key_prefix] = metrics
         construction = self.construction
         if construction is not None and self.is_in_train and metric_key_prefix == self._feedback_prefix():
