@@ -437,8 +437,8 @@ FAULTS = (
         "backbone_rate",
         "backbones learn at the rate of new layers",
         "modeling_pico/training/trainer.py",
-        '{**group, "lr": backbone_rate} if is_backbone else group',
-        "group",
+        'rate = backbone_rate if is_backbone else group["lr"]',
+        'rate = group["lr"]',
         ("tests/training/test_trainer.py::test_learning_rate_and_decay_of_each_group",),
     ),
     Fault(
@@ -460,10 +460,10 @@ FAULTS = (
     Fault(
         "non_finite_alone",
         "a loss that is NaN on one process alone is not noticed on the others",
-        "modeling_pico/training/finite.py",
+        "modeling_pico/durable/finite.py",
         "return loss * torch.where(loss.isfinite(), 1.0, torch.nan)",
         "return loss",
-        ("tests/training/test_finite.py::test_a_loss_that_is_not_finite_leaves_no_gradient_finite",),
+        ("tests/durable/test_non_finite.py::test_a_loss_that_is_not_finite_leaves_no_gradient_finite",),
     ),
     Fault(
         "evaluation_generator",
@@ -476,16 +476,16 @@ FAULTS = (
     Fault(
         "resume_generators",
         "a resumed run draws other dropout than the whole one",
-        "modeling_pico/training/checkpoints.py",
-        "    def _restore_loss(self)",
-        "    def _load_rng_state(self, checkpoint):\n        pass\n\n    def _restore_loss(self)",
-        ("tests/training/test_resume.py::test_resume_from_any_checkpoint_equals_the_whole_run",),
+        "modeling_pico/durable/trainer.py",
+        "    def _load_progress(self)",
+        "    def _load_rng_state(self, checkpoint):\n        pass\n\n    def _load_progress(self)",
+        ("tests/durable/test_durable_trainer.py::test_a_run_resumed_from_any_checkpoint_is_the_uninterrupted_one",),
     ),
     Fault(
         "resume_construction",
         "a resumed run has forgotten what its construction collected",
-        "modeling_pico/training/checkpoints.py",
-        "            self.construction.load(checkpoint)\n",
+        "modeling_pico/training/trainer.py",
+        "            self.construction.load(folder)\n",
         "            pass\n",
         ("tests/training/test_resume.py::test_resume_from_any_checkpoint_equals_the_whole_run",),
     ),
@@ -498,7 +498,7 @@ FAULTS = (
         "        return features.embeds, features.mask",
         "features = self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)\n"
         "        return features.embeds, torch.ones_like(features.mask)",
-        ("tests/test_export.py::test_learned_weights_of_vit_and_bert",),
+        ("tests/test_export.py::test_learned_weights_of_vit_and_bert_from_the_command_line",),
     ),
     Fault(
         "card_directions",

@@ -1,7 +1,7 @@
 """Training: arguments, staged construction of prototypes, trainer."""
 
+from ..durable import NonFiniteLossError
 from .arguments import PicoTrainingArguments
-from .finite import NonFiniteLossError
 from .prototype_construction import PrototypeState, construct_prototypes, feedback_weight, weighted_kmeans
 from .staging import PrototypeConstruction
 from .trainer import PicoTrainer
