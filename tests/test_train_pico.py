@@ -309,8 +309,10 @@ def test_auto_starts_anew_and_continues(data, tmp_path):
     results = train(tmp_path, data, resume_from_checkpoint="auto")
     again = train(tmp_path, data, resume_from_checkpoint="auto")
     assert times_aside(again) == times_aside(results)
-    (tmp_path / "b" / "checkpoint-3").mkdir(parents=True)
     with pytest.raises(ValueError, match="holds no complete checkpoint. With auto"):
+        train(tmp_path / "b", data, resume_from_checkpoint="true")
+    (tmp_path / "b" / "checkpoint-3").mkdir(parents=True)
+    with pytest.raises(ValueError, match="checkpoint-3' is not a complete checkpoint"):
         train(tmp_path / "b", data, resume_from_checkpoint="true")
 
 
