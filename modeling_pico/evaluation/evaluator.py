@@ -238,11 +238,11 @@ class RetrievalEvaluator:
         folds = []
         for images, texts in fold_members(encoded.image_ids, encoded.text_ids, self.num_folds):
             of_fold = None if uncertainty is None else uncertainty.subset(images, texts)
-            views = [_as_it_is, *([] if of_fold is None else of_fold.views())]
-            plain, *others = self._ranks(model, encoded, images, texts, views)
+            views = {} if of_fold is None else of_fold.views()
+            plain, *others = self._ranks(model, encoded, images, texts, [_as_it_is, *views.values()])
             metrics = retrieval_metrics(*plain)
             if of_fold is not None:
-                metrics.update(of_fold.metrics(plain, others))
+                metrics.update(of_fold.metrics(plain, dict(zip(views, others, strict=True))))
             folds.append(metrics)
         return mean_metrics(folds)
 

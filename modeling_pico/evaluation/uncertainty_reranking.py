@@ -7,7 +7,7 @@ help queries that they were not chosen on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -223,37 +223,35 @@ class RetrievalUncertainty:
         """That of some of the images and texts."""
         return RetrievalUncertainty(self.images[images], self.texts[texts], self.reranking)
 
-    def views(self) -> list[TileView]:
+    def views(self) -> dict[str, TileView]:
         """
-        For each direction that is re-ranked, the scores with the factor of what is searched. A query's own factor
-        changes nothing and is left out.
+        By direction that is re-ranked, the scores with the factor of what is searched. A query's own factor changes
+        nothing and is left out.
         """
-        reranking, views = self.reranking, []
+        reranking, views = self.reranking, {}
         if reranking is not None and reranking.text_weight:
-            views.append(lambda rows, columns, tile: reranking.rerank(tile, text_uncertainty=self.texts[columns]))
+            views["image_to_text"] = lambda rows, columns, tile: reranking.rerank(
+                tile, text_uncertainty=self.texts[columns]
+            )
         if reranking is not None and reranking.image_weight:
-            views.append(lambda rows, columns, tile: reranking.rerank(tile, image_uncertainty=self.images[rows]))
+            views["text_to_image"] = lambda rows, columns, tile: reranking.rerank(
+                tile, image_uncertainty=self.images[rows]
+            )
         return views
 
-    def metrics(
-        self, ranks: tuple[Tensor, Tensor], reranked: Sequence[tuple[Tensor, Tensor]] = ()
-    ) -> dict[str, float]:
+    def metrics(self, ranks: tuple[Tensor, Tensor], reranked: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
         """
         The areas under the risk-coverage curves of recall at 1 (`image_to_text_aurc`, `text_to_image_aurc`), and of a
         model that has learned a re-ranking the metrics of it (`reranked_rsum` and so on).
 
         Args:
             ranks (`tuple(torch.Tensor, torch.Tensor)`): Ranks of both directions.
-            reranked (`list` of the same): Ranks as each of the [`views`] sees the scores.
+            reranked (`dict` of the same): Ranks as each of the [`views`] sees the scores.
         """
-        curves = self.risk_coverage(ranks)
-        metrics = {f"{direction}_aurc": curves[direction].aurc for direction in _DIRECTIONS}
+        metrics = {f"{direction}_aurc": curve.aurc for direction, curve in self.risk_coverage(ranks).items()}
         if self.reranking is not None:
-            left = list(reranked)
-            to_text = left.pop(0)[0] if self.reranking.text_weight else ranks[0]
-            to_image = left.pop(0)[1] if self.reranking.image_weight else ranks[1]
-            found = retrieval_metrics(to_text, to_image)
-            metrics.update({f"reranked_{name}": value for name, value in found.items()})
+            both = (reranked.get(direction, ranks)[side] for side, direction in enumerate(_DIRECTIONS))
+            metrics.update({f"reranked_{name}": value for name, value in retrieval_metrics(*both).items()})
         return metrics
 
     def risk_coverage(self, ranks: tuple[Tensor, Tensor]) -> dict[str, RiskCoverage]:
