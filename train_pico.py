@@ -23,27 +23,20 @@ from transformers import TrainerCallback, set_seed
 from modeling_pico.data import PicoDataCollator
 from modeling_pico.durable import sole_run, write_text
 from modeling_pico.model.backbones_pico import limit_text_length
-from modeling_pico.plots import has_matplotlib, require_matplotlib, save_run_plots
-from modeling_pico.training import PicoTrainer, PicoTrainingArguments
-from modeling_pico.training.run_data import Data, check_data_arguments, load_data, report_truncation
-from modeling_pico.training.run_model import find_checkpoint, plan_model
-from modeling_pico.training.run_output import (
+from modeling_pico.plots import has_matplotlib, save_run_plots
+from modeling_pico.script.arguments import parse_arguments
+from modeling_pico.script.data import Data, check_data_arguments, load_data, report_truncation
+from modeling_pico.script.model import find_checkpoint, plan_model
+from modeling_pico.script.output import (
     OneLineErrors,
-    log_in_lines,
-    metrics_table,
-    ornament,
+    ignore_closed_streams,
+    never_fatal,
     set_up_logging,
-    surviving_streams,
+    shorten_logs,
 )
-from modeling_pico.training.run_record import describe_run, find_secrets, without_secrets, write_run_record
-from modeling_pico.training.script_arguments import DataArguments, ModelArguments, parse_arguments
-
-
-def wants_plots(plots: str) -> bool:
-    """Whether to draw pictures; ImportError where they are asked for and matplotlib is missing."""
-    if plots == "true":
-        require_matplotlib()
-    return plots == "true" or (plots == "auto" and has_matplotlib())
+from modeling_pico.script.record import describe_run, write_run_record
+from modeling_pico.training import PicoTrainer
+from modeling_pico.training.secrets import find_secrets, without_secrets
 
 
 def main(argv: Sequence[str] | None = None, callbacks: list[TrainerCallback] | None = None) -> dict[str, float]:
@@ -63,92 +56,78 @@ def main(argv: Sequence[str] | None = None, callbacks: list[TrainerCallback] | N
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, training_args = parse_arguments(argv)
     with sole_run(training_args.output_dir) if training_args.should_save else nullcontext():
-        return carry_out(argv, model_args, data_args, training_args, callbacks)
+        set_up_logging(training_args.get_process_log_level())
+        # What can be known to be wrong is said before anything slow.
+        check_data_arguments(data_args, training_args)
+        checkpoint = find_checkpoint(training_args)
+        plan = plan_model(model_args, checkpoint, training_args.do_train)
+        if training_args.uncertainty_reranking and plan.config.uncertainty_config is None:
+            raise ValueError(
+                "--uncertainty_reranking needs a model with uncertainty, such as --uncertainty_config '{}'."
+            )
+        set_seed(training_args.seed)
+
+        data = load_data(data_args, training_args, plan.config.uses_prototypes)
+        model, processor = plan.build(data.train_captions, data_args)
+        if model_args.freeze_vision:
+            model.vision_model.requires_grad_(False)
+        if model_args.freeze_text:
+            model.text_model.requires_grad_(False)
+        if model_args.train_uncertainty_only:
+            model.train_uncertainty_only()
+        limit_text_length(processor.tokenizer, model.text_model, data_args.max_text_length)
+        collator = PicoDataCollator(processor)
+        splits = data.by_name(data_args)
+        if training_args.should_log:
+            report_truncation(splits, processor.tokenizer, collator.max_length)
+        secrets = find_secrets({**vars(model_args), **vars(data_args), **vars(training_args)})
+        command = shlex.join(without_secrets(["accelerate", "launch", "train_pico.py", *argv], secrets))
+        if training_args.process_index == 0:
+            options = {"model": asdict(model_args), "data": asdict(data_args), "training": training_args.to_dict()}
+            write_run_record(training_args.output_dir, describe_run(command, options, splits, secrets))
+
+        trainer = PicoTrainer(
+            model=model,
+            args=training_args,
+            data_collator=collator,
+            train_dataset=data.train,
+            eval_dataset=data.evaluation,
+            processing_class=processor,
+            callbacks=callbacks,
+        )
+        shorten_logs(trainer)
+        names = ("model_name_or_path", "vision_model_name_or_path", "text_model_name_or_path")
+        card_info = {
+            "base_models": [path for name in names if (path := getattr(model_args, name)) is not None],
+            "dataset_name": data_args.dataset_name,
+            "splits": {
+                name: {"images": len(split), "texts": int(split.num_captions.sum())} for name, split in splits.items()
+            },
+        }
+        trainer.card_info = {**without_secrets(card_info, secrets), "command": command}
+        trainer.card_split_names = {"eval": data_args.eval_split}
+        results = train_and_evaluate(trainer, data, checkpoint)
+        if training_args.do_train:
+            with never_fatal("model card"):
+                trainer.create_model_card()
+            if training_args.push_to_hub:
+                trainer.push_to_hub()
+        if data_args.plots and has_matplotlib():
+            # After the upload: pictures show images of the data, which may not be meant to be published.
+            with never_fatal("pictures"):
+                save_run_plots(trainer, splits, main=data_args.eval_split)
+        return results
 
 
-def carry_out(
-    argv: Sequence[str],
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    training_args: PicoTrainingArguments,
-    callbacks: list[TrainerCallback] | None = None,
-) -> dict[str, float]:
-    """As `main`, with the words of the command as they were understood."""
-    set_up_logging(training_args.get_process_log_level())
-    # What can be known to be wrong is said before anything slow.
-    check_data_arguments(data_args, training_args)
-    plots = wants_plots(data_args.plots)
-    checkpoint = find_checkpoint(training_args)
-    plan = plan_model(model_args, checkpoint, training_args.do_train)
-    if training_args.uncertainty_reranking and plan.config.uncertainty_config is None:
-        raise ValueError("--uncertainty_reranking needs a model with uncertainty, such as --uncertainty_config '{}'.")
-    set_seed(training_args.seed)
-
-    data = load_data(data_args, training_args, plan.config.uses_prototypes)
-    model, processor = plan.build(data.train_captions, data_args)
-    if model_args.freeze_vision:
-        model.vision_model.requires_grad_(False)
-    if model_args.freeze_text:
-        model.text_model.requires_grad_(False)
-    if model_args.train_uncertainty_only:
-        model.train_uncertainty_only()
-    limit_text_length(processor.tokenizer, model.text_model, data_args.max_text_length)
-    collator = PicoDataCollator(processor)
-    splits = data.by_name(data_args)
-    if training_args.should_log:
-        report_truncation(splits, processor, collator.max_length)
-    secrets = find_secrets({**vars(model_args), **vars(data_args), **vars(training_args)})
-    if training_args.process_index == 0:
-        options = {"model": asdict(model_args), "data": asdict(data_args), "training": training_args.to_dict()}
-        command = ["train_pico.py", *argv]
-        record = describe_run(command, options, splits, Path(__file__).resolve().parent, secrets)
-        write_run_record(training_args.output_dir, record)
-
-    trainer = PicoTrainer(
-        model=model,
-        args=training_args,
-        data_collator=collator,
-        train_dataset=data.train,
-        eval_dataset=data.evaluation,
-        processing_class=processor,
-        callbacks=callbacks,
-    )
-    log_in_lines(trainer)
-    bases = [model_args.model_name_or_path, model_args.vision_model_name_or_path, model_args.text_model_name_or_path]
-    card_info = {
-        "base_models": [base for base in bases if base is not None],
-        "dataset_name": data_args.dataset_name,
-        "splits": {
-            name: {"images": len(split), "texts": int(split.num_captions.sum())} for name, split in splits.items()
-        },
-    }
-    command = ["accelerate", "launch", "train_pico.py", *argv]
-    trainer.card_info = without_secrets(card_info, secrets)
-    trainer.card_info["command"] = shlex.join(without_secrets(command, secrets))
-    trainer.card_split_names = {"eval": data_args.eval_split}
-    results = run(trainer, data, checkpoint)
-    if training_args.do_train:
-        with ornament("model card"):
-            trainer.create_model_card()
-        if training_args.push_to_hub:
-            trainer.push_to_hub()
-    if plots:
-        # After the upload: pictures show images of the data, which may not be meant to be published.
-        with ornament("pictures"):
-            save_run_plots(trainer, splits, main=data_args.eval_split)
-    if trainer.is_world_process_zero():
-        print(metrics_table(results))
-    return {name: value for metrics in results.values() for name, value in metrics.items()}
-
-
-def run(trainer: PicoTrainer, data: Data, checkpoint: str | None) -> dict[str, dict[str, float]]:
-    """Trains, evaluates and predicts as asked; writes `all_results.json` and returns the metrics of each part."""
+def train_and_evaluate(trainer: PicoTrainer, data: Data, checkpoint: str | None) -> dict[str, float]:
+    """Trains, evaluates and predicts as asked; writes `all_results.json` and returns all metrics."""
     args = trainer.args
-    results: dict[str, dict[str, float]] = {}
+    results: dict[str, float] = {}
 
     def record(name: str, metrics: dict[str, float]) -> None:
         trainer.save_metrics(name, metrics)
-        results.setdefault(name, {}).update(metrics)
+        trainer.log_metrics(name, metrics)
+        results.update(metrics)
 
     if args.do_train:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
@@ -179,5 +158,6 @@ def run(trainer: PicoTrainer, data: Data, checkpoint: str | None) -> dict[str, d
 
 
 if __name__ == "__main__":
-    with surviving_streams(), OneLineErrors() as errors:
+    ignore_closed_streams()
+    with OneLineErrors() as errors:
         main(callbacks=[errors])

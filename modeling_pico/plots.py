@@ -30,7 +30,6 @@ from .markdown import signed_number
 from .model.backbones_pico import num_prefix_tokens
 from .model.modeling_pico import PicoModel
 from .model.prototypes_pico import STAGE_PLAIN, squared_distances
-from .model.scoring_pico import pair_scores
 
 
 if TYPE_CHECKING:
@@ -226,8 +225,6 @@ def plot_pair_scores(scores: Mapping[str, Tensor], matches: Tensor) -> Figure:
 
     Raises [`NothingToDrawError`] without a matched or without an unmatched pair.
     """
-    from sklearn.metrics import roc_auc_score
-
     matched = matches.cpu().numpy().astype(bool)
     if matched.all() or not matched.any():
         raise NothingToDrawError("scores need matched and unmatched pairs")
@@ -244,7 +241,9 @@ def plot_pair_scores(scores: Mapping[str, Tensor], matches: Tensor) -> Figure:
             axes.hist(values[chosen], edges, weights=share, color=color, histtype="step", linewidth=1.5)
             axes.axvline(values[chosen].mean(), color=color, linestyle="--", linewidth=1.5)
             handles.append(bars[0])
-        area = 100 * roc_auc_score(matched.ravel(), values.ravel())
+        lower = np.sort(values[~matched])
+        places = np.searchsorted(lower, values[matched], "left") + np.searchsorted(lower, values[matched], "right")
+        area = 50 * places.mean() / len(lower)
         beats = f"a matched pair beats an unmatched one in {area:.1f} % of cases"
         _finish(
             axes, f"{title}: {beats}", "pair score (dashed: means)" if axes is grid[-1] else None, "share of pairs (%)"
@@ -418,7 +417,7 @@ def plot_matches(
     colors: dict[str, Any] = {"cmap": "viridis", "vmin": maps.min(), "vmax": max(maps.max(), maps.min() + 1e-6)}
     panels = right.subplots(lines, _WORD_COLUMNS, squeeze=False).ravel()
     for axes in panels:
-        axes.set_axis_off()
+        axes.set(frame_on=False, xticks=[], yticks=[], anchor="N")
     for index, axes in enumerate(panels[:shown]):
         axes.imshow(pixels.mean(axis=2), cmap="gray", vmin=0, vmax=1, **place)
         axes.imshow(maps[:, index].reshape(grid), interpolation="nearest", alpha=0.75, **colors, **place)
@@ -429,7 +428,8 @@ def plot_matches(
     overview, scale, rest = left.subplots(3, 1, height_ratios=[2.9 * tall + 0.5, 0.12, height - 2.9 * tall - 0.6])
     overview.imshow(pixels, interpolation="nearest", **place)
     overview.set_axis_off()
-    overview.set_title(f"score {score:.2f}; the best patches,\nnumbered by word", fontsize=_LABEL, loc="left")
+    title = f"score {score:.2f}; best patches, numbered by\nword (“3+”: word 3 and later ones)"
+    overview.set_title(title, fontsize=_SMALL + 1, loc="left")
     _outline(overview, best[:shown].tolist(), special, columns, numbered=True)
     rest.set_axis_off()
     shades = ScalarMappable(Normalize(colors["vmin"], colors["vmax"]), colors["cmap"])
@@ -482,7 +482,7 @@ def _draw_pair_scores(model: PicoModel, encoded: EncodedRetrieval) -> Figure:
     panels = {"Scores": RetrievalEvaluator().score(model, encoded)}
     if _prototypes_in_use(model) is not None:
         masks = encoded.image_mask, encoded.text_mask
-        unweighted = pair_scores(encoded.image_tokens, encoded.text_tokens, *masks)
+        unweighted = model.score(encoded.image_tokens, encoded.text_tokens, *masks)
         panels = {"Without weights": unweighted, "With semantic weights": panels["Scores"]}
     return plot_pair_scores(panels, encoded.image_ids[:, None] == encoded.text_ids)
 
@@ -674,7 +674,7 @@ def save_run_plots(
         paths = save_plots(folder, log_history=trainer.state.log_history, **subjects)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
-            # It closes its writer at the end of training and opens one when something is logged, be it nothing.
+            # It closes its writer at the end of training and opens one again when something is logged.
             callback.on_log(trainer.args, trainer.state, trainer.control, logs={})
             for path in paths:
                 pixels = np.asarray(Image.open(path).convert("RGB"))

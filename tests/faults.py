@@ -246,17 +246,16 @@ FAULTS = (
         "collator_truncation",
         "texts that are too long are not cut",
         "modeling_pico/data/collator.py",
-        "if self.max_length is not None and",
-        "if False and",
-        ("tests/data/test_collator.py::test_truncation_is_counted",),
+        "truncation=self.max_length is not None",
+        "truncation=False",
+        ("tests/data/test_collator.py::test_texts_are_cut_at_the_length_of_the_tokenizer",),
     ),
     Fault(
         "source_captions",
         "captions of two rows are swapped in sets of more than 52 rows",
         "modeling_pico/data/sources.py",
-        "    used = [index for index, group in enumerate(captions) if group]\n",
-        "    captions[51:53] = captions[51:53][::-1]\n"
-        "    used = [index for index, group in enumerate(captions) if group]\n",
+        "    used = [(rows[0], group)",
+        "    captions[51:53] = captions[51:53][::-1]\n    used = [(rows[0], group)",
         ("tests/data/test_sources.py::test_every_caption_stays_with_its_image",),
     ),
     Fault(
@@ -288,7 +287,7 @@ FAULTS = (
         "data may name files anywhere",
         "modeling_pico/data/paths.py",
         "        parent, name = os.path.split(path)\n",
-        "        return path\n        parent, name = os.path.split(path)\n",
+        "        return True\n        parent, name = os.path.split(path)\n",
         ("tests/data/test_dirty_data.py::test_the_judge_sees_that_the_fence_is_off",),
     ),
     Fault(

@@ -19,7 +19,7 @@ import tomllib
 from accelerate.commands.launch import launch_command_parser
 from packaging.requirements import Requirement
 
-from modeling_pico.training.script_arguments import parse_arguments
+from modeling_pico.script.arguments import parse_arguments
 
 
 ROOT = Path(__file__).resolve().parents[1]

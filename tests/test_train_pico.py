@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -21,16 +22,15 @@ import train_pico
 from modeling_pico import PicoConfig, PicoModel, PicoProcessor
 from modeling_pico.data import CaptionedImageDataset
 from modeling_pico.model.backbones_pico import build_backbone
-from modeling_pico.training.run_data import check_processes
-from modeling_pico.training.run_output import OneLineErrors, log_line, metrics_table
-from modeling_pico.training.run_record import (
+from modeling_pico.script.data import check_processes
+from modeling_pico.script.output import OneLineErrors, main_metrics
+from modeling_pico.script.record import (
     describe_run,
-    find_secrets,
     fingerprint,
     git_state,
-    without_secrets,
     write_run_record,
 )
+from modeling_pico.training.secrets import find_secrets, without_secrets
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,10 +39,8 @@ SIZES = {
     "patch_size": 8,
     "vision_hidden_size": 16,
     "vision_num_layers": 1,
-    "vision_num_heads": 2,
     "text_hidden_size": 16,
     "text_num_layers": 1,
-    "text_num_heads": 2,
 }
 TOWERS = {**SIZES, "embedding_dim": 8, "num_style_prototypes": 3}
 TRAINING = {
@@ -76,7 +74,7 @@ def data(tmp_path_factory) -> str:
 def messages(monkeypatch) -> list[str]:
     """Warnings of the script and of the data package."""
     seen: list[str] = []
-    for name in ("modeling_pico.training.run_data", "modeling_pico.data.images", "modeling_pico.data.sources"):
+    for name in ("modeling_pico.script.data", "modeling_pico.data.images", "modeling_pico.data.sources"):
         monkeypatch.setattr(sys.modules[name].logger, "warning", seen.append)
     return seen
 
@@ -105,7 +103,7 @@ def evaluate(folder, data, **options) -> dict[str, float]:
 def finished(tmp_path_factory, data) -> SimpleNamespace:
     """A finished run from scratch."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    return SimpleNamespace(folder=folder, results=train(folder, data, do_eval=True, do_predict=True, plots="auto"))
+    return SimpleNamespace(folder=folder, results=train(folder, data, do_eval=True, do_predict=True, plots=True))
 
 
 # Runs
@@ -131,13 +129,6 @@ def test_run_draws_its_pictures(finished):
     names = ["training_curves", "pair_scores", "prototypes", "semantic_probability"]
     expected = {f"{name}.png" for name in (*names, "matches_0", "matches_2", "matches_4", "matches_6")}
     assert {path.name for path in (finished.folder / "plots").iterdir()} == expected
-
-
-def test_pictures_that_cannot_be_drawn_are_refused(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
-    with pytest.raises(ImportError, match=r"pip install modeling-pico\[plots\]"):
-        train_pico.wants_plots("true")
-    assert not train_pico.wants_plots("auto") and not train_pico.wants_plots("false")
 
 
 def test_saved_model_gives_the_same_results(finished, data, tmp_path):
@@ -175,15 +166,14 @@ def test_resume_continues_and_repeats_the_tokenizer(data, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"method": "fine_grained"}, "--method fine_grained .the run has pico."),
-        ({"method": "cdds"}, "--method cdds .the run has pico."),
-        ({"margin": 2}, "--margin 2.0 .the run has 0.2."),
-        ({"loss_type": "hinge"}, "--loss_type hinge .the run has infonce."),
+        ({"method": "fine_grained"}, "--method fine_grained .the run has none."),
+        ({"method": "cdds"}, "--method cdds .the run has none."),
+        ({"margin": 2}, "--margin 2.0 .the run has none."),
+        ({"loss_type": "hinge"}, "--loss_type hinge .the run has none."),
         ({"num_style_prototypes": 4}, "--num_style_prototypes 4 .the run has 3."),
         ({"image_size": 24}, "--image_size 24 .the run has 16."),
         ({"text_hidden_size": 8}, "--text_hidden_size 8 .the run has 16."),
         ({"model_name_or_path": "another/clip"}, "--model_name_or_path another/clip .the run has none."),
-        ({"vocab_size": 77}, "--vocab_size 77 .the run has none."),
         ({"freeze_vision": True}, "--freeze_vision true .the run has false."),
     ],
 )
@@ -194,7 +184,7 @@ def test_another_model_is_refused_on_resume(finished, data, options, said):
 
 def test_model_that_cannot_be_is_refused_before_any_data_is_read(data, tmp_path, monkeypatch):
     monkeypatch.setattr("train_pico.load_data", lambda *args: pytest.fail("read the data"))
-    for options in ({"model_name_or_path": "no/such/model"}, {"attn_implementation": "nonsense"}, {"margin": -1}):
+    for options in ({"model_name_or_path": "no/such/model"}, {"margin": -1}, {"max_text_length": 0}):
         with pytest.raises(ValueError):
             train(tmp_path, data, **options)
     with pytest.raises(ValueError, match="Give --model_name_or_path to evaluate a trained model"):
@@ -239,7 +229,7 @@ def test_seed_and_command_decide_all_results(finished, data, tmp_path):
 def test_run_records_what_it_was(finished, data):
     record = json.loads((finished.folder / "run.json").read_text())
     assert set(record) == {"command", "versions", "machine", "git", "data", "configuration"}
-    assert record["command"].startswith("train_pico.py --image_size 16")
+    assert record["command"].startswith("accelerate launch train_pico.py --image_size 16")
     assert {"python", "torch", "transformers", "datasets"} <= set(record["versions"])
     assert record["machine"]["threads"] == torch.get_num_threads()
     assert set(record["data"]) == {"train", "validation", "test"}
@@ -267,18 +257,19 @@ def test_records_hold_no_secrets():
     }
     secrets = find_secrets(options)
     assert secrets == {"-to'k en", "kkk"}
-    signed = "https://me:pass@host/a?sig=abc&name=x&X-Amz-Signature=1#access_token=q"
+    signed = "https://me:pass@host/a?key=swordfish&name=x&X-Amz-Signature=1#access_token=q"
     argv = ["--hub_token=-to'k en", "--more", '{"api_key": "kkk"}', "--run_name", "a-to'k enb", signed]
     assert without_secrets([*argv, "hf_" + 34 * "a"], secrets) == [
         *("--hub_token=...", "--more", '{"api_key": "..."}', "--run_name", "a...b"),
-        *("https://...@host/a?sig=...&name=x&X-Amz-Signature=...#access_token=...", "..."),
+        *("https://...@host/a?...&name=x&...#...", "..."),
     ]
-    record = describe_run(argv, {"training": options, "data": {"dataset_name": signed}}, {}, ROOT, secrets)
-    assert record["configuration"]["training"] == {
+    groups = {"training": options, "data": {"dataset_name": signed}}
+    record = json.dumps(describe_run("train_pico.py", groups, {}, secrets), default=str)
+    assert json.loads(record)["configuration"]["training"] == {
         **{"hub_token": "...", "seed": 1, "odd": "a", "more": {"api_key": "..."}, "text_special_tokens": "no"}
     }
-    for secret in ("k en", "kkk", "pass", "abc", "=1", "=q"):
-        assert secret not in json.dumps(record)
+    for secret in ("k en", "kkk", "pass", "swordfish", "=1", "=q"):
+        assert secret not in record
 
 
 def test_fingerprint_is_that_of_the_content(data, tmp_path):
@@ -309,10 +300,9 @@ def test_git_state_names_commit_and_changes(tmp_path):
     for words in (["init", "-q"], ["add", "a.py"], ["commit", "-qm", "first"]):
         subprocess.run([*git, *words], check=True)
     clean = git_state(tmp_path)
-    assert len(clean["commit"]) == 40 and clean["changes"] is None
+    assert len(clean) == 40
     write(tmp_path / "a.py", "2")
-    changed = git_state(tmp_path)
-    assert changed["commit"] == clean["commit"] and len(changed["changes"]) == 64
+    assert git_state(tmp_path) == f"{clean}-dirty"
 
 
 def test_auto_starts_anew_and_continues(data, tmp_path):
@@ -326,15 +316,15 @@ def test_auto_starts_anew_and_continues(data, tmp_path):
 
 def test_errors_of_card_and_pictures_cost_neither_model_nor_results(data, tmp_path, monkeypatch):
     errors: list[str] = []
-    monkeypatch.setattr("modeling_pico.training.run_output.logger.exception", errors.append)
+    monkeypatch.setattr("modeling_pico.script.output.logger.exception", errors.append)
 
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
 
     monkeypatch.setattr("train_pico.save_run_plots", fail)
     monkeypatch.setattr("train_pico.PicoTrainer.create_model_card", fail)
-    monkeypatch.setattr("train_pico.wants_plots", lambda plots: True)
-    results = train(tmp_path, data, num_train_epochs=1)
+    monkeypatch.setattr("train_pico.has_matplotlib", lambda: True)
+    results = train(tmp_path, data, num_train_epochs=1, plots=True)
     assert [error.split(" could")[0] for error in errors] == ["The model card", "The pictures"]
     assert json.loads((tmp_path / "all_results.json").read_text()) == pytest.approx(results)
     PicoModel.from_pretrained(tmp_path)
@@ -461,26 +451,17 @@ def test_mistakes_are_one_line_until_the_first_batch(capsys):
             raise ValueError("unexpected")
 
 
-def test_metrics_are_one_table(data, tmp_path, capsys):
-    results = train(tmp_path, data, do_eval=True, do_predict=True, num_train_epochs=1)
-    *lines, end = capsys.readouterr().out.split("\n")
-    [start] = [number for number, line in enumerate(lines) if line.split() == ["train", "eval", "test"]]
-    table = {words[0]: words[1:] for words in map(str.split, lines[start + 1 :])}
-    assert end == "" and table["rsum"] == [f"{results['eval_rsum']:.2f}", f"{results['test_rsum']:.2f}"]
-    assert len(table["loss"]) == 3 and not any("{" in line for line in lines)
-    assert len({len(line) for line in lines[start:]}) == 1
+def test_metrics_of_all_parts_are_printed(finished, data, tmp_path, capsys):
+    results = evaluate(tmp_path, data, model_name_or_path=finished.folder, do_predict=True)
+    printed = capsys.readouterr().out
+    assert "***** eval metrics *****" in printed and "***** test metrics *****" in printed
+    assert re.search(rf"test_rsum += +{round(results['test_rsum'], 4)}\n", printed)
 
 
 def test_log_of_an_evaluation_is_its_main_numbers():
     logs = {"eval_loss": 2.0, "eval_rsum": 1234.5, "eval_chance_rsum": 8.0, "eval_runtime": 3.0, "epoch": 2.0}
-    assert log_line(logs, 7) == "step 7, epoch 2.00: eval_loss 2.00, eval_rsum 1,234.50"
-    assert log_line({"loss": 0.0625, "learning_rate": 1e-4}, 1) == "step 1: loss 0.0625, learning_rate 0.0001"
-    table = metrics_table(
-        {"train": {"train_loss": 0.5, "total_flos": 1.0}, "eval": {"eval_runtime": 1.0, "eval_rsum": 2.0}}
-    )
-    assert [line.split() for line in table.splitlines()] == [
-        *(["train", "eval"], ["loss", "0.5"], ["rsum", "2.00"], ["runtime", "1.00"])
-    ]
+    assert main_metrics(logs) == {"eval_loss": 2.0, "eval_rsum": 1234.5, "epoch": 2.0}
+    assert main_metrics({"loss": 0.5, "learning_rate": 1e-4}) == {"loss": 0.5, "learning_rate": 1e-4}
 
 
 def test_processes_with_other_data_are_refused_before_the_model_is_built(data, tmp_path, monkeypatch):
@@ -495,7 +476,7 @@ def test_processes_with_other_data_are_refused_before_the_model_is_built(data, t
     }
     for words, other in others.items():
         there = {"train": (len(other), fingerprint(CaptionedImageDataset(other), images=False))}
-        monkeypatch.setattr("modeling_pico.training.run_data.gather_object", lambda own, there=there: [*own, there])
+        monkeypatch.setattr("modeling_pico.script.data.gather_object", lambda own, there=there: [*own, there])
         with pytest.raises(ValueError, match=f"the split 'train' of process 1 has {words}"):
             check_processes(split(rows))
     monkeypatch.setattr("train_pico.plan_model", lambda *args: SimpleNamespace(config=PicoConfig()))  # builds nothing
@@ -509,7 +490,7 @@ def test_processes_with_other_data_are_refused_before_the_model_is_built(data, t
 def test_uncertainty_is_added_to_a_trained_model_and_re_ranks(finished, data, tmp_path):
     options = {
         "model_name_or_path": finished.folder,
-        "uncertainty_config": {"num_prototypes": 4},
+        "uncertainty_config": '{"num_prototypes": 4}',
         "num_train_epochs": 1,
     }
     options |= dict.fromkeys(SIZES)
@@ -560,7 +541,7 @@ def reported(tmp_path_factory, styled) -> SimpleNamespace:
 def test_style_report_of_a_run(reported):
     results = json.loads((reported.folder / "all_results.json").read_text())
     assert results == pytest.approx(reported.results)
-    assert {"style_ink_rsum", "style_neon_gap", "style_gap", "style_probe_weighted_accuracy"} <= set(results)
+    assert {"style_ink_rsum", "style_neon_gap", "style_gap"} <= set(results)
     report = json.loads((reported.folder / "style_report.json").read_text())
     assert {name: style["seen"] for name, style in report["styles"].items()} == {
         "ink": True,
@@ -569,29 +550,26 @@ def test_style_report_of_a_run(reported):
     }
     # The split `test` holds this style and no other.
     assert report["styles"]["neon"]["retrieval"]["rsum"] == results["test_rsum"] == results["style_neon_rsum"]
-    assert report["styles"]["neon"]["first_right_expected"] == pytest.approx(50)  # ids are those of a column
     assert (reported.folder / "style_report.md").read_text().count("| neon |") == 2
     assert "By style" in (reported.folder / "README.md").read_text()
 
 
 def test_style_report_of_a_checkpoint(reported, styled, tmp_path):
     options = {"do_eval": None, "model_name_or_path": reported.folder, **REPORT}
-    results = evaluate(tmp_path / "a", styled, **options, id_column="image_id")
-    for name in ("style_neon_gap", "style_probe_accuracy", "style_ink_rsum"):
+    seen = {"seen_styles": ["ink", "oil"]}
+    results = evaluate(tmp_path / "a", styled, **options, **seen, id_column="image_id")
+    for name in ("style_neon_gap", "style_ink_rsum"):
         assert results[name] == pytest.approx(reported.results[name])
-    # Without ids of their own, images of two splits never mean the same.
     evaluate(tmp_path / "b", styled, **options, seen_styles="oil")
     styles = json.loads((tmp_path / "b" / "style_report.json").read_text())["styles"]
     assert [name for name, style in styles.items() if style["seen"]] == ["oil"]
-    assert {style["first_right_share"] for style in styles.values()} == {None}
 
 
 def test_style_report_when_the_seen_styles_are_unknown(reported, styled, tmp_path, messages):
     options = {"do_eval": None, "model_name_or_path": reported.folder, **REPORT}
-    for split, reason in (("plain", "has no column with them"), ("trian", "has no split 'trian'")):
-        results = evaluate(tmp_path, styled, **options, train_split=split)
-        assert "style_neon_rsum" in results and not any("gap" in name for name in results)
-        assert reason in messages[-1] and "--seen_styles" in messages[-1]
+    results = evaluate(tmp_path, styled, **options)
+    assert "style_neon_rsum" in results and not any("gap" in name for name in results)
+    assert "Name the seen ones by --seen_styles" in messages[-1]
 
 
 @pytest.mark.parametrize(
@@ -634,13 +612,13 @@ def test_file_and_flags_that_override_it(tmp_path, suffix):
 
 
 def test_values_of_a_file_that_are_no_strings_of_the_command_line(tmp_path):
-    text = "resume_from_checkpoint: true\ntest_split: neon\nseen_styles: ink\nplots: true\nlearning_rate: 1e-3\n"
+    text = "resume_from_checkpoint: true\ntest_split: neon\nplots: true\nlearning_rate: 1e-3\n"
     file = write(tmp_path / "run.yaml", text)
     _, data_args, training_args = train_pico.parse_arguments([file, "--output_dir", str(tmp_path)])
     assert (training_args.resume_from_checkpoint, data_args.test_split) == ("true", ["neon"])
-    assert (data_args.seen_styles, data_args.style_report, data_args.plots) == (["ink"], False, "true")
+    assert data_args.plots is True
     assert training_args.learning_rate == 1e-3
-    with pytest.raises(ValueError, match="resume_from_checkpoint.*holds no complete checkpoint"):
+    with pytest.raises(ValueError, match="resume_from_checkpoint: .*holds no complete checkpoint"):
         train_pico.find_checkpoint(training_args)
 
 
@@ -653,9 +631,9 @@ def test_the_quickstart_recipe_is_valid(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("learning_rat: 1", ["run.yaml", "unknown option 'learning_rat'", "Did you mean learning_rate"]),
-        ("zzz: 1", ["unknown option 'zzz'."]),
-        ("- a\n- b", ["run.yaml", "list"]),
+        ("learning_rat: 1", ["run.yaml", "no option --learning_rat", "Did you mean learning_rate"]),
+        ("zzz: 1", ["no option --zzz."]),
+        ("- a\n- b", ["run.yaml", "expected options"]),
     ],
 )
 def test_wrong_file_is_refused(tmp_path, text, words):
@@ -663,7 +641,7 @@ def test_wrong_file_is_refused(tmp_path, text, words):
     with pytest.raises(ValueError) as error:
         train_pico.parse_arguments([file])
     assert all(word in str(error.value) for word in words)
-    with pytest.raises(ValueError, match="'nowhere.yaml' does not exist"):
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
         train_pico.parse_arguments(["nowhere.yaml"])
 
 
@@ -682,7 +660,7 @@ def test_none_on_the_command_line_is_what_null_is_in_a_file(tmp_path):
         ({"method": "pica"}, ["pica", "pico", "fine_grained", "clip_style"]),
         ({"on_bad_image": "ignore"}, ["ignore", "error", "skip"]),
         ({"on_empty_captions": "ignore"}, ["ignore", "error", "skip"]),
-        ({"plots": "maybe"}, ["maybe", "auto", "true", "false"]),
+        ({"plots": "maybe"}, ["maybe", "true", "false"]),
         ({"feedback": "best"}, ["best", "counterfactual", "constant"]),
         ({"caption_sampling": "one"}, ["one", "random", "all"]),
         ({"num_train_epochs": "many"}, ["num_train_epochs", "many"]),
@@ -706,15 +684,15 @@ def test_bad_flag_names_what_is_allowed(tmp_path, capsys, options, words):
         ({"pooling": "max"}, ["pooling", "'max'", "'mean'", "'class_token'"]),
         ({"margin": -1}, ["margin", "from 0"]),
         ({"patch_size": 7}, ["image_size", "patch_size", "16", "7"]),
-        ({"min_crop_scale": -1}, ["--min_crop_scale", "-1"]),
-        ({"max_text_length": 0}, ["--max_text_length", "at least 1", "0"]),
+        ({"min_crop_scale": -1}, ["min_scale", "-1"]),
+        ({"max_text_length": 0}, ["max_text_length", "at least 1", "0"]),
         ({"per_device_train_batch_size": 50}, ["50", "20"]),
         ({"train_split": "trian"}, ["trian", "train", "validation"]),
         ({"eval_split": "held_out"}, ["held_out", "test", "validation"]),
         ({"caption_column": "texts"}, ["texts", "caption_column", "captions", "image_id"]),
         ({"id_column": "imgid"}, ["imgid", "id_column", "image_id"]),
         ({"model_name_or_path": "a", "text_model_name_or_path": "b"}, ["either", "not both"]),
-        ({"resume_from_checkpoint": "nowhere"}, ["resume_from_checkpoint", "'nowhere'", "not a complete checkpoint"]),
+        ({"resume_from_checkpoint": "nowhere"}, ["resume_from_checkpoint", "nowhere", "not a complete checkpoint"]),
         ({"resume_from_checkpoint": "true"}, ["resume_from_checkpoint", "holds no complete checkpoint", "auto"]),
     ],
 )
@@ -776,14 +754,14 @@ def test_folder_with_a_run_is_refused_and_left_untouched(finished, data):
         return {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*")}
 
     before = state()
-    with pytest.raises(ValueError, match="already holds a run .checkpoint-6.*nothing was changed"):
+    with pytest.raises(ValueError, match="already holds a run.*nothing was changed"):
         train(finished.folder, data)
     assert state() == before
 
 
 def test_a_finished_run_without_checkpoints_is_refused(data, tmp_path):
     write(tmp_path / "all_results.json", "{}")
-    with pytest.raises(ValueError, match="already holds a run .all_results.json"):
+    with pytest.raises(ValueError, match="already holds a run"):
         train(tmp_path, data)
 
 

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from modeling_pico import load_captioned_images
 from modeling_pico.data import decode_image
 from modeling_pico.data.dataset import SampleKey
-from modeling_pico.training.from_scratch import train_tokenizer
+from modeling_pico.script.from_scratch import train_tokenizer
 
 
 class EncodedSplit:

@@ -182,7 +182,7 @@ def build_model(setting: dict[str, Any], options: dict[str, Any], data: Any, cac
     from free_gate import FreeGateHead
 
     from modeling_pico import PICO_LITERAL, CddsModel, PicoModel
-    from modeling_pico.training.from_scratch import small_text_config, small_vision_config
+    from modeling_pico.script.from_scratch import small_text_config, small_vision_config
 
     heads = setting["num_heads"]
     vision_config = small_vision_config(

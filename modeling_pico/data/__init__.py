@@ -1,7 +1,7 @@
 """Captioned images: where they come from, how they are decoded, sampled and batched."""
 
 from ..model.image_decoding_pico import BadImageError, decode_image
-from .collator import PicoDataCollator, count_truncated, default_max_length
+from .collator import PicoDataCollator, default_max_length
 from .dataset import CaptionedImageDataset, CaptionedImages, RandomCropFlip, SampleKey, as_captioned, caption_code
 from .images import check_images
 from .sampler import UniqueIdBatchSampler
@@ -22,7 +22,6 @@ __all__ = [
     "caption_code",
     "check_distinct",
     "check_images",
-    "count_truncated",
     "decode_image",
     "default_max_length",
     "load_captioned_images",

@@ -9,16 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import datasets
+import pyarrow as pa
 import torch
 from PIL import Image
-from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
+from torch.utils.data import Dataset, IterableDataset
 
 from ..model.image_decoding_pico import decode_image
-from .paths import check_mark
-
-
-_TEXTS = ("string", "large_string")
-_INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 
 class SampleKey(NamedTuple):
@@ -65,8 +61,7 @@ class CaptionedImageDataset(Dataset):
             Rows with the columns `image`, `captions` (list of `str`), `image_id` (`str` or `int`) and, if known,
             `style`.
         transform (`Callable[[PIL.Image.Image, random.Random], PIL.Image.Image]`, *optional*):
-            Augmentation of training samples, for example [`RandomCropFlip`]. All its chance must come from the given
-            generator.
+            Augmentation of training samples, for example [`RandomCropFlip`], random by the given generator alone.
 
     Attributes:
         ids (`torch.Tensor` of shape `(rows,)`, int64):
@@ -81,9 +76,7 @@ class CaptionedImageDataset(Dataset):
     """
 
     def __init__(
-        self,
-        dataset: datasets.Dataset,
-        transform: Callable[[Image.Image, random.Random], Image.Image] | None = None,
+        self, dataset: datasets.Dataset, transform: Callable[[Image.Image, random.Random], Image.Image] | None = None
     ) -> None:
         missing = {"image", "captions", "image_id"} - set(dataset.column_names)
         if missing:
@@ -122,7 +115,6 @@ class CaptionedImageDataset(Dataset):
     def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
         row = key.row if isinstance(key, SampleKey) else int(key)
         item = self.dataset[row]
-        check_mark(item["image"] and item["image"]["path"])
         image = decode_image(item["image"])
         image_id = int(self.ids[row])
         if not isinstance(key, SampleKey):
@@ -132,101 +124,53 @@ class CaptionedImageDataset(Dataset):
         return {"image": image, "caption": item["captions"][key.caption], "image_id": image_id}
 
 
-class _Joined(CaptionedImageDataset):
-    """Rows of several captioned data sets, each read by the data set it comes from, with ids that hold for all."""
-
-    def __init__(self, places: list[tuple[CaptionedImageDataset, int]]) -> None:
-        parts = list(dict.fromkeys(part for part, _ in places))
-        columns = ["image", "captions", "image_id"] + ["style"] * all(part.styles is not None for part in parts)
-        starts, rows = {}, 0
-        for part in parts:
-            starts[part], rows = rows, rows + len(part)
-        table = datasets.concatenate_datasets([part.dataset.select_columns(columns) for part in parts])
-        super().__init__(table.select([starts[part] + row for part, row in places]))
-        self._places = places
-
-    def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
-        row = key.row if isinstance(key, SampleKey) else int(key)
-        part, place = self._places[row]
-        sample = part[key._replace(row=place) if isinstance(key, SampleKey) else place]
-        own = {"image_id": int(self.ids[row])}
-        return {**sample, **own} if isinstance(key, SampleKey) else {**sample, **own, "row": row % len(self)}
-
-
 def as_captioned(dataset: Any) -> CaptionedImages:
     """
     Gives a data set the form that training and evaluation ask for.
 
-    Rows of a `Subset` and of a `ConcatDataset` keep the transform of the data set they come from. Equal ids in two
-    parts are one meaning; those that [`load_captioned_images`] makes up differ wherever images do.
-
     Args:
-        dataset ([`CaptionedImageDataset`], `datasets.Dataset`, `Subset` or `ConcatDataset` of these):
+        dataset ([`CaptionedImageDataset`] or `datasets.Dataset`):
             A `datasets.Dataset` needs the columns of [`CaptionedImageDataset`]. Data sets of one's own are taken as
             they are if they have what [`CaptionedImages`] names.
 
-    Returns:
-        [`CaptionedImageDataset`], or the data set of one's own.
-
     Raises:
-        ValueError: for any other type; streams cannot be asked for a row.
+        ValueError: for any other type.
     """
     if isinstance(dataset, CaptionedImages):
         return dataset
     if isinstance(dataset, datasets.Dataset):
         return CaptionedImageDataset(dataset)
-    if isinstance(dataset, (Subset, ConcatDataset)):
-        places = _places(dataset)
-        if not places:
-            raise ValueError(f"The {type(dataset).__name__} holds no rows.")
-        return _Joined(places)
-    name = f"{type(dataset).__module__}.{type(dataset).__name__}"
+    name = type(dataset).__name__
     if isinstance(dataset, (datasets.IterableDataset, IterableDataset)):
         raise ValueError(
             f"{name} is a stream, which cannot be asked for a row: batches in which every meaning occurs once, and "
-            "rankings over a whole set, need all rows. Load it without `streaming=True` (images stay files or bytes "
-            "until they are used), or write it to disk first."
+            "rankings over a whole set, need all rows. Load it without `streaming=True`."
         )
     raise ValueError(
-        f"{name} holds no captioned images. Give a CaptionedImageDataset, a datasets.Dataset with the columns "
-        "`image`, `captions` and `image_id` (`load_captioned_images` makes them), or a Subset or ConcatDataset of "
-        "these."
+        f"{name} holds no captioned images. Give a CaptionedImageDataset or a datasets.Dataset with the columns "
+        "`image`, `captions` and `image_id` (`load_captioned_images` makes them); parts of one are made by its "
+        "`select`, several are joined by `datasets.concatenate_datasets`."
     )
-
-
-def _places(dataset: Any) -> list[tuple[CaptionedImageDataset, int]]:
-    """Where each row of a data set made of others comes from."""
-    if isinstance(dataset, Subset):
-        places = _places(dataset.dataset)
-        return [places[index] for index in dataset.indices]
-    if isinstance(dataset, ConcatDataset):
-        return [place for part in dataset.datasets for place in _places(part)]
-    captioned = as_captioned(dataset)
-    if not isinstance(captioned, CaptionedImageDataset):
-        raise ValueError(
-            f"A Subset or ConcatDataset must be of CaptionedImageDataset or datasets.Dataset, not of "
-            f"{type(dataset).__name__}."
-        )
-    return [(captioned, row) for row in range(len(captioned))]
 
 
 def _check_types(dataset: datasets.Dataset) -> None:
     captions, image_id = dataset.features["captions"], dataset.features["image_id"]
+    text, integer = (pa.types.is_string, pa.types.is_large_string), pa.types.is_integer
     # A column of single captions would be taken for lists of letters.
     is_list = isinstance(captions, (datasets.List, datasets.LargeList))
-    if not is_list or not _is_value(captions.feature, _TEXTS):
+    if not is_list or not _is_value(captions.feature, *text):
         wrong = f"`captions` must hold lists of strings, but holds {captions}"
-    elif not _is_value(image_id, (*_TEXTS, *_INTEGERS)):
+    elif not _is_value(image_id, *text, integer):
         wrong = f"`image_id` must hold strings or integers, but holds {image_id}"
-    elif None in dataset["image_id"][:]:
-        wrong = f"`image_id` is missing in {dataset['image_id'][:].count(None)} rows, which would all mean the same"
+    elif missing := dataset["image_id"][:].count(None):
+        wrong = f"`image_id` is missing in {missing} rows, which would all mean the same"
     else:
         return
     raise ValueError(f"The column {wrong}. `load_captioned_images` makes the columns that are needed.")
 
 
-def _is_value(feature: Any, types: tuple[str, ...]) -> bool:
-    return isinstance(feature, datasets.Value) and feature.dtype in types
+def _is_value(feature: Any, *kinds: Callable[[pa.DataType], bool]) -> bool:
+    return isinstance(feature, datasets.Value) and any(kind(feature.pa_type) for kind in kinds)
 
 
 def caption_code(caption: str) -> int:
@@ -236,13 +180,7 @@ def caption_code(caption: str) -> int:
 
 
 def count_shared_captions(caption_codes: torch.Tensor, ids: torch.Tensor) -> int:
-    """
-    Number of captions whose words also stand under another id.
-
-    Args:
-        caption_codes (`torch.Tensor` of shape `(captions,)`): See [`caption_code`].
-        ids (`torch.Tensor` of shape `(captions,)`): Identity of each caption's meaning.
-    """
+    """Number of captions, by their codes `(captions,)`, whose words also stand under another id `(captions,)`."""
     _, codes = caption_codes.unique(return_inverse=True)
     num_ids = torch.stack([codes, ids], dim=1).unique(dim=0)[:, 0].bincount()
     return int((num_ids[codes] > 1).sum())
@@ -258,8 +196,7 @@ class RandomCropFlip:
         min_scale (`float`, *optional*, defaults to 0.6):
             Smallest share of the image's area that is kept, in (0, 1]. The share is uniform; the ratio of the sides
             changes by up to 4/3 as far as the image has room.
-        flip (`bool`, *optional*, defaults to `True`):
-            Whether to mirror with probability one half.
+        flip (`bool`, *optional*, defaults to `True`): Whether to mirror with probability one half.
     """
 
     def __init__(self, min_scale: float = 0.6, flip: bool = True) -> None:
@@ -283,6 +220,3 @@ class RandomCropFlip:
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(min_scale={self.min_scale}, flip={self.flip})"

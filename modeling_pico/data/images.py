@@ -14,7 +14,6 @@ from datasets.fingerprint import Hasher
 from transformers.utils import logging
 
 from ..model.image_decoding_pico import BadImageError, describe_image, open_image, to_rgb
-from .paths import OutsideError, check_mark
 
 
 logger = logging.get_logger(__name__)
@@ -22,15 +21,12 @@ logger = logging.get_logger(__name__)
 # Part of the key under which verdicts are cached: raise it whenever `_find_problem` judges differently.
 CHECK_VERSION = 2
 
-# Share of the rows that may be left out without an error.
+# Largest share of the rows that is left out without an error: beyond it, the folder is likely the wrong one.
 MAX_SKIPPED = 0.5
 
 
 def check_images(
-    dataset: datasets.Dataset,
-    on_bad_image: Literal["error", "skip"] = "error",
-    num_proc: int | None = None,
-    max_skipped: float = MAX_SKIPPED,
+    dataset: datasets.Dataset, on_bad_image: Literal["error", "skip"] = "error", num_proc: int | None = None
 ) -> datasets.Dataset:
     """
     Reads every image once, so that a broken file is found before the training and not in the middle of it. Of a PNG
@@ -43,21 +39,17 @@ def check_images(
         dataset (`datasets.Dataset`):
             Data with a column `image`, as [`load_captioned_images`] gives it.
         on_bad_image (`str`, *optional*, defaults to `"error"`):
-            `"error"`: raise if there is a bad image. `"skip"`: leave the rows of bad images out, with a warning.
+            `"error"`: raise if there is a bad image. `"skip"`: leave the rows of bad images out, with a warning, as
+            long as these are at most half of the rows.
         num_proc (`int`, *optional*):
             Number of processes that share the work.
-        max_skipped (`float`, *optional*, defaults to 0.5):
-            Largest share of the rows that `"skip"` leaves out. More is an error: the folder is then likely the wrong
-            one.
 
     Returns:
         `datasets.Dataset`: the rows whose images are good.
 
     Raises:
-        BadImageError: names the number of bad images and the first ten of them.
-        ValueError: for another `on_bad_image`, or a `max_skipped` outside of [0, 1].
+        ValueError: names the number of bad images and the first ten of them.
     """
-    check_share(max_skipped)
     if on_bad_image not in ("error", "skip"):
         raise ValueError(f"`on_bad_image` must be 'error' or 'skip', got {on_bad_image!r}.")
     problems = _find_problems(dataset, num_proc)
@@ -69,23 +61,15 @@ def check_images(
     summary = f"{len(bad)} of {len(dataset)} images cannot be read:\n{listed}{more}"
     if on_bad_image == "error":
         raise BadImageError(f"{summary}\nRepair the files, or leave their rows out with on_bad_image='skip'.")
-    if len(bad) > max_skipped * len(dataset) or len(bad) == len(dataset):
-        raise BadImageError(f"{summary}\n{too_many(len(bad), len(dataset), max_skipped)}")
+    refuse_if_most(len(bad), len(dataset), summary)
     logger.warning(f"{summary}\nTheir rows are left out.")
-    is_bad = set(bad)
-    return dataset.select([row for row in range(len(dataset)) if row not in is_bad])
+    return dataset.select([row for row, problem in enumerate(problems) if not problem])
 
 
-def check_share(max_skipped: float) -> None:
-    """ValueError unless `max_skipped` is a share."""
-    if not 0 <= max_skipped <= 1:
-        raise ValueError(f"`max_skipped` is a share of the rows in [0, 1], got {max_skipped!r}.")
-
-
-def too_many(count: int, total: int, max_skipped: float) -> str:
-    """Why so many rows are not left out."""
-    allowed = f"at most a share of {max_skipped:g} (`max_skipped`)" if count < total else "not all"
-    return f"{count} of {total} rows are more than may be left out: {allowed}."
+def refuse_if_most(count: int, total: int, problem: str) -> None:
+    """ValueError if so many rows have a problem that they should not be left out."""
+    if count > MAX_SKIPPED * total:
+        raise ValueError(f"{problem}\nThat is more than the share of {MAX_SKIPPED:g} of the rows that is left out.")
 
 
 def iter_encoded(images: datasets.Dataset) -> Iterator[pa.StructArray]:
@@ -116,7 +100,6 @@ def _find_problem(value: Any) -> str:
     """Why an image cannot be used, or an empty string; reads all its data but computes as few pixels as possible."""
     source = describe_image(value)
     try:
-        check_mark(value["path"])
         with open_image(value) as image:
             if image.format == "PNG":
                 image.verify()  # which leaves an image behind that cannot be read any more
@@ -124,7 +107,7 @@ def _find_problem(value: Any) -> str:
             # A JPEG is decoded at an eighth of its size: all of the file is still read, most of the work is not done.
             image.draft(None, (1, 1))
             to_rgb(image, source)
-    except (BadImageError, OutsideError) as error:
+    except BadImageError as error:
         return str(error)
     except Exception as error:
         return f"The image {source} is truncated or damaged: {error}"

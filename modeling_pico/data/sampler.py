@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,34 +15,21 @@ from .dataset import SampleKey
 SMALLEST_BATCH = 2
 
 
-class _Epoch(NamedTuple):
-    """What one epoch holds: parallel arrays over the samples and the batches as indices into them."""
-
-    row: np.ndarray
-    caption: np.ndarray
-    seed: np.ndarray
-    batches: list[np.ndarray]
-
-
 class UniqueIdBatchSampler(Sampler[list[SampleKey]]):
     """
     Yields batches of [`SampleKey`] in which each id occurs at most once, over all processes together.
 
     Global batches of `batch_size * num_processes` samples are made first; each is then yielded as `num_processes`
     consecutive local batches, because accelerate deals consecutive batches to consecutive ranks. Every process has to
-    build the sampler with the same arguments; then all ranks train on parts of the same global batch.
+    build the sampler with the same arguments.
 
-    How many samples take part. With `N` samples, `c_u` of them with id `u`, and global batches of `G`, an epoch has
-    `B` full batches, the largest number with `sum_u min(c_u, B) >= B * G`: no schedule without repeated ids has more.
-    As long as no id has more than `N // G` samples, that is `N // G` batches and fewer than `G` samples are left over;
-    otherwise the surplus of the frequent ids is left over as well. Which samples are left over changes from epoch to
-    epoch; the number of batches does not.
+    An epoch of `N` samples has as many global batches of `G` as can be filled without repeating an id: `N // G` as
+    long as no id has more samples than that; else the surplus of frequent ids is left over. Which samples are left
+    over changes from epoch to epoch; the number of batches does not.
 
     Args:
-        ids (`Sequence[int]` or `torch.Tensor` of shape `(rows,)`):
-            The id of each row: [`CaptionedImageDataset.ids`].
-        num_captions (`Sequence[int]` or `torch.Tensor` of shape `(rows,)`):
-            The number of captions of each row: [`CaptionedImageDataset.num_captions`].
+        ids, num_captions (`Sequence[int]` or `torch.Tensor` of shape `(rows,)`):
+            Those of [`CaptionedImageDataset`].
         batch_size (`int`):
             Samples in the batch of one process, at least 2 (a single sample has no negatives).
         num_processes (`int`, *optional*, defaults to 1):
@@ -63,7 +49,7 @@ class UniqueIdBatchSampler(Sampler[list[SampleKey]]):
             attribute and would otherwise discard the shorter batches.
 
     Raises:
-        ValueError: for an argument out of range, or when there are fewer ids than samples in a global batch.
+        ValueError: for a batch of one sample, or when there are fewer ids than samples in a global batch.
     """
 
     def __init__(
@@ -80,21 +66,12 @@ class UniqueIdBatchSampler(Sampler[list[SampleKey]]):
         # Copies, not views: handing a data set to a worker that is not forked moves its tensors to shared memory and
         # frees the memory that a view would go on reading.
         row_ids, self._num_captions = (np.asarray(values).astype(np.int64) for values in (ids, num_captions))
-        if row_ids.ndim != 1 or row_ids.shape != self._num_captions.shape:
-            raise ValueError(
-                f"`ids` and `num_captions` must be vectors of one length, got shapes {row_ids.shape} and "
-                f"{self._num_captions.shape}."
-            )
         if (self._num_captions < 1).any():
             raise ValueError(f"Every row needs a caption; row {int(self._num_captions.argmin())} has none.")
-        if captions not in ("random", "all"):
-            raise ValueError(f"`captions` must be 'random' or 'all', got {captions!r}.")
         if batch_size < SMALLEST_BATCH:
             raise ValueError(
                 f"`batch_size` must be at least {SMALLEST_BATCH} (one sample has no negatives), got {batch_size}."
             )
-        if num_processes < 1 or seed < 0:
-            raise ValueError(f"`num_processes` must be positive and `seed` not negative, got {num_processes}, {seed}.")
 
         unique, codes = np.unique(row_ids, return_inverse=True)
         self._global_size = batch_size * num_processes
@@ -126,13 +103,8 @@ class UniqueIdBatchSampler(Sampler[list[SampleKey]]):
         """Itself: accelerate looks for `set_epoch` at this attribute when the sampler is wrapped."""
         return self
 
-    @property
-    def num_samples(self) -> int:
-        """Samples in one epoch without any left over: rows, or pairs of a row and a caption."""
-        return len(self._rows)
-
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that the next iteration yields (0 is the first)."""
+        """Chooses the epoch that the next iteration yields."""
         self.epoch = int(epoch)
 
     def __len__(self) -> int:
@@ -140,18 +112,11 @@ class UniqueIdBatchSampler(Sampler[list[SampleKey]]):
         return (self._full_batches + self._tail_batches) * self.num_processes
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        epoch = self._build_epoch(self.epoch)
-        for batch in epoch.batches:
-            for part in np.array_split(batch, self.num_processes):
-                columns = (epoch.row[part].tolist(), epoch.caption[part].tolist(), epoch.seed[part].tolist())
-                yield [SampleKey(*values) for values in zip(*columns, strict=True)]
-
-    def _build_epoch(self, epoch: int) -> _Epoch:
         # SeedSequence mixes the two numbers, so that (0, 1) and (1, 0) share nothing.
-        mixed = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)[0]
+        mixed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(mixed))
 
-        order = torch.randperm(self.num_samples, generator=generator).numpy()
+        order = torch.randperm(len(self._rows), generator=generator).numpy()
         full, left_over = _select_full(order, self._codes, self._counts, self._full_batches, self._global_size)
         table = full.reshape(self._full_batches, self._global_size)
         rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
@@ -161,13 +126,16 @@ class UniqueIdBatchSampler(Sampler[list[SampleKey]]):
             batches += self._tail(left_over, rng)
 
         if self.captions == "random":
-            share = torch.rand(self.num_samples, generator=generator, dtype=torch.float64).numpy()
+            share = torch.rand(len(self._rows), generator=generator, dtype=torch.float64).numpy()
             caption = (share * self._num_captions).astype(np.int64)
         else:
             starts = np.cumsum(self._num_captions) - self._num_captions
-            caption = np.arange(self.num_samples) - np.repeat(starts, self._num_captions)
-        seeds = torch.randint(2**62, (self.num_samples,), generator=generator).numpy()
-        return _Epoch(self._rows, caption, seeds, batches)
+            caption = np.arange(len(self._rows)) - np.repeat(starts, self._num_captions)
+        seeds = torch.randint(2**62, (len(self._rows),), generator=generator).numpy()
+        for batch in batches:
+            for part in np.array_split(batch, self.num_processes):
+                columns = (self._rows[part].tolist(), caption[part].tolist(), seeds[part].tolist())
+                yield [SampleKey(*values) for values in zip(*columns, strict=True)]
 
     def _tail(self, left_over: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """Deals the left-over samples to the shorter batches at the end; no id twice in one of them."""
@@ -178,7 +146,7 @@ class UniqueIdBatchSampler(Sampler[list[SampleKey]]):
         for index in range(self._tail_batches):
             batch = dealt[index :: self._tail_batches]
             if len(batch) < smallest:
-                others = rng.permutation(self.num_samples)
+                others = rng.permutation(len(self._rows))
                 others = others[~np.isin(self._codes[others], self._codes[batch])]
                 _, first = np.unique(self._codes[others], return_index=True)
                 batch = np.concatenate([batch, others[np.sort(first)[: smallest - len(batch)]]])

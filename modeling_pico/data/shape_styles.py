@@ -31,20 +31,17 @@ def _star(points: int, inner: float) -> list[Point]:
     return [(r * math.sin(math.pi * i / points), -r * math.cos(math.pi * i / points)) for i, r in enumerate(radii)]
 
 
-def _circle(radius: float = 1.0, count: int = 40) -> list[Point]:
-    angles = [2 * math.pi * i / count for i in range(count)]
-    return [(radius * math.cos(a), radius * math.sin(a)) for a in angles]
+def _turn(count: int = 40) -> list[float]:
+    return [2 * math.pi * i / count for i in range(count)]
 
 
-def _heart(count: int = 40) -> list[Point]:
-    angles = [2 * math.pi * i / count for i in range(count)]
-    return [
-        (
-            math.sin(a) ** 3 * 1.02,
-            -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) / 15.5 - 0.12,
-        )
-        for a in angles
-    ]
+def _circle(radius: float) -> list[Point]:
+    return [(radius * math.cos(a), radius * math.sin(a)) for a in _turn()]
+
+
+def _heart(a: float) -> Point:
+    height = 13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)
+    return math.sin(a) ** 3 * 1.02, -height / 15.5 - 0.12
 
 
 _ARM = 0.36
@@ -63,22 +60,12 @@ SHAPES: dict[str, tuple[list[Point], list[Point]]] = {
     ),
     "ring": (_circle(1.0), _circle(0.5)),
     "diamond": ([(0.0, -1.05), (0.68, 0.0), (0.0, 1.05), (-0.68, 0.0)], []),
-    "heart": (_heart(), []),
+    "heart": ([_heart(a) for a in _turn()], []),
 }  # fmt: skip
 
 
 class Item(NamedTuple):
-    """
-    One object as drawn: positions and radius are shares of the image's side.
-
-    Attributes:
-        shape (`str`): Key of `SHAPES`.
-        color (`Color`): Its pure colour.
-        x (`float`): Centre, to the right.
-        y (`float`): Centre, downwards.
-        radius (`float`): Radius.
-        angle (`float`): Rotation in radians.
-    """
+    """One object as drawn: a key of `SHAPES`, its pure colour, centre and radius in shares of the side, rotation."""
 
     shape: str
     color: Color
@@ -88,21 +75,25 @@ class Item(NamedTuple):
     angle: float
 
 
-def _place(points: list[Point], item: Item, side: int) -> list[Point]:
-    c, s, r = math.cos(item.angle), math.sin(item.angle), item.radius * side
-    return [(item.x * side + r * (c * x - s * y), item.y * side + r * (s * x + c * y)) for x, y in points]
-
-
 def _outlines(item: Item, side: int) -> list[list[Point]]:
-    return [_place(points, item, side) for points in SHAPES[item.shape] if points]
+    c, s, r = math.cos(item.angle), math.sin(item.angle), item.radius * side
+    return [
+        [(item.x * side + r * (c * x - s * y), item.y * side + r * (s * x + c * y)) for x, y in points]
+        for points in SHAPES[item.shape]
+        if points
+    ]
+
+
+def _filled(outlines: list[list[Point]], side: int) -> Image.Image:
+    mask = Image.new("L", (side, side))
+    draw = ImageDraw.Draw(mask)
+    for fill, outline in zip((255, 0), outlines, strict=False):
+        draw.polygon(outline, fill=fill)
+    return mask
 
 
 def _mask(item: Item, side: int) -> Image.Image:
-    mask = Image.new("L", (side, side))
-    draw = ImageDraw.Draw(mask)
-    for fill, outline in zip((255, 0), _outlines(item, side), strict=False):
-        draw.polygon(outline, fill=fill)
-    return mask
+    return _filled(_outlines(item, side), side)
 
 
 def _strokes(draw: ImageDraw.ImageDraw, item: Item, side: int, fill: Color | int, width: float) -> None:
@@ -118,22 +109,22 @@ def _mix(color: Color, other: Color, share: float) -> Color:
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 
 
+def _canvas(color: Color, side: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    image = Image.new("RGB", (side, side), color)
+    return image, ImageDraw.Draw(image)
+
+
 def draw_flat(items: list[Item], side: int, rng: np.random.Generator) -> Image.Image:
     """Plain fill on white."""
-    image = Image.new("RGB", (side, side), WHITE)
-    draw = ImageDraw.Draw(image)
+    image, _ = _canvas(WHITE, side)
     for item in items:
-        if item.shape == "ring":
-            image.paste(item.color, mask=_mask(item, side))
-        else:
-            draw.polygon(_outlines(item, side)[0], fill=item.color)
+        image.paste(item.color, mask=_mask(item, side))
     return image
 
 
 def draw_outline(items: list[Item], side: int, rng: np.random.Generator) -> Image.Image:
     """Coloured contours on white, nothing filled."""
-    image = Image.new("RGB", (side, side), WHITE)
-    draw = ImageDraw.Draw(image)
+    image, draw = _canvas(WHITE, side)
     for item in items:
         _strokes(draw, item, side, item.color, 0.03)
     return image
@@ -154,8 +145,7 @@ def _hatching(side: int, step: int, degrees: int) -> Image.Image:
 def draw_hatched(items: list[Item], side: int, rng: np.random.Generator) -> Image.Image:
     """Parallel lines within a thin dark contour, on pale paper; each object has its own direction."""
     paper = (250, 246, 232)
-    image = Image.new("RGB", (side, side), paper)
-    draw = ImageDraw.Draw(image)
+    image, draw = _canvas(paper, side)
     for item in items:
         mask = _mask(item, side)
         image.paste(paper, mask=mask)
@@ -220,8 +210,7 @@ def _wobbly(outline: list[Point], rng: np.random.Generator, amount: float, count
 def draw_sketch(items: list[Item], side: int, rng: np.random.Generator) -> Image.Image:
     """Several loose strokes around each object and a scribble inside, on grey-brown paper."""
     paper = (214, 202, 182)
-    image = Image.new("RGB", (side, side), paper)
-    draw = ImageDraw.Draw(image)
+    image, draw = _canvas(paper, side)
     for item in items:
         mask = _mask(item, side)
         image.paste(paper, mask=mask)
@@ -248,8 +237,7 @@ def draw_sketch(items: list[Item], side: int, rng: np.random.Generator) -> Image
 def draw_stippled(items: list[Item], side: int, rng: np.random.Generator) -> Image.Image:
     """Nothing but dots, on cool white."""
     paper = (240, 244, 250)
-    image = Image.new("RGB", (side, side), paper)
-    draw = ImageDraw.Draw(image)
+    image, draw = _canvas(paper, side)
     dot = 0.013 * side
     for item in items:
         # An inner object stands out by a rim of bare paper.
@@ -278,10 +266,7 @@ def draw_watercolor(items: list[Item], side: int, rng: np.random.Generator) -> I
     paper = (253, 248, 238)
     image = Image.new("RGB", (side, side), paper)
     for item in items:
-        mask = Image.new("L", (side, side))
-        draw = ImageDraw.Draw(mask)
-        for fill, outline in zip((255, 0), _outlines(item, side), strict=False):
-            draw.polygon(_wobbly(outline, rng, 0.012 * side), fill=fill)
+        mask = _filled([_wobbly(outline, rng, 0.012 * side) for outline in _outlines(item, side)], side)
         soft = mask.filter(ImageFilter.BoxBlur(side * 0.012))
         wide = mask.filter(ImageFilter.BoxBlur(side * 0.04))
         blots = Image.fromarray(rng.integers(90, 190, (4, 4), dtype=np.uint8)).resize(
@@ -310,14 +295,8 @@ def draw_neon(items: list[Item], side: int, rng: np.random.Generator) -> Image.I
     return image
 
 
-STYLES: dict[str, Callable[[list[Item], int, np.random.Generator], Image.Image]] = {
-    "flat": draw_flat,
-    "outline": draw_outline,
-    "hatched": draw_hatched,
-    "shaded": draw_shaded,
-    "pixel": draw_pixel,
-    "sketch": draw_sketch,
-    "stippled": draw_stippled,
-    "watercolor": draw_watercolor,
-    "neon": draw_neon,
-}
+_DRAWINGS: tuple[Callable[[list[Item], int, np.random.Generator], Image.Image], ...] = (
+    *(draw_flat, draw_outline, draw_hatched, draw_shaded, draw_pixel, draw_sketch, draw_stippled),
+    *(draw_watercolor, draw_neon),
+)
+STYLES = {draw.__name__.removeprefix("draw_"): draw for draw in _DRAWINGS}

@@ -6,7 +6,6 @@ import csv
 import glob
 import hashlib
 import json
-import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -19,8 +18,9 @@ from huggingface_hub import constants as hub_constants
 from transformers.utils import logging
 
 from .caption_files import find_caption_files, has_image_list, read_caption_files, read_image_list
-from .images import MAX_SKIPPED, check_share, image_keys, iter_encoded, too_many
-from .paths import Fence, OutsideError, check_files, files_named_by_card, place_paths, saved_files
+from .columns import column_strings, column_values
+from .images import image_keys, iter_encoded, refuse_if_most
+from .paths import Fence, place_paths
 from .splits import choose_split, split_of_file
 from .styled_shapes import styled_shapes
 
@@ -38,9 +38,8 @@ _NOT_PRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
 _FILE_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 _TABLES = (".csv", ".tsv", ".txt")
-_IMAGE_NAME = re.compile(r"\.(jpe?g|png|gif|webp)\b", re.IGNORECASE)
-# From here on floating-point numbers skip integers: two ids may have become one.
-_FIRST_INEXACT = 2.0**53
+# What no column is called: names of images, unprintable characters.
+_NO_NAME = re.compile(rf"\.(jpe?g|png|gif|webp)\b|{_NOT_PRINTABLE.pattern}", re.IGNORECASE)
 
 
 class _Source(NamedTuple):
@@ -50,13 +49,6 @@ class _Source(NamedTuple):
     has_ids: bool
     start: Path | None
     fence: Fence
-
-
-class _Columns(NamedTuple):
-    image: str
-    captions: str
-    image_id: str | None
-    style: str | None
 
 
 def load_captioned_images(
@@ -73,9 +65,7 @@ def load_captioned_images(
     data_files: str | Sequence[str] | dict[str, Any] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
-    with_images: bool = True,
     on_empty_captions: Literal["error", "skip"] = "error",
-    max_skipped: float = MAX_SKIPPED,
 ) -> datasets.Dataset:
     """
     Loads captioned images from any of the sources below into the same columns.
@@ -84,33 +74,29 @@ def load_captioned_images(
 
     1. `"styled_shapes"`: the generated data of [`styled_shapes`] (a folder of that name is `"./styled_shapes"`).
     2. A file: `.json` in the layout of Karpathy's splits (`dataset_flickr30k.json`, `dataset_coco.json`) or of COCO
-       (`captions_val2017.json`), or any parquet, JSON, JSON lines or CSV file, also with tabs, semicolons or bars
-       between its columns and also as `.txt` (`captions.txt` of Flickr8k, `results.csv` of Flickr30k). All columns of
-       a CSV file are text.
+       (`captions_val2017.json`); any parquet, JSON, JSON lines or CSV file, the latter also with tabs, semicolons or
+       bars between its columns and also as `.txt` (`captions.txt` of Flickr8k, `results.csv` of Flickr30k). All
+       columns of a CSV file are text.
     3. A folder written by `save_to_disk`.
-    4. A folder with `[prefix_]{split}_caps.txt` and `[prefix_]{split}_ids.txt` (one id a caption, or one an image with
-       five captions each), or such a folder followed by the prefix (`"data/f30k"`). `[prefix_]id_mapping.json` gives
-       the image files of the ids.
+    4. `{name}/{split}_caps.txt` or `{name}_{split}_caps.txt` (`"data/f30k"` for `data/f30k_test_caps.txt`), with the
+       ids of the images in `..._ids.txt` (one a caption, or one an image with five captions each) and their files in
+       `..._id_mapping.json`.
     5. Everything else is found as `datasets.load_dataset` finds it: a local folder (parquet files, CSV files, images
        with `metadata.jsonl` or `metadata.csv`), a name on the Hub, or the name of a builder with `data_files`.
 
-    If the source knows a single split and its rows have a column `split`, that column says which rows are which. A
-    single file without such a column is the split that its name says (`test.csv`), or `train`; the same rows are never
-    handed out as two splits. `val`, `valid`, `dev` and `validation` are the same, and so are `train` and `training`,
-    `test` and `testing`.
+    If the source knows a single split, its column `split` says which rows are which. Without one, a file is the split
+    that its name says (`test.csv`), or `train`; the same rows are never handed out as two splits. Usual names are
+    understood (`val` and `dev` for `validation`).
 
     Rows that show the same image (the same bytes, or without bytes the same path, and the same id if there is an
-    `id_column`) become one row with all their captions, at the place of the first. Rows with one id but different
-    images stay separate: they mean the same and look different.
+    `id_column`) become one row with all their captions, at the place of the first.
 
-    Captions are stripped, and control characters in them become spaces. Empty ones, also those without a visible
-    character, are dropped with a warning. A text with line breaks may be one caption or several: each line of a text
-    file of a WebDataset is a caption, in a list of captions line breaks become spaces with a warning, and elsewhere
-    they are refused.
+    Captions are stripped, and control characters in them become spaces. Empty ones are dropped with a warning. Each
+    line of a text file of a WebDataset is a caption; in a list of captions line breaks become spaces with a warning,
+    and elsewhere they are refused, as a text with line breaks may be one caption or several.
 
-    Neither paths of images nor the files that a data set says its rows are in may lead out of the folder of the data
-    or `image_dir`, be it by `..`, as absolute paths, or behind symbolic links; data of the Hub may besides use the
-    caches of `datasets` and `huggingface_hub`.
+    Images must lie in the folder of the data, in `image_dir`, or in the caches of `datasets` and `huggingface_hub`:
+    paths that lead elsewhere, be it by `..`, as absolute paths or behind symbolic links, are refused.
 
     Args:
         dataset_name (`str`):
@@ -127,30 +113,20 @@ def load_captioned_images(
         id_column (`str`, *optional*):
             Column with the identity of the meaning. Without it each image is a meaning of its own, except in the
             sources that have ids (1, 4, and the layouts of Karpathy and COCO). Ids that are not from a column differ
-            between different images of all sources, so that loaded sets can be concatenated; those of a column are
-            kept as they are.
+            between different images of all sources, so that loaded sets can be concatenated.
         style_column (`str`, *optional*):
             Column with the name of the style. Defaults to `"style"` if that exists.
         image_dir (`str`, *optional*):
             Folder that relative image paths start from, and that images may lie in. Defaults to the folder of the
             data if that is local.
-        config_name (`str`, *optional*):
-            Configuration of a data set on the Hub.
-        cache_dir (`str`, *optional*):
-            Cache folder of `datasets`.
-        data_files (`str`, `Sequence[str]` or `dict`, *optional*):
-            Passed to `load_dataset`.
-        revision (`str`, *optional*):
-            Revision of a data set on the Hub.
-        token (`str` or `bool`, *optional*):
-            Token for the Hub.
-        with_images (`bool`, *optional*, defaults to `True`):
-            `False` loads the captions alone, every image being `None`: for data whose images are not at hand. The rows
-            are the same as with images (if the data has no image column at all, rows with one id become one).
+        config_name (`str`, *optional*): The `name` of `datasets.load_dataset`.
+        cache_dir (`str`, *optional*): As that of `load_dataset`.
+        data_files (`str`, `Sequence[str]` or `dict`, *optional*): As those of `load_dataset`.
+        revision (`str`, *optional*): As that of `load_dataset`.
+        token (`str` or `bool`, *optional*): As that of `load_dataset`.
         on_empty_captions (`str`, *optional*, defaults to `"error"`):
-            What becomes of a row whose captions are all empty: `"error"` raises, `"skip"` drops it with a warning.
-        max_skipped (`float`, *optional*, defaults to 0.5):
-            Largest share of the rows that `"skip"` drops; more is an error.
+            What becomes of a row whose captions are all empty: `"error"` raises, `"skip"` drops it with a warning, as
+            long as these are at most half of the rows.
 
     Returns:
         `datasets.Dataset`: with the columns `image` (`datasets.Image(decode=False)`, nothing is decoded), `captions`
@@ -161,69 +137,95 @@ def load_captioned_images(
             captions that are no text, ids that are missing, paths that lead elsewhere, or rows without captions. The
             message says how many rows it is about and names the first.
     """
-    check_share(max_skipped)
     if on_empty_captions not in ("error", "skip"):
         raise ValueError(f"`on_empty_captions` must be 'error' or 'skip', got {on_empty_captions!r}.")
-    if dataset_name == STYLED_SHAPES:
-        source = _Source(styled_shapes(split), True, None, Fence([]))
-    else:
-        hub = {"name": config_name, "cache_dir": cache_dir, "revision": revision, "token": token}
-        source = _open_source(dataset_name, split, image_dir, with_images, data_files, hub)
+    hub = {"name": config_name, "cache_dir": cache_dir, "revision": revision, "token": token}
+    source = _open_source(dataset_name, split, image_dir, data_files, hub)
+    dataset = source.rows.with_format(None)
+    if not len(dataset):
+        raise ValueError("The data holds no rows.")
     if id_column is None and source.has_ids:
         id_column = "image_id"
-    columns = _choose_columns(source.rows, image_column, caption_column, id_column, style_column, with_images)
-    return _canonical(source, columns, with_images, on_empty_captions, max_skipped)
+    if style_column is None and "style" in dataset.column_names:
+        style_column = "style"
+    image_column = _column(dataset, "image", image_column, IMAGE_COLUMNS)
+    caption_column = _column(dataset, "caption", caption_column, CAPTION_COLUMNS)
+    # The text file of a WebDataset holds a caption a line.
+    texts = _caption_lists(dataset, caption_column, in_lines=dataset.info.builder_name == "webdataset")
+    ids = column_strings(dataset, _column(dataset, "id", id_column)) if id_column else None
+    styles = column_strings(dataset, _column(dataset, "style", style_column)) if style_column else None
+    images = _image_table(source, image_column)
+
+    keys = list(image_keys(images))
+    groups: dict[Any, list[int]] = {}
+    for row, key in enumerate(keys):
+        groups.setdefault((key, ids and ids[row]), []).append(row)
+    captions = _clean_captions([[text for row in rows for text in texts[row]] for rows in groups.values()])
+    used = [(rows[0], group) for rows, group in zip(groups.values(), captions, strict=True) if group]
+    if len(used) < len(groups):
+        empty = [rows[0] for rows, group in zip(groups.values(), captions, strict=True) if not group]
+        problem = f"{len(empty)} of {len(groups)} images have no caption, the first at the rows {empty[:5]}"
+        if on_empty_captions == "error":
+            raise ValueError(f"{problem}. Drop them with on_empty_captions='skip'.")
+        refuse_if_most(len(empty), len(groups), problem)
+        logger.warning(f"{problem}; they were dropped.")
+
+    first = [row for row, _ in used]
+    values: dict[str, Any] = {
+        "captions": [group for _, group in used],
+        "image_id": [ids[row] for row in first] if ids else _made_ids([keys[row] for row in first], texts),
+    }
+    features = {"captions": datasets.List(datasets.Value("string")), "image_id": datasets.Value("string")}
+    if styles:
+        values["style"], features["style"] = [styles[row] for row in first], datasets.Value("string")
+    if first != list(range(len(images))):
+        images = images.select(first)
+    rest = datasets.Dataset.from_dict(values, features=datasets.Features(features))
+    return datasets.concatenate_datasets([images, rest], axis=1)
 
 
-def _open_source(
-    name: str, split: str, image_dir: str | None, with_images: bool, data_files: Any, hub: dict[str, Any]
-) -> _Source:
+def _open_source(name: str, split: str, image_dir: str | None, data_files: Any, hub: dict[str, Any]) -> _Source:
     path = Path(name).expanduser()
-    folder = (path.parent if path.is_file() else path).absolute() if path.exists() else None
-    start = Path(image_dir).expanduser().absolute() if image_dir else folder
+    files = None if data_files or name == STYLED_SHAPES else find_caption_files(path, split)
+    folder = files[0].parent if files else path.parent if path.is_file() else path if path.is_dir() else None
+    start = Path(image_dir).expanduser() if image_dir else folder
     if start is not None and not start.is_dir():
         raise ValueError(f"`image_dir` {str(image_dir)!r} is not a folder.")
-    fence = Fence(_image_folders(folder, start))
-    if path.is_file():
-        return _from_file(path, split, start, fence, with_images, hub["cache_dir"])
-    if path.is_dir() and any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
-        check_files(list(saved_files(path)), fence, str(path))
-        return _Source(_from_disk(path, split), False, start, fence)
-    files = find_caption_files(str(path), split) if data_files is None else None
-    if files is not None:
-        start = start or files[0].parent.absolute()
-        rows = read_caption_files(*files, start, with_images)
-        return _Source(_from_rows(rows), True, start, Fence(_image_folders(files[0].parent.absolute(), start)))
-    rows = _load(name, name, split, fence, data_files=data_files, **hub)
+    start = start and start.absolute()
     caches = [hub["cache_dir"] or datasets.config.HF_DATASETS_CACHE, hub_constants.HF_HUB_CACHE]
-    return _Source(rows, False, start, Fence([*fence.folders, *caches]))
+    fence = Fence(list(dict.fromkeys([*(part.absolute() for part in (folder, start) if part), *caches])))
+    has_ids = True
+    if name == STYLED_SHAPES:
+        rows = styled_shapes(split)
+    elif path.is_file() and path.suffix.lower() == ".json" and has_image_list(path):
+        rows = _from_rows(read_image_list(path, split, start or path.parent))
+    elif files is not None:
+        rows = _from_rows(read_caption_files(*files))
+    else:
+        has_ids = False
+        if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
+            saved = datasets.load_from_disk(str(path))
+            splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
+        elif path.is_file():
+            splits = _read_file(path, hub["cache_dir"])
+        else:
+            if path.is_dir() and glob.has_magic(str(path.resolve())):
+                raise ValueError(f"The name of the folder {name!r} reads as a pattern of names: rename it.")
+            splits = _load(name, name, data_files=data_files, **hub)
+        rows = choose_split(splits, split, repr(name))
+    return _Source(rows, has_ids, start, fence)
 
 
-def _image_folders(*folders: Path | None) -> list[Path]:
-    """Where images may lie: the folders, and the files behind a snapshot in the cache of the Hub."""
-    known = list(dict.fromkeys(folder for folder in folders if folder is not None))
-    parents = [parent for folder in known for parent in (folder, *folder.parents)]
-    blobs = [parent.parent / "blobs" for parent in parents if parent.name == "snapshots"]
-    return [*known, *(folder for folder in blobs if folder.is_dir())]
-
-
-def _from_file(
-    path: Path, split: str, start: Path | None, fence: Fence, with_images: bool, cache_dir: str | None
-) -> _Source:
-    assert start is not None  # the folder of the file, at least
+def _read_file(path: Path, cache_dir: str | None) -> dict[str, datasets.Dataset]:
     suffix = path.suffix.lower()
-    if suffix == ".json" and has_image_list(path):
-        return _Source(_from_rows(read_image_list(path, split, start, with_images)), True, start, fence)
     if suffix in _TABLES:
-        rows = choose_split({split_of_file(path): _read_table(path)}, split, repr(str(path)))
-        return _Source(rows, False, start, fence)
+        return {split_of_file(path): _read_table(path)}
     if suffix not in _FILE_BUILDERS:
         known = sorted([*_FILE_BUILDERS, *_TABLES])
         raise ValueError(f"Cannot read {str(path)!r}: a data file ends in one of {known}.")
     # Brackets and asterisks of a name are no pattern.
     files = {split_of_file(path): glob.escape(str(path))}
-    rows = _load(_FILE_BUILDERS[suffix], str(path), split, fence, data_files=files, cache_dir=cache_dir)
-    return _Source(rows, False, start, fence)
+    return _load(_FILE_BUILDERS[suffix], str(path), data_files=files, cache_dir=cache_dir)
 
 
 def _read_table(path: Path) -> datasets.Dataset:
@@ -241,14 +243,10 @@ def _read_table(path: Path) -> datasets.Dataset:
             rows = [(reader.line_num, row) for row in reader if row]
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"Cannot read {str(path)!r}: {error}.") from error
-    if not names or len(set(names)) < len(names) or any(_NOT_PRINTABLE.search(name) for name in names):
+    if not names or len(set(names)) < len(names) or any(_NO_NAME.search(name) for name in names):
         raise ValueError(
-            f"The first line of {str(path)!r} must name the columns, each once; it holds {str(names)[:80]}."
-        )
-    if any(_IMAGE_NAME.search(name) for name in names):
-        raise ValueError(
-            f"The first line of {str(path)!r} must name the columns (for example `image,caption`), but holds a row: "
-            f"{str(names)[:80]}."
+            f"The first line of {str(path)!r} must name the columns (for example `image,caption`), each once; it "
+            f"holds {str(names)[:80]}."
         )
     if separator == "|":  # which is written with spaces around it
         names, rows = [name.strip() for name in names], [(line, [f.strip() for f in row]) for line, row in rows]
@@ -264,60 +262,27 @@ def _read_table(path: Path) -> datasets.Dataset:
 
 
 def _from_rows(rows: list[dict[str, Any]]) -> datasets.Dataset:
-    features = datasets.Features(
-        image=datasets.Value("string"),
-        captions=datasets.List(datasets.Value("string")),
-        image_id=datasets.Value("string"),
-    )
+    text = datasets.Value("string")
+    features = datasets.Features(image=text, captions=datasets.List(text), image_id=text)
     return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
 
 
-def _from_disk(path: Path, split: str) -> datasets.Dataset:
-    saved = datasets.load_from_disk(str(path))
-    if not isinstance(saved, datasets.DatasetDict):
-        saved = {str(saved.split or "train"): saved}
-    return choose_split(saved, split, repr(str(path)))
-
-
-def _load(builder: str, source: str, split: str, fence: Fence, *, data_files: Any, **options: Any) -> datasets.Dataset:
-    """One split of what `datasets.load_dataset` finds."""
-    folder = Path(source).expanduser()
-    found_by_itself = data_files is None
+def _load(builder: str, source: str, **options: Any) -> dict[str, datasets.Dataset]:
+    """The splits of what `datasets.load_dataset` finds."""
     try:
-        if found_by_itself and folder.is_dir():
-            named = files_named_by_card(folder)
-            if glob.has_magic(str(folder.resolve())):
-                if named:
-                    raise ValueError(
-                        "its README.md names files, and the folder's own name reads as a pattern: rename it"
-                    )
-                data_files = _patterns_in(folder)
-        found = datasets.load_dataset_builder(builder, data_files=data_files, **options)
-        if found_by_itself:
-            # Of a folder of images, those that rows name are checked with the rows.
-            images = found.EXTENSIONS if found.name == "imagefolder" else ()
-            files = [file for files in (found.config.data_files or {}).values() for file in files]
-            local = [file for file in files if "://" not in file]
-            check_files([file for file in local if Path(file).suffix.lower() not in images], fence, source)
+        found = datasets.load_dataset_builder(builder, **options)
         splits = _tables(found)
         if splits is None:
             found.download_and_prepare()
             splits = found.as_dataset()
-    except (OSError, OutsideError):  # what does not exist or cannot be reached, or is not to be read
+    except OSError:  # what does not exist or cannot be reached
         raise
-    except Exception as error:  # its readers of files fail in many ways when these are not as they should be
+    except Exception as error:  # readers of files fail in many ways
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
         cause = error.__cause__ if generating and error.__cause__ is not None else error
         reason = f"{type(cause).__name__}: {cause}" if str(cause) else "it holds no rows"
-        raise ValueError(f"Cannot load the split {split!r} of {source!r}: {reason}") from error
-    return choose_split(splits, split, repr(source))
-
-
-def _patterns_in(folder: Path) -> dict[str, list[str]]:
-    """The patterns by which `datasets` searches a folder, with the name of the folder being none."""
-    base = glob.escape(str(folder.resolve()))
-    found = datasets.data_files.get_data_patterns(base)
-    return {str(split): [f"{base}/{pattern}" for pattern in patterns] for split, patterns in found.items()}
+        raise ValueError(f"Cannot load {source!r}: {reason}") from error
+    return splits
 
 
 def _tables(found: datasets.DatasetBuilder) -> dict[str, datasets.Dataset] | None:
@@ -353,106 +318,34 @@ def _joined(tables: list[datasets.Dataset]) -> datasets.Dataset:
     return datasets.concatenate_datasets(tables)
 
 
-def _choose_columns(
-    dataset: datasets.Dataset,
-    image_column: str | None,
-    caption_column: str | None,
-    id_column: str | None,
-    style_column: str | None,
-    with_images: bool,
-) -> _Columns:
+def _column(dataset: datasets.Dataset, kind: str, named: str | None, usual: Sequence[str] = ()) -> str:
+    """The column of a kind, as named or else the first of the usual ones."""
     names = dataset.column_names
-    if style_column is None and "style" in names:
-        style_column = "style"
-    if caption_column is None:
-        caption_column = next((column for column in CAPTION_COLUMNS if column in names), None)
-        if caption_column is None:
-            raise ValueError(
-                f"The data has none of the usual caption columns {list(CAPTION_COLUMNS)}; its columns are {names}. "
-                "Name the right one with `caption_column`."
-            )
-    if image_column is None:
-        image_column = next((column for column in IMAGE_COLUMNS if column in names), IMAGE_COLUMNS[0])
-    chosen = {"caption_column": caption_column, "id_column": id_column, "style_column": style_column}
-    if with_images:
-        chosen["image_column"] = image_column
-    for argument, column in chosen.items():
-        if column is not None and column not in names:
-            raise ValueError(f"There is no column {column!r} (`{argument}`); the columns are {names}.")
-    return _Columns(image_column, caption_column, id_column, style_column)
-
-
-def _canonical(
-    source: _Source, columns: _Columns, with_images: bool, on_empty_captions: str, max_skipped: float
-) -> datasets.Dataset:
-    """Brings rows into the canonical columns: merges, cleans, checks."""
-    dataset = source.rows.with_format(None)
-    if not len(dataset):
-        raise ValueError("The data holds no rows.")
-    # The text file of a WebDataset holds a caption a line.
-    texts = _caption_lists(dataset, columns.captions, in_lines=dataset.info.builder_name == "webdataset")
-    ids = _strings(dataset, columns.image_id) if columns.image_id else None
-    images = _image_table(source, columns.image, with_images) if columns.image in dataset.column_names else None
-    if images is not None:
-        keys = list(image_keys(images))
-        groups = _group_rows(keys, ids)
-    else:
-        keys = [("row", row) for row in range(len(dataset))]
-        groups = _group_rows(ids or keys, None)
-
-    merged = [[text for row in rows for text in texts[row]] for rows in groups]
-    captions, dropped = [], 0
-    for group in merged:
-        kept = [text for text in map(_clean, group) if text]
-        dropped += len(group) - len(kept)
-        captions.append(kept)
-    if dropped:
-        logger.warning(f"{dropped} of {sum(map(len, merged))} captions are empty and were dropped.")
-    empty = [index for index, group in enumerate(captions) if not group]
-    if empty:
-        rows = [groups[index][0] for index in empty]
-        problem = f"{len(empty)} of {len(groups)} images have no caption, the first at the rows {rows[:5]}"
-        if on_empty_captions == "error":
-            raise ValueError(f"{problem}. Drop them with on_empty_captions='skip'.")
-        if len(empty) > max_skipped * len(groups) or len(empty) == len(groups):
-            raise ValueError(f"{problem}. {too_many(len(empty), len(groups), max_skipped)}")
-        logger.warning(f"{problem}; they were dropped.")
-    used = [index for index, group in enumerate(captions) if group]
-
-    first = [groups[index][0] for index in used]
-    values: dict[str, Any] = {
-        "captions": [captions[index] for index in used],
-        "image_id": [ids[row] for row in first] if ids else _made_ids([keys[row] for row in first], texts),
-    }
-    features = {"captions": datasets.List(datasets.Value("string")), "image_id": datasets.Value("string")}
-    if columns.style:
-        styles = _strings(dataset, columns.style)
-        values["style"], features["style"] = [styles[row] for row in first], datasets.Value("string")
-    return _join(images if with_images else None, first, values, features)
-
-
-def _join(
-    images: datasets.Dataset | None, first: list[int], values: dict[str, Any], features: dict[str, Any]
-) -> datasets.Dataset:
-    rest = datasets.Dataset.from_dict(values, features=datasets.Features(features))
-    if images is None:
-        images = datasets.Dataset.from_dict(
-            {"image": [None] * len(first)}, features=datasets.Features(image=datasets.Image(decode=False))
-        )
-    elif first != list(range(len(images))):
-        images = images.select(first)
-    return datasets.concatenate_datasets([images, rest], axis=1)
+    found = next((name for name in ([named] if named else usual) if name in names), None)
+    if found is None:
+        wanted = f"no column {named!r}" if named else f"none of the usual columns {list(usual)}"
+        raise ValueError(f"There is {wanted} (`{kind}_column`); the columns are {names}.")
+    return found
 
 
 def _made_ids(keys: list[tuple[str, Any]], texts: list[list[str | None]]) -> list[str]:
     """
     An id for each image that no other image of any source has; the same image has the same id in every load. Rows
-    without an image are told apart by their number among all the captions of the source.
+    without an image are known by their number and all the captions of the source.
     """
     if any(kind == "row" for kind, _ in keys):
         source = hashlib.blake2b(json.dumps(texts).encode()).digest()
         keys = [(kind, (source, value) if kind == "row" else value) for kind, value in keys]
     return [hashlib.blake2b(repr(key).encode(), digest_size=8).hexdigest() for key in keys]
+
+
+def _clean_captions(groups: list[list[str | None]]) -> list[list[str]]:
+    """The captions of each image without the empty ones."""
+    cleaned = [[text for text in map(_clean, group) if text] for group in groups]
+    total, left = sum(map(len, groups)), sum(map(len, cleaned))
+    if left < total:
+        logger.warning(f"{total - left} of {total} captions are empty and were dropped.")
+    return cleaned
 
 
 def _clean(text: str | None) -> str:
@@ -461,50 +354,11 @@ def _clean(text: str | None) -> str:
     return cleaned if any(unicodedata.category(character) not in _INVISIBLE for character in cleaned) else ""
 
 
-def _values(dataset: datasets.Dataset, column: str) -> list[Any]:
-    feature = dataset.features[column]
-    if isinstance(feature, (datasets.Image, datasets.Audio, datasets.Video)):
-        raise ValueError(f"The column {column!r} must hold text or numbers, but holds {feature}.")
-    try:
-        return dataset[column][:]
-    except UnicodeDecodeError as error:
-        wrong = [row for row in range(len(dataset)) if not _is_unicode(dataset, row, column)]
-        raise ValueError(
-            f"The column {column!r} holds text that is not UTF-8 in {len(wrong)} rows, the first are {wrong[:5]}."
-        ) from error
-
-
-def _is_unicode(dataset: datasets.Dataset, row: int, column: str) -> bool:
-    try:
-        dataset.select([row])[column][:]
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _strings(dataset: datasets.Dataset, column: str) -> list[str]:
-    values = _values(dataset, column)
-    feature = dataset.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        # Negative is how labels that are not known are stored.
-        values = [None if value is None or value < 0 else feature.int2str(value) for value in values]
-    missing = [row for row, value in enumerate(values) if value is None or value == "" or value != value]
-    if missing:
-        raise ValueError(f"The column {column!r} is empty in {len(missing)} rows, the first are {missing[:5]}.")
-    floats = (value for value in values if isinstance(value, float))
-    if any(math.isinf(value) or abs(value) >= _FIRST_INEXACT for value in floats):
-        raise ValueError(
-            f"The column {column!r} holds floating-point numbers of 2**53 or more, which have lost digits. Store it "
-            "as text or integers."
-        )
-    return [str(value) for value in values]
-
-
 def _caption_lists(dataset: datasets.Dataset, column: str, in_lines: bool) -> list[list[str | None]]:
-    """The captions of each row as a list, whatever of the known shapes the column has."""
+    """The captions of each row as a list, from any of the forms that columns of captions have."""
     lists: list[list[str | None]] = []
     wrong, broken = [], []
-    for row, value in enumerate(_values(dataset, column)):
+    for row, value in enumerate(column_values(dataset, column)):
         if value is None:
             value = [value]
         elif isinstance(value, str):
@@ -538,38 +392,24 @@ def _caption_lists(dataset: datasets.Dataset, column: str, in_lines: bool) -> li
     return lists
 
 
-def _image_table(source: _Source, column: str, with_images: bool) -> datasets.Dataset:
+def _image_table(source: _Source, column: str) -> datasets.Dataset:
     """The image column alone, named `image` and not decoded, with paths made absolute and kept inside the fence."""
-    fence = source.fence if with_images else None  # paths alone only tell rows apart
     feature = source.rows.features[column]
-    is_text = isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
-    is_bytes = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
+    is_value = isinstance(feature, datasets.Value) and feature.dtype.removeprefix("large_") in ("string", "binary")
     # As images are stored by libraries that do not know the feature.
     is_struct = isinstance(feature, dict) and feature.keys() == {"bytes", "path"}
-    if not (is_text or is_bytes or is_struct or isinstance(feature, datasets.Image)):
+    if not (is_value or is_struct or isinstance(feature, datasets.Image)):
         raise ValueError(f"The column {column!r} must hold images, bytes or paths, but holds {feature}.")
-    images = source.rows.select_columns([column])
+    images = source.rows.with_format(None).select_columns([column])
     if column != "image":
         images = images.rename_column(column, "image")
-    if is_text:
-        paths = place_paths(images["image"][:], source.start, fence)
-        images = datasets.Dataset.from_dict({"image": paths}, features=datasets.Features(image=feature))
     images = images.cast_column("image", datasets.Image(decode=False))
-    return images if is_text or is_bytes else _placed(images, source.start, fence)
-
-
-def _placed(images: datasets.Dataset, start: Path | None, fence: Fence | None) -> datasets.Dataset:
-    """Images of which those without bytes have placed paths."""
     chunks = list(iter_encoded(images))
-    paths = [
-        None if has_bytes else path
-        for chunk in chunks
-        for has_bytes, path in zip(
-            chunk.field("bytes").is_valid().to_pylist(), chunk.field("path").to_pylist(), strict=True
-        )
-    ]
-    placed = place_paths(paths, start, fence)
-    if placed == paths:
+    has_bytes = [valid for chunk in chunks for valid in chunk.field("bytes").is_valid().to_pylist()]
+    paths = [path for chunk in chunks for path in chunk.field("path").to_pylist()]
+    named = [None if valid else path for valid, path in zip(has_bytes, paths, strict=True)]
+    placed = place_paths(named, source.start, source.fence)
+    if placed == named:
         return images
     values = pa.array(placed, images.features["image"].pa_type.field("path").type)
     parts, first = [], 0
@@ -579,11 +419,3 @@ def _placed(images: datasets.Dataset, start: Path | None, fence: Fence | None) -
         first += len(chunk)
     table = datasets.table.InMemoryTable(pa.table({"image": pa.chunked_array(parts)}))
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=images.features))
-
-
-def _group_rows(keys: Any, ids: list[str] | None) -> list[list[int]]:
-    """Rows with equal keys (and ids), in the order of their first row."""
-    groups: dict[Any, list[int]] = {}
-    for row, key in enumerate(keys):
-        groups.setdefault((key, ids[row]) if ids is not None else key, []).append(row)
-    return list(groups.values())

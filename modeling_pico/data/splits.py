@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 import datasets
 from datasets.data_files import SPLIT_KEYWORDS
 
-from .images import image_keys, iter_encoded
+from .columns import column_strings
+from .images import file_state, image_keys, iter_encoded
 
 
 SPLIT_COLUMN = "split"
@@ -39,8 +39,7 @@ def find_split(split: str, names: Collection[str], source: str) -> str:
 
 def choose_split(splits: Mapping[str, datasets.Dataset], split: str, source: str) -> datasets.Dataset:
     """
-    The rows of one split. The rows of a source that is not split are told apart by their column `split`, if there is
-    one.
+    The rows of one split. A source without splits is divided by its column `split`, if it has one.
 
     Args:
         splits (`Mapping[str, datasets.Dataset]`): What the source itself tells apart.
@@ -55,11 +54,11 @@ def choose_split(splits: Mapping[str, datasets.Dataset], split: str, source: str
     rows = next(iter(splits.values()))
     hint = ""
     if len(splits) == 1 and SPLIT_COLUMN in rows.column_names:
-        splits, source = _by_column(rows, source), f"The column {SPLIT_COLUMN!r} of {source}"
+        splits, source = _by_column(rows), f"The column {SPLIT_COLUMN!r} of {source}"
     elif len(splits) == 1:
         hint = (
-            " Its rows are not told apart, and so serve one purpose. Give a folder with a file for each split "
-            f"(train.csv, validation.csv, test.csv), or add a column {SPLIT_COLUMN!r} that says it of each row. "
+            " It has no splits, and the same rows must not serve two purposes. Give a folder with a file for each "
+            f"split (train.csv, validation.csv, test.csv), or add a column {SPLIT_COLUMN!r} that says it of each row. "
             f"To use all of its rows, ask for the split {next(iter(splits))!r}."
         )
     try:
@@ -70,18 +69,10 @@ def choose_split(splits: Mapping[str, datasets.Dataset], split: str, source: str
         raise ValueError(f"{error}{hint}") from None
 
 
-def _by_column(rows: datasets.Dataset, source: str) -> dict[str, datasets.Dataset]:
-    values, feature = rows[SPLIT_COLUMN][:], rows.features[SPLIT_COLUMN]
-    if isinstance(feature, datasets.ClassLabel):
-        values = [None if value is None or value < 0 else feature.int2str(value) for value in values]
+def _by_column(rows: datasets.Dataset) -> dict[str, datasets.Dataset]:
     members: dict[str, list[int]] = {}
-    for row, value in enumerate(values):
-        members.setdefault("" if value is None else str(value), []).append(row)
-    if "" in members:
-        missing = members[""]
-        raise ValueError(
-            f"The column {SPLIT_COLUMN!r} of {source} is empty in {len(missing)} rows, the first are {missing[:5]}."
-        )
+    for row, name in enumerate(column_strings(rows, SPLIT_COLUMN)):
+        members.setdefault(name, []).append(row)
     return {name: rows.select(chosen) for name, chosen in members.items()}
 
 
@@ -121,12 +112,8 @@ def _outlines(rows: datasets.Dataset) -> Iterator[tuple[Any, ...]]:
     captions = iter(rows["captions"])
     for chunk in iter_encoded(rows.select_columns("image")):
         for content, path in zip(chunk.field("bytes"), chunk.field("path").to_pylist(), strict=True):
-            size = content.as_buffer().size if content.is_valid else _file_size(path)
+            size = content.as_buffer().size if content.is_valid else file_state(path)[:1]
             yield (size, *next(captions))
-
-
-def _file_size(path: str | None) -> int:
-    return os.path.getsize(path) if path is not None and os.path.isfile(path) else -1
 
 
 def _contents(rows: datasets.Dataset) -> Iterator[tuple[Any, ...]]:

@@ -33,10 +33,6 @@ class _Object(NamedTuple):
     color: str
     shape: str
 
-    @property
-    def kind(self) -> str:
-        return f"{self.color} {self.shape}"
-
     def __str__(self) -> str:
         return f"{self.size} {self.color} {self.shape}"
 
@@ -109,27 +105,19 @@ class _Scene(NamedTuple):
 
 
 def styled_shapes(
-    split: str,
-    *,
-    num_scenes: int | None = None,
-    image_size: int = 48,
-    seed: int = 0,
+    split: str, *, num_scenes: int | None = None, image_size: int = 48, seed: int = 0
 ) -> datasets.Dataset:
     """
     Generates scenes of two or three coloured shapes, drawn in a style and described in five manners.
 
-    The *style* of an image is how it is rendered; its meaning (shapes, colours, sizes, positions) is the same in every
-    style. `train` shows each scene in two of seven styles, as two rows with one `image_id`. The other splits hold
-    other scenes, one row each: `validation` in a style that training never shows (`watercolor`), `test` in another
-    such style (`neon`), and `validation_seen` in the styles of training, so that the loss due to the unseen style can
-    be told from the loss due to new scenes.
+    `train` shows each scene in two of seven styles, as two rows with one `image_id`. The other splits hold other
+    scenes, one row each: `validation` in a style that training never shows (`watercolor`), `test` in another such
+    style (`neon`), and `validation_seen` in the styles of training, so that the loss due to the unseen style can be
+    told from the loss due to new scenes.
 
     A composition, the set of the objects' colours and shapes, belongs to exactly one split whatever the seed and
     occurs in it once, so that no two scenes of a split fit the same caption. Captions speak of left and right: do not
     mirror the images in training.
-
-    The five captions are tags, a plain sentence, a shortcode, a long-winded description and a list of properties. Tags
-    and shortcode leave the sizes out.
 
     Args:
         split (`str`):
@@ -225,20 +213,17 @@ def _describe(scene: _Scene, rng: np.random.Generator) -> list[str]:
     """Five captions of one scene: tags, sentence, shortcode, long-winded description, properties."""
     objects, layout = scene.objects, scene.layout
     names = dict(zip("abc", (f"a {o}" for o in objects), strict=False))
-    tags = ", ".join(f"{o.kind} {spot}" for o, spot in zip(objects, layout.spots, strict=True))
+    tags = ", ".join(f"{o.color} {o.shape} {spot}" for o, spot in zip(objects, layout.spots, strict=True))
     sentence = layout.sentences[rng.integers(len(layout.sentences))].format(**names)
     shortcode = f":{layout.code}:" + "".join(f":{o.color}_{o.shape}:" for o in objects)
-    long_names = {
-        letter: f"a {o.shape} of {o.size} size that has been coloured {o.color}"
-        for letter, o in zip("abc", objects, strict=False)
-    }
-    passive = f"In this picture there can be seen {layout.passive.format(**long_names)}."
-    listed = zip(
-        ("shapes", "colours", "sizes"), zip(*((o.shape, o.color, o.size) for o in objects), strict=True), strict=True
+    long_names = (f"a {o.shape} of {o.size} size that has been coloured {o.color}" for o in objects)
+    passive = layout.passive.format(**dict(zip("abc", long_names, strict=False)))
+    shapes, colours, sizes = (
+        ", ".join(values) for values in zip(*((o.shape, o.color, o.size) for o in objects), strict=True)
     )
-    properties = "; ".join(f"{name}: {', '.join(values)}" for name, values in listed)
-    properties += f"; positions: {', '.join(layout.spots)}"
-    return [tags, sentence[0].upper() + sentence[1:], shortcode, passive, properties]
+    properties = f"shapes: {shapes}; colours: {colours}; sizes: {sizes}; positions: {', '.join(layout.spots)}"
+    long = f"In this picture there can be seen {passive}."
+    return [tags, sentence[0].upper() + sentence[1:], shortcode, long, properties]
 
 
 def _render(scene: _Scene, style: str, image_size: int, rng: np.random.Generator) -> bytes:

@@ -3,6 +3,7 @@
 import copy
 import math
 import textwrap
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Annotated, Any, get_origin
 
@@ -10,7 +11,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from ..durable import NON_FINITE_LOSSES
-from .run_record import find_secrets, without_secrets
+from .secrets import find_secrets, without_secrets
 
 
 FEEDBACKS = ("counterfactual", "epoch_delta", "constant")
@@ -74,7 +75,8 @@ _CountOrNone = Annotated[int | None, Range(1)]
 _Positive = Annotated[float, Range(0.0, above=True)]
 
 
-def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+def option_field(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
+    """A field of a dataclass that is an option: its default, its help, and the values that it may have."""
     return field(default=default, metadata={"help": text} | ({} if choices is None else {"choices": choices}))
 
 
@@ -91,67 +93,71 @@ class PicoTrainingArguments(TrainingArguments):
     Args:
     """
 
-    learning_rate: float = _option(2e-4, "Learning rate of new layers: alignment head, temperature.")
-    logging_steps: float = _option(0.02, "Steps between two logs of the loss; below 1, a share of all steps.")
-    backbone_learning_rate: float | None = _option(
+    _argument_group_name = "training"  # of the script's help
+
+    learning_rate: float = option_field(2e-4, "Learning rate of new layers: alignment head, temperature.")
+    logging_steps: float = option_field(0.02, "Steps between two logs of the loss; below 1, a share of all steps.")
+    backbone_learning_rate: float | None = option_field(
         None,
         "Learning rate of the backbones (default: a tenth of learning_rate). Towers without pretrained weights learn "
         "at one rate with the rest.",
     )
-    ddp_find_unused_parameters: bool | None = _option(
+    ddp_find_unused_parameters: bool | None = option_field(
         False, "Look for parameters without a gradient, of which tested towers have none, in every step."
     )
-    ddp_broadcast_buffers: bool | None = _option(
+    ddp_broadcast_buffers: bool | None = option_field(
         False, "Send buffers to all processes before every step, which compute their prototypes alike."
     )
-    caption_sampling: str = _option(
+    caption_sampling: str = option_field(
         "random",
         "random: each image once an epoch, with one of its captions; all: every pair once an epoch.",
         choices=("random", "all"),
     )
-    gather_negatives: bool = _option(True, "Whether samples of all processes serve as negatives.")
-    gradient_cache_chunk_size: _CountOrNone = _option(
+    gather_negatives: bool = option_field(True, "Whether samples of all processes serve as negatives.")
+    gradient_cache_chunk_size: _CountOrNone = option_field(
         None,
         "Encode each batch in chunks of so many pairs (GradCache): the loss and gradient of a large batch with the "
         "memory of a small one, for one more forward pass (default: the whole batch at once)",
     )
-    non_finite_loss: str = _option(
+    non_finite_loss: str = option_field(
         "stop",
         "What a loss or gradient that is NaN or infinite does. stop: ends training before the weights change, and "
         "names the images; skip: leaves the optimizer step out and logs skipped_steps; ten in a row end training.",
         choices=NON_FINITE_LOSSES,
     )
-    hinge_warmup_epochs: Annotated[float, Range(0.0)] = _option(
+    hinge_warmup_epochs: Annotated[float, Range(0.0)] = option_field(
         1.0, "Epochs in which the hinge loss counts all negatives instead of the hardest."
     )
-    prototype_start: _Count = _option(2, "Epochs after which the first prototypes are built (j0).")
-    prototype_update_start: _Count = _option(4, "Epochs after which they are first updated (j1).")
-    prototype_interval: _Count = _option(
+    prototype_start: _Count = option_field(2, "Epochs after which the first prototypes are built (j0).")
+    prototype_update_start: _Count = option_field(4, "Epochs after which they are first updated (j1).")
+    prototype_interval: _Count = option_field(
         1, "Epochs between updates; statistics are collected over this long before each."
     )
-    reservoir_pairs: _Count = _option(256, "Matched pairs whose columns are clustered: the last ones before.")
-    feedback: str = _option(
+    reservoir_pairs: _Count = option_field(256, "Matched pairs whose columns are clustered: the last ones before.")
+    feedback: str = option_field(
         "counterfactual",
         "What weights an update: the gain in validation rSum of the same network by the new prototypes "
         "(counterfactual), or since the evaluation before (epoch_delta); constant: feedback_weight.",
         choices=FEEDBACKS,
     )
-    feedback_images: _CountOrNone = _option(
+    feedback_images: _CountOrNone = option_field(
         256,
         "Validation images, with all their texts, that the counterfactual feedback scores; none: all. Time grows with "
         "the square; gains in a smaller gallery are smaller and noisier.",
     )
-    feedback_kappa: _Positive = _option(1.0, "Gain in rSum points that is worth a factor of e.")
-    feedback_weight: Annotated[float, Range(0.0, 1.0, above=True)] = _option(
+    feedback_kappa: _Positive = option_field(1.0, "Gain in rSum points that is worth a factor of e.")
+    feedback_weight: Annotated[float, Range(0.0, 1.0, above=True)] = option_field(
         0.1, "Weight of new prototypes under feedback=constant."
     )
-    eval_num_folds: _Count = _option(1, "Consecutive image blocks over which metrics are averaged; 5 for MS-COCO 1K.")
-    uncertainty_reranking: bool = _option(
+    eval_num_folds: _Count = option_field(
+        1, "Consecutive image blocks over which metrics are averaged; 5 for MS-COCO 1K."
+    )
+    uncertainty_reranking: bool = option_field(
         False,
         "For the training script: after training, learn on the validation set how the uncertainty re-ranks scores; "
         "evaluations then report reranked_ metrics beside the plain ones.",
     )
-    eval_cache_dir: str | None = _option(
+    eval_cache_dir: str | None = option_field(
         None,
         "Folder that keeps embeddings of evaluations outside of training, in half precision: evaluating the same "
         "model on the same data again then only scores (default: nowhere)",
@@ -263,4 +269,4 @@ for _field in fields(PicoTrainingArguments):
         PicoTrainingArguments.__doc__ = f"{str(PicoTrainingArguments.__doc__).rstrip()}\n{_lines}\n"
 
 
-__all__ = ["PicoTrainingArguments", "Range"]
+__all__ = ["PicoTrainingArguments", "Range", "option_field"]

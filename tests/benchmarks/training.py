@@ -30,8 +30,8 @@ from modeling_pico import CddsModel, PicoModel, PicoTrainer
 from modeling_pico.model.backbones_pico import build_backbone
 from modeling_pico.model.loss_pico import image_text_loss
 from modeling_pico.model.scoring_pico import pair_scores
+from modeling_pico.script.from_scratch import small_vision_config
 from modeling_pico.training import staging
-from modeling_pico.training.from_scratch import small_vision_config
 from modeling_pico.training.gradient_cache import cached_backward, split_inputs
 
 

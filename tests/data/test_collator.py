@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import datasets
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from modeling_pico.data import PicoDataCollator, caption_code, count_truncated, default_max_length
+from modeling_pico.data import PicoDataCollator, caption_code, default_max_length
 
 
 def training(*captions):
@@ -58,24 +57,10 @@ def test_evaluation_batch(processor):
     assert batch["caption_codes"].tolist() == [caption_code(text) for text in ("a", "a red cat", "dog")]
 
 
-def test_truncation_is_counted(processor):
+def test_texts_are_cut_at_the_length_of_the_tokenizer(processor):
     processor.tokenizer.model_max_length = 4
-    collator = PicoDataCollator(processor)
-    batch = collator(training("a red cat", "a cat", "dog"))
+    batch = PicoDataCollator(processor)(training("a red cat", "a cat", "dog"))
     assert batch["input_ids"].tolist() == [[2, 4, 5, 3], [2, 4, 7, 3], [2, 8, 3, 0]]
-    assert (collator.truncated_captions, collator.seen_captions) == (1, 3)
-    collator(training("dog"))
-    assert (collator.truncated_captions, collator.seen_captions) == (1, 4)
-
-
-def test_padding_to_a_multiple_stays_within_the_limit(processor):
-    texts = training("a red cat", "dog")
-    assert PicoDataCollator(processor, pad_to_multiple_of=8)(texts)["input_ids"].shape == (2, 8)
-    processor.tokenizer.model_max_length = 6
-    assert PicoDataCollator(processor, pad_to_multiple_of=4)(texts)["input_ids"].shape == (2, 6)
-    processor.tokenizer.padding_side = "left"
-    batch = PicoDataCollator(processor, pad_to_multiple_of=4)(texts)
-    assert batch["input_ids"].tolist() == [[0, 2, 4, 5, 7, 3], [0, 0, 0, 2, 8, 3]]
 
 
 def test_the_length_is_the_tokenizers(processor):
@@ -87,16 +72,7 @@ def test_the_length_is_the_tokenizers(processor):
     assert collator(training("a " * 300))["input_ids"].shape == (1, 5)
 
 
-def test_count_truncated(processor):
-    dataset = datasets.Dataset.from_dict({"captions": [["a", "a red cat"], ["a red dog cat"]]})
-    assert count_truncated(dataset, processor.tokenizer, 4) == (2, 3, 6)
-    assert count_truncated(dataset, processor.tokenizer, None) == (0, 3, 6)
-    assert count_truncated(dataset.select([]), processor.tokenizer, 4) == (0, 0, 0)
-
-
 def test_errors(processor):
-    with pytest.raises(ValueError, match="`pad_to_multiple_of` must be a positive.*got -8"):
-        PicoDataCollator(processor, pad_to_multiple_of=-8)
     collator = PicoDataCollator(processor)
     with pytest.raises(ValueError, match="at least one sample"):
         collator([])
@@ -133,13 +109,13 @@ any_batch = settings(max_examples=25, suppress_health_check=[HealthCheck.functio
 
 
 @any_batch
-@given(pairs=st.lists(st.tuples(COLORS, CAPTION), min_size=1, max_size=6), multiple=st.sampled_from([None, 4, 7]))
-def test_any_training_pair_stays_together(processor, pairs, multiple):
+@given(pairs=st.lists(st.tuples(COLORS, CAPTION), min_size=1, max_size=6))
+def test_any_training_pair_stays_together(processor, pairs):
     samples = [
         {"image": Image.new("RGB", (8, 8), color), "caption": caption, "image_id": 100 - row}
         for row, (color, caption) in enumerate(pairs)
     ]
-    batch = PicoDataCollator(processor, pad_to_multiple_of=multiple)(samples)
+    batch = PicoDataCollator(processor)(samples)
     for row, (color, caption) in enumerate(pairs):
         assert_pixels(processor, batch["pixel_values"][row], color)
         assert words_of(processor, batch["input_ids"][row], batch["attention_mask"][row]) == caption
@@ -150,7 +126,7 @@ def test_any_training_pair_stays_together(processor, pairs, multiple):
         assert torch.equal(batch["input_ids"][row][shown], alone["input_ids"][0])
         assert not batch["input_ids"][row][~shown].any()
     width, longest = batch["input_ids"].shape[1], max(len(caption.split()) + 2 for _, caption in pairs)
-    assert width == longest if multiple is None else (width % multiple == 0 and longest <= width < longest + multiple)
+    assert width == longest
 
 
 @any_batch

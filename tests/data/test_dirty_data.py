@@ -18,12 +18,11 @@ import pytest
 from PIL import Image
 from test_images import decode_bytes, encode
 
-from modeling_pico.data import BadImageError, CaptionedImageDataset, check_images, decode_image, load_captioned_images
+from modeling_pico.data import BadImageError, check_images, decode_image, load_captioned_images
 from modeling_pico.data.paths import Fence
 
 
 images = importlib.import_module("modeling_pico.data.images")
-caption_files = importlib.import_module("modeling_pico.data.caption_files")
 
 
 def test_the_judge_sees_what_it_has_to_see(tmp_path):
@@ -46,7 +45,7 @@ def test_the_judge_sees_that_the_fence_is_off(tmp_path, monkeypatch):
         return {dirty_tables.run_table(name, "csv", rng, tmp_path / folder / name) for name in names}
 
     assert outcomes("on") == {"refused"}
-    monkeypatch.setattr(Fence, "mark", lambda self, path: path)
+    monkeypatch.setattr(Fence, "holds", lambda self, path: True)
     assert outcomes("off") == {"WRONG: it was not refused"}
 
 
@@ -170,7 +169,7 @@ def test_csv_with_a_comma_too_many(tmp_path):
     with pytest.raises(ValueError, match=r"2 of 3 rows of .*data.csv.* its 2 columns.*\[\(2, 3\), \(4, 1\)\].*quotes"):
         load_captioned_images(str(file), split="train")
     file.write_text("image,image\na.png,red\n")
-    with pytest.raises(ValueError, match="must name the columns, each once; it holds .*'image', 'image'"):
+    with pytest.raises(ValueError, match="must name the columns .*, each once; it holds .*'image', 'image'"):
         load_captioned_images(str(file), split="train")
     file.write_bytes(b"image,caption\na.png,caf\xe9\n")
     with pytest.raises(ValueError, match="Cannot read .*data.csv.*0xe9"):
@@ -208,22 +207,21 @@ def test_files_of_captions_name_what_is_wrong(tmp_path):
     (tmp_path / "train_ids.txt").write_bytes(b"\xef\xbb\xbf1\n2\n")
     mapping = tmp_path / "id_mapping.json"
     mapping.write_text('{"1": "a.png", "2": "b.png"}')
-    with pytest.raises(ValueError, match=r"train_caps.txt' is not text in UTF-8: line 2 holds the byte 0xe9"):
+    with pytest.raises(ValueError, match=r"train_caps.txt' is not text in UTF-8: .*0xe9"):
         load_captioned_images(str(tmp_path), split="train")
     (tmp_path / "train_caps.txt").write_text("one\ntwo\n")
     assert known_ids(load_captioned_images(str(tmp_path), split="train")) == ["1", "2"]
     for text, message in (
-        ('{"1": "a.png", "2": "b.png", "1": "c.png"}', "says twice what '1' is"),
         ('{"1": "a.png", "2": 5}', "an object that gives the file name of each id"),
         ('{"1": ', "is not JSON: .*line 1 column 7"),
-        ("[" * 100_000, "is nested too deeply"),
+        ("[" * 100_000, "is not JSON: maximum recursion"),
     ):
         mapping.write_text(text)
         with pytest.raises(ValueError, match=f"id_mapping.json' (must be )?{message}"):
             load_captioned_images(str(tmp_path), split="train")
 
 
-def test_karpathy_entries_that_are_wrong_are_counted(tmp_path, warnings_of):
+def test_karpathy_entries_that_are_wrong_are_counted(tmp_path):
     good = {"filename": "a.png", "split": "train", "imgid": 0, "sentences": [{"raw": "red \ud83d"}, {"raw": "blue"}]}
     file = tmp_path / "dataset.json"
 
@@ -231,13 +229,9 @@ def test_karpathy_entries_that_are_wrong_are_counted(tmp_path, warnings_of):
         file.write_text(json.dumps({"images": entries}))
         return load_captioned_images(str(file), split="train")
 
-    messages = warnings_of(caption_files)
-    assert load(good)["captions"][:] == [["red \ufffd", "blue"]]
-    assert len(messages) == 1 and messages[0].startswith("1 captions of")
+    assert load(good)["captions"][:] == [["red ?", "blue"]]
     wrong = [{**good, "sentences": ["red"]}, {**good, "imgid": None}, {**good, "filename": None}, 5]
-    with pytest.raises(
-        ValueError, match="4 of 5 entries of 'images' .*entry 1 has 'sentences'.*imgid null.*filename null"
-    ):
+    with pytest.raises(ValueError, match=r"4 of 5 entries of 'images' .* are wrong, the first: \[1, 2, 3, 4\]"):
         load(good, *wrong)
 
 
@@ -307,23 +301,8 @@ def test_paths_cannot_leave_the_folder(source, path, folder):
         ValueError, match=r"1 of 2 image paths lead out of the folder of the data \(row 1: '.*image_dir"
     ):
         load_captioned_images(str(name), split="train")
-    trusted = load_captioned_images(str(name), split="train", with_images=False)
+    trusted = load_captioned_images(str(name), split="train", image_dir="/")
     assert len(trusted) == 2
-
-
-def test_a_picture_that_becomes_a_link_is_not_followed(folder):
-    (folder / "images" / "inner.png").symlink_to(folder / "images" / "a.png")
-    (folder / "data.csv").write_text("image,caption\nimages/a.png,x\nimages/inner.png,y\n")
-    rows = load_captioned_images(str(folder / "data.csv"), split="train")
-    data = CaptionedImageDataset(check_images(rows))
-    assert data[0]["image"].size == data[1]["image"].size == (4, 4)
-    (folder / "images" / "a.png").unlink()
-    (folder / "images" / "a.png").symlink_to(folder.parent / "secret" / "s.png")
-    for row in (0, 1):
-        with pytest.raises(ValueError, match="a link that leads out of .*data' since it was loaded"):
-            data[row]
-    with pytest.raises(BadImageError, match="2 of 2 images cannot be read.*\n.*a link that leads out"):
-        check_images(rows)
 
 
 def test_a_folder_of_images_cannot_be_left(folder):
@@ -340,7 +319,8 @@ def test_a_folder_of_images_cannot_be_left(folder):
     assert len(check_images(opened)) == 2
 
 
-def test_a_snapshot_in_the_cache_of_the_hub_may_link_to_its_blobs(tmp_path):
+def test_a_snapshot_in_the_cache_of_the_hub_may_link_to_its_blobs(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     blobs, snapshot = tmp_path / "datasets--u--d" / "blobs", tmp_path / "datasets--u--d" / "snapshots" / "abc"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
@@ -350,80 +330,13 @@ def test_a_snapshot_in_the_cache_of_the_hub_may_link_to_its_blobs(tmp_path):
     assert len(check_images(load_captioned_images(str(snapshot / "data.csv"), split="train"))) == 1
 
 
-def test_a_card_cannot_name_files_elsewhere(folder, monkeypatch):
-    """Neither a file outside of the folder is read, nor a host asked."""
-    (folder / "data.csv").write_text("image,caption\nimages/a.png,good\n")
-    (folder.parent / "secret" / "data.csv").write_text("image,caption\na.png,secret\n")
-    monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("a host was asked"))
-    for files in (
-        "../secret/data.csv",
-        str(folder.parent / "secret" / "*.csv"),
-        "http://127.0.0.1:9/data.csv",
-        ["data.csv", "images/../../secret/data.csv"],
-        [{"split": "train", "path": ["file:///etc/passwd"]}],
-    ):
-        for name, text in (("README.md", "---\n%s\n---\n"), (".huggingface.yaml", "%s\n")):
-            configs = json.dumps({"configs": [{"config_name": "default", "data_files": files}]})
-            (folder / name).write_text(text % configs)
-            with pytest.raises(ValueError, match="README.md of .* names 1 files that do not lie in its folder"):
-                load_captioned_images(str(folder), split="train")
-            (folder / name).unlink()
-    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: data.csv\n---\n")
-    assert load_captioned_images(str(folder), split="train")["captions"][:] == [["good"]]
-
-
-@pytest.mark.parametrize("name", ["train.csv", "train.jsonl", "metadata.jsonl", "metadata.csv"])
-def test_files_of_rows_cannot_be_links_out_of_the_folder(name, folder):
-    secret = folder.parent / "secret" / name
-    row = {"file_name" if "metadata" in name else "image": "a.png", "text": "secret"}
-    lines = [json.dumps(row)] if "json" in name else [",".join(row), ",".join(row.values())]
-    secret.write_text("\n".join(lines))
-    (folder / "images" / name).symlink_to(secret)
-    with pytest.raises(ValueError, match="1 of 1 files of .* lie outside of its folder or are links that lead out"):
-        load_captioned_images(str(folder), split="train")
-    (folder / "images" / name).unlink()
-    shutil.copy(secret, folder / "images" / name)
-    rows = load_captioned_images(str(folder), split="train", image_dir=str(folder / "images"))
-    assert rows["captions"][:] == [["secret"]]
-
-
-def test_a_saved_data_set_cannot_name_files_elsewhere(folder):
-    for name, caption in (("saved", "good"), ("hidden", "secret")):
-        rows = datasets.Dataset.from_dict({"image": ["a.png"], "caption": [caption]})
-        datasets.DatasetDict(train=rows).save_to_disk(str(folder.parent / name))
-    saved = folder.parent / "saved"
-    file = "data-00000-of-00001.arrow"
-    for place, content in (
-        ("dataset_dict.json", {"splits": ["../hidden/train"]}),
-        ("train/state.json", {"_data_files": [{"filename": f"../../hidden/train/{file}"}]}),
-        ("train/state.json", {"_data_files": [{"filename": str(folder.parent / "hidden" / "train" / file)}]}),
-    ):
-        before = (saved / place).read_text()
-        (saved / place).write_text(json.dumps({**json.loads(before), **content}))
-        with pytest.raises(ValueError, match="files of .*saved' lie outside of its folder"):
-            load_captioned_images(str(saved), split="train")
-        (saved / place).write_text(before)
-    (saved / "train" / file).unlink()
-    (saved / "train" / file).symlink_to(folder.parent / "hidden" / "train" / file)
-    with pytest.raises(ValueError, match="files of .*saved' lie outside of its folder"):
-        load_captioned_images(str(saved), split="train")
-    (saved / "train" / "state.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not as `save_to_disk` writes it: KeyError: '_data_files'"):
-        load_captioned_images(str(saved), split="train")
-
-
 def test_a_folder_is_not_read_in_place_of_another(tmp_path):
     for name, caption in (("set[1]", "right"), ("set1", "wrong")):
-        (tmp_path / name / "images" / "train").mkdir(parents=True)
-        Image.new("RGB", (4, 4)).save(tmp_path / name / "images" / "train" / "a.png")
-        line = json.dumps({"file_name": "a.png", "text": caption})
-        (tmp_path / name / "images" / "train" / "metadata.jsonl").write_text(line)
-        (tmp_path / name / "tables").mkdir()
-        (tmp_path / name / "tables" / "test.csv").write_text(f"image,caption\na.png,{caption}\n")
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.csv").write_text(f"image,caption\na.png,{caption}\n")
         (tmp_path / f"{name}_dev_caps.txt").write_text(f"{caption}\n")
         (tmp_path / f"{name}_dev_ids.txt").write_text("1\n")
-    for source, split in (("set[1]/images", "train"), ("set[1]/tables", "test"), ("set[1]", "dev")):
-        if split == "dev":
-            shutil.rmtree(tmp_path / "set[1]")
-        loaded = load_captioned_images(str(tmp_path / source), split=split, with_images=False)
-        assert loaded["captions"][:] == [["right"]], (source, split)
+    with pytest.raises(ValueError, match=r"set\[1\]' reads as a pattern of names: rename it"):
+        load_captioned_images(str(tmp_path / "set[1]"), split="test")
+    shutil.rmtree(tmp_path / "set[1]")
+    assert load_captioned_images(str(tmp_path / "set[1]"), split="dev")["captions"][:] == [["right"]]

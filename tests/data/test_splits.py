@@ -65,7 +65,7 @@ def test_a_column_says_which_rows_are_a_split(table, kind):
 
 def test_a_column_that_does_not_say_it_of_every_row(table):
     source = table([{**row, "split": split} for row, split in zip(ROWS, ("train", "", "test"), strict=True)], "csv")
-    with pytest.raises(ValueError, match=r"The column 'split' of .* is empty in 1 rows, the first are \[1\]"):
+    with pytest.raises(ValueError, match=r"The column 'split' is empty in 1 rows, the first are \[1\]"):
         load_captioned_images(source, split="train")
 
 
@@ -142,7 +142,7 @@ def test_ids_that_were_made_are_unique_across_sources(pictures):
 
 def test_ids_that_were_made_are_the_same_in_every_load(pictures, tmp_path):
     first = pictures("a", ["red", "green"])
-    again = load_captioned_images(str(tmp_path / "a" / "data.csv"), split="train", with_images=False)
+    again = load_captioned_images(str(tmp_path / "a" / "data.csv"), split="train")
     assert again["image_id"][:] == first["image_id"][:]
     content = [(tmp_path / "a" / f"{number}.bmp").read_bytes() for number in (0, 1, 0)]
     features = datasets.Features(image=datasets.Image(), caption=datasets.Value("string"))
@@ -155,11 +155,9 @@ def test_ids_that_were_made_are_the_same_in_every_load(pictures, tmp_path):
 
 
 def test_rows_without_images_are_told_apart_too(table):
-    one = load_captioned_images(
-        table([{"caption": c} for c in "aab"], "jsonl", "one"), split="train", with_images=False
-    )
-    two = load_captioned_images(
-        table([{"caption": c} for c in "ab"], "jsonl", "two"), split="train", with_images=False
+    one, two = (
+        load_captioned_images(table([{"image": "", "caption": c} for c in captions], "jsonl", name), split="train")
+        for name, captions in (("one", "aab"), ("two", "ab"))
     )
     assert len(set(one["image_id"]) | set(two["image_id"])) == 5
 
@@ -172,7 +170,7 @@ def test_ids_of_two_files_of_captions_are_not_one_meaning(tmp_path):
         sets.append(load_captioned_images(str(tmp_path / f"{name}.json"), split="train"))
         (tmp_path / f"{name}_train_caps.txt").write_text(f"{name}\n")
         (tmp_path / f"{name}_train_ids.txt").write_text("0\n")
-        sets.append(load_captioned_images(str(tmp_path / name), split="train", with_images=False))
+        sets.append(load_captioned_images(str(tmp_path / name), split="train"))
     assert len(set(datasets.concatenate_datasets(sets)["image_id"])) == 4
     assert {image_id.split(":")[1] for rows in sets for image_id in rows["image_id"]} == {"0"}
 

@@ -22,7 +22,7 @@ from transformers import AutoModel, BertModel
 from modeling_pico import image_text_loss, pair_scores
 from modeling_pico.data.dataset import SampleKey
 from modeling_pico.evaluation.evaluator import EncodedRetrieval
-from modeling_pico.training.from_scratch import small_text_config, train_tokenizer
+from modeling_pico.script.from_scratch import small_text_config, train_tokenizer
 
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "style_study"

@@ -17,13 +17,13 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback, set_seed
 from modeling_pico import PicoModel, PicoProcessor
 from modeling_pico.data import CaptionedImageDataset
 from modeling_pico.model.backbones_pico import build_backbone
-from modeling_pico.training import PicoTrainer, PicoTrainingArguments
-from modeling_pico.training.from_scratch import (
+from modeling_pico.script.from_scratch import (
     small_image_processor,
     small_text_config,
     small_vision_config,
     train_tokenizer,
 )
+from modeling_pico.training import PicoTrainer, PicoTrainingArguments
 
 
 SIZE = 16

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer
 
-from modeling_pico.training.from_scratch import (
+from modeling_pico.script.from_scratch import (
     small_image_processor,
     small_text_config,
     small_vision_config,
@@ -56,8 +56,8 @@ def test_configurations_fit_tokenizer_and_image():
     ("sizes", "words"),
     [
         ((16, 1, 2, 30, 8), ["image_size", "patch_size", "30", "8"]),
-        ((16, 1, 3, 32, 8), ["vision_hidden_size", "vision_num_heads", "16", "3"]),
-        ((16, 1, 0, 32, 8), ["vision_num_heads", "0"]),
+        ((16, 1, 3, 32, 8), ["vision_hidden_size", "heads", "16", "3"]),
+        ((16, 1, 0, 32, 8), ["heads", "0"]),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused(sizes, words):
@@ -67,7 +67,7 @@ def test_sizes_that_do_not_divide_are_refused(sizes, words):
 
 
 def test_text_heads_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="`text_hidden_size` must be a multiple of `text_num_heads`.* 16 and 5"):
+    with pytest.raises(ValueError, match="`text_hidden_size` must be a multiple of its attention heads.* 16 and 5"):
         small_text_config(16, 1, 5, train_tokenizer(CAPTIONS))
 
 

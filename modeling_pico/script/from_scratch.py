@@ -8,24 +8,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import BertConfig, PreTrainedTokenizerFast, ViTConfig, ViTImageProcessorPil
 
 
-SPECIAL_TOKENS = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
+SPECIAL_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 8000, max_length: int = 64) -> PreTrainedTokenizerFast:
-    r"""
-    Trains a lower-casing WordPiece tokenizer of BERT's form; the same captions always give the same tokenizer.
-
-    Args:
-        captions (iterable of `str`): Training captions.
-        vocab_size (`int`, *optional*, defaults to 8000): Upper bound of the vocabulary.
-        max_length (`int`, *optional*, defaults to 64): Longest text in tokens, recorded as `model_max_length`.
-    """
+    """Trains a lower-casing WordPiece tokenizer of BERT's form; the same captions always give the same tokenizer."""
     normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     captions = list(captions)
     words = {
@@ -60,8 +47,8 @@ def small_vision_config(
     hidden_size: int, num_layers: int, num_heads: int, image_size: int, patch_size: int
 ) -> ViTConfig:
     """Configuration of a ViT with an MLP of four times its width; ValueError if sizes do not divide."""
-    check_division("image_size", image_size, "patch_size", patch_size)
-    check_division("vision_hidden_size", hidden_size, "vision_num_heads", num_heads)
+    check_division("image_size", image_size, "`patch_size`", patch_size)
+    check_division("vision_hidden_size", hidden_size, "its attention heads", num_heads)
     return ViTConfig(
         hidden_size=hidden_size,
         num_hidden_layers=num_layers,
@@ -78,7 +65,7 @@ def small_text_config(
     hidden_size: int, num_layers: int, num_heads: int, tokenizer: PreTrainedTokenizerFast
 ) -> BertConfig:
     """Configuration of a BERT with an MLP of four times its width, for a tokenizer."""
-    check_division("text_hidden_size", hidden_size, "text_num_heads", num_heads)
+    check_division("text_hidden_size", hidden_size, "its attention heads", num_heads)
     return BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -99,7 +86,7 @@ def small_image_processor(image_size: int) -> ViTImageProcessorPil:
 def check_division(name: str, value: int, divisor_name: str, divisor: int) -> None:
     """ValueError unless a size is a multiple of another."""
     if divisor < 1 or value % divisor:
-        raise ValueError(f"`{name}` must be a multiple of `{divisor_name}`, but got {value} and {divisor}.")
+        raise ValueError(f"`{name}` must be a multiple of {divisor_name}, but got {value} and {divisor}.")
 
 
 __all__ = ["check_division", "small_image_processor", "small_text_config", "small_vision_config", "train_tokenizer"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets
+from datasets import concatenate_datasets
+from datasets.utils import tqdm
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..data import (
@@ -13,15 +15,13 @@ from ..data import (
     RandomCropFlip,
     check_distinct,
     check_images,
-    count_truncated,
     load_captioned_images,
 )
 from ..distributed import gather_object
 from ..evaluation.style_report import order_styles
-from ..model.processing_pico import PicoProcessor
-from .arguments import PicoTrainingArguments
-from .run_record import fingerprint
-from .script_arguments import DataArguments
+from ..training.arguments import PicoTrainingArguments
+from .arguments import DataArguments
+from .record import fingerprint
 
 
 logger = logging.get_logger(__name__)
@@ -64,12 +64,6 @@ def check_data_arguments(data_args: DataArguments, training_args: PicoTrainingAr
         raise ValueError("Nothing to do: give --do_train, --do_eval or --do_predict.")
     if data_args.style_report and not training_args.do_predict:
         raise ValueError("--style_report reports on the test splits; give --do_predict as well.")
-    if data_args.seen_styles is not None and not data_args.style_report:
-        raise ValueError("--seen_styles is for the style report; give --style_report true as well.")
-    for name in ("max_train_samples", "max_eval_samples", "max_text_length", "preprocessing_num_workers"):
-        value = getattr(data_args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, but got {value}.")
     # Metrics are named by their split, and so are the files that hold them.
     own = {
         "train": training_args.do_train,
@@ -84,13 +78,6 @@ def check_data_arguments(data_args: DataArguments, training_args: PicoTrainingAr
             f"--test_split {taken[0]}: this run writes results of its own under that name, which those of the split "
             "would replace. Report the split in a run of its own, with --do_predict alone, or give it another name."
         )
-    if not 0 <= data_args.max_skipped <= 1:
-        raise ValueError(f"--max_skipped is a share of the rows from 0 to 1, but got {data_args.max_skipped}.")
-    if not 0 < data_args.min_crop_scale <= 1:
-        raise ValueError(
-            f"--min_crop_scale is a share of the image's area, above 0 and at most 1, but got "
-            f"{data_args.min_crop_scale}."
-        )
 
 
 def load_data(data_args: DataArguments, training_args: PicoTrainingArguments, uses_prototypes: bool) -> Data:
@@ -101,23 +88,21 @@ def load_data(data_args: DataArguments, training_args: PicoTrainingArguments, us
     with training_args.main_process_first(desc="loading data"):
         if training_args.do_train:
             transform = None
-            if data_args.min_crop_scale < 1 or data_args.random_flip:
+            if data_args.min_crop_scale != 1 or data_args.random_flip:
                 transform = RandomCropFlip(data_args.min_crop_scale, data_args.random_flip)
             train = _load_split(data_args.train_split, data_args, data_args.max_train_samples, transform)
         if training_args.do_eval or needs_feedback or training_args.uncertainty_reranking:
             evaluation = _load_split(data_args.eval_split, data_args, data_args.max_eval_samples)
         if training_args.do_predict:
             # Named, so that a split without styles is refused with the columns that it has.
-            named = {"style_column": data_args.style_column or "style"} if data_args.style_report else {}
-            tests = {
-                split: _load_split(split, data_args, data_args.max_eval_samples, **named)
-                for split in data_args.test_split
-            }
+            style_column = data_args.style_column or ("style" if data_args.style_report else None)
+            of_tests = replace(data_args, style_column=style_column)
+            tests = {split: _load_split(split, of_tests, data_args.max_eval_samples) for split in data_args.test_split}
         data = Data(train, evaluation, tests)
         check_distinct({name: split.dataset for name, split in data.by_name(data_args).items()})
         if data_args.style_report:
             data.styled = CaptionedImageDataset(concatenate_datasets([split.dataset for split in tests.values()]))
-            data.seen_styles = _find_seen_styles(data, data_args)
+            data.seen_styles = _seen_styles(data, data_args.seen_styles)
             order_styles(data.styled.styles, data.seen_styles)  # what cannot be reported is refused before training
     check_processes(data.by_name(data_args))
     return data
@@ -138,67 +123,53 @@ def check_processes(splits: dict[str, CaptionedImageDataset]) -> None:
 
 
 def report_truncation(
-    splits: dict[str, CaptionedImageDataset], processor: PicoProcessor, max_length: int | None
+    splits: dict[str, CaptionedImageDataset], tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> None:
     """Warns, per split, of captions longer than the model takes."""
-    for name, dataset in splits.items():
-        cut, total, longest = count_truncated(dataset.dataset, processor.tokenizer, max_length)
+    for name, split in splits.items():
+        cut = 0
+        for rows in tqdm(split.dataset.select_columns("captions").iter(1000), desc="Measuring captions", delay=5):
+            texts = [text for captions in rows["captions"] for text in captions]
+            encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+            cut += sum(max_length is not None and len(ids) > max_length for ids in encoded)
         if cut:
-            logger.warning(
-                f"{name}: {cut} of {total} captions are longer than {max_length} tokens and are cut (the longest has "
-                f"{longest})."
-            )
-
-
-def _load_rows(split: str, data_args: DataArguments, **options: Any) -> Dataset:
-    """The rows of one split as the arguments describe them."""
-    described = {
-        "image_column": data_args.image_column,
-        "caption_column": data_args.caption_column,
-        "id_column": data_args.id_column,
-        "style_column": data_args.style_column,
-        "image_dir": data_args.image_dir,
-        "config_name": data_args.dataset_config_name,
-        "cache_dir": data_args.cache_dir,
-        "on_empty_captions": data_args.on_empty_captions,
-        "max_skipped": data_args.max_skipped,
-    }
-    return load_captioned_images(data_args.dataset_name, split=split, **{**described, **options})
+            total = int(split.num_captions.sum())
+            logger.warning(f"{name}: {cut} of {total} captions are longer than {max_length} tokens and are cut.")
 
 
 def _load_split(
-    split: str, data_args: DataArguments, limit: int | None, transform: Any = None, **options: Any
+    split: str, data_args: DataArguments, limit: int | None, transform: Any = None
 ) -> CaptionedImageDataset:
     """Loads one split, checks its images, and cuts it to `limit` rows."""
-    dataset = _load_rows(split, data_args, **options)
+    on_bad_image: Any = data_args.on_bad_image
+    on_empty_captions: Any = data_args.on_empty_captions
+    dataset = load_captioned_images(
+        data_args.dataset_name,
+        split=split,
+        image_column=data_args.image_column,
+        caption_column=data_args.caption_column,
+        id_column=data_args.id_column,
+        style_column=data_args.style_column,
+        image_dir=data_args.image_dir,
+        config_name=data_args.dataset_config_name,
+        cache_dir=data_args.cache_dir,
+        on_empty_captions=on_empty_captions,
+    )
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
-    on_bad_image: Any = data_args.on_bad_image
-    dataset = check_images(dataset, on_bad_image, data_args.preprocessing_num_workers, data_args.max_skipped)
-    return CaptionedImageDataset(dataset, transform=transform)
+    return CaptionedImageDataset(check_images(dataset, on_bad_image, data_args.preprocessing_num_workers), transform)
 
 
-def _find_seen_styles(data: Data, data_args: DataArguments) -> list[str] | None:
-    """The reported styles that training has shown: as given, else those of the training split; None if unknown."""
-    if data_args.seen_styles is not None:
-        return data_args.seen_styles
-    reason = "has no column with them"
-    seen = None
-    if data.train is not None:
-        seen = data.train.styles
-    else:
-        try:
-            rows = _load_rows(data_args.train_split, data_args, with_images=False)
-            seen = rows["style"][:] if "style" in rows.column_names else None
-        except (ValueError, OSError) as error:
-            reason = f"cannot be read ({error})"
-    if seen is None:
-        logger.warning(
-            f"Which styles training has shown is not known: the split {data_args.train_split!r} {reason}. The style "
-            "report will have no gaps between seen and unseen styles; name the seen ones by --seen_styles."
-        )
-        return None
-    return sorted(set(seen) & set(data.styled.styles))  # type: ignore[union-attr, arg-type]
+def _seen_styles(data: Data, given: list[str] | None) -> list[str] | None:
+    """The reported styles that training has shown: as given, else those that this run trains on; None if unknown."""
+    if given is not None or data.train is None or data.train.styles is None:
+        if given is None:
+            logger.warning(
+                "Which styles training has shown is not known: the style report will have no gaps between seen and "
+                "unseen styles. Name the seen ones by --seen_styles."
+            )
+        return given
+    return sorted(set(data.train.styles) & set(data.styled.styles))  # type: ignore[union-attr, arg-type]
 
 
 __all__ = ["Data", "check_data_arguments", "check_processes", "load_data", "report_truncation"]
