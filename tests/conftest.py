@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
+
+# Tensors this small gain nothing from threads, and processes side by side would wait for each other's.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import gc
 import logging
 import multiprocessing
-import os
 import subprocess
 import sys
 import textwrap

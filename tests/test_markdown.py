@@ -63,13 +63,13 @@ def shown(markdown: str) -> str:
     return "".join(part.content for part in inline.children)
 
 
-@pytest.mark.parametrize("text", HOSTILE)
 @pytest.mark.parametrize("place", ["# {}", "| {} |\n| --- |\n| x |", "It is {}.", "a [{}](b)"])
-def test_text_is_shown_as_it_is_and_does_nothing(place, text):
-    markdown = place.format(escape_markdown(text))
+def test_text_is_shown_as_it_is_and_does_nothing(place):
     allowed = ["b"] if place.endswith("(b)") else []
-    assert live(markdown) == (allowed, [])
-    assert " ".join(text.split()) in shown(markdown)
+    for text in HOSTILE:
+        markdown = place.format(escape_markdown(text))
+        assert live(markdown) == (allowed, [])
+        assert " ".join(text.split()) in shown(markdown)
 
 
 @given(st.text(alphabet=st.sampled_from("`|\\<>[]()!*_~&@:/.w \nax1é"), min_size=1))
@@ -132,8 +132,7 @@ def test_nothing_in_a_card_is_live(text):
         assert " ".join(text.split()) in strings
 
 
-@pytest.mark.parametrize("text", HOSTILE)
-def test_nothing_in_a_style_report_is_live(text):
+def test_nothing_in_a_style_report_is_live():
     style = StyleRetrieval(
         images=3,
         texts=3,
@@ -147,6 +146,6 @@ def test_nothing_in_a_style_report_is_live(text):
         gallery_share=100.0,
         top_shares={"1": 1.0, "10": 1.0},
     )
-    report = StyleReport({text: style}, 2, 2).to_markdown()
+    report = StyleReport(dict.fromkeys(HOSTILE, style), 2, 2).to_markdown()
     assert live(report) == ([], [])
     assert "+0.0" in report and "-0.0" not in report
