@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from transformers import TrainerCallback
 
 from modeling_pico import PicoModel
-from modeling_pico.training.staging import STATE_FILE
+from modeling_pico.training.construction import STATE_FILE
 
 
 CODE = (

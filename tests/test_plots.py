@@ -420,14 +420,14 @@ def test_gathered_prototypes_count_the_nearest_columns(trained, collator, datase
     pairs = gather.encode_pairs(model, collator, dataset, range(5))
     sides = gather.gather_prototypes(model, pairs)
     assert sides["text"].mode == ("quantile" if options else "moments")
-    held = model.style_prototypes
-    columns = held.columns(pairs.text_tokens, pairs.text_mask) / held.textual_column_scale
-    distances = (columns[:, :, None] - held.textual_prototypes / held.textual_column_scale).square().sum(dim=-1)
+    image, held = model.style_prototypes["image"], model.style_prototypes["text"]
+    columns = held.columns(pairs.text_tokens, pairs.text_mask) / held.column_scale
+    distances = (columns[:, :, None] - held.prototypes / held.column_scale).square().sum(dim=-1)
     expected = torch.bincount(distances.argmin(dim=-1).flatten(), minlength=3)
     assert sides["text"].assigned.tolist() == expected.tolist()
     assert sides["image"].assigned.sum() == 5 * 12
-    np.testing.assert_array_equal(sides["image"].prototypes, held.visual_prototypes)
-    np.testing.assert_array_equal(sides["image"].style_rate, held.visual_style_rate)
+    np.testing.assert_array_equal(sides["image"].prototypes, image.prototypes)
+    np.testing.assert_array_equal(sides["image"].style_rate, image.style_rate)
     check_readable(features.plot_prototypes(sides))
 
 
@@ -521,7 +521,7 @@ def test_baselines_get_what_makes_sense(tiny_model, collator, dataset, tmp_path,
 
 def test_a_failing_picture_warns_and_the_others_are_drawn(trained, collator, dataset, tmp_path, messages):
     model = trained()
-    model.style_prototypes.visual_prototypes.fill_(math.nan)
+    model.style_prototypes["image"].prototypes.fill_(math.nan)
     paths = save.save_plots(tmp_path, model=model, collator=collator, splits={"a": dataset}, num_matches=0)
     assert "prototypes" not in names(paths)
     (message,) = [message for message in messages["warning"] if "prototypes" in message.split(":")[0]]

@@ -34,7 +34,6 @@ from .configuration_pico import PicoConfig
 from .loss_pico import image_text_loss
 from .outputs_pico import PicoFeatures, PicoOutput
 from .pretrained_pico import PicoPreTrainedModel
-from .prototypes_pico import StylePrototypes
 from .scoring_pico import pair_scores
 from .uncertainty_pico import UncertaintyPrototypes
 
@@ -116,8 +115,8 @@ class PicoModel(PicoPreTrainedModel):
         self._require_grads_hooks, self._require_grads_hook = hooks, hooks[0]
 
     @property
-    def style_prototypes(self) -> StylePrototypes | None:
-        """The style prototypes, None for the heads without them."""
+    def style_prototypes(self) -> nn.ModuleDict | None:
+        """[`StylePrototypes`] by side, `"image"` and `"text"`; None for the heads without them."""
         # By name and not by type: adapters (PEFT) put a wrapper here that passes on to the head they train.
         return getattr(self.alignment_head, "style_prototypes", None)
 

@@ -41,23 +41,14 @@ class PicoPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _no_split_modules = []
-    # One by one: a pattern that matched the integer counters as well would turn them into floats.
+    # One by one: a pattern that matched the integer `stage` as well would turn it into a float.
     _keep_in_fp32_modules_strict = [
         "logit_scale",
-        "visual_prototypes",
-        "textual_prototypes",
-        "visual_style_rate",
-        "textual_style_rate",
-        "visual_column_scale",
-        "textual_column_scale",
-        "visual_temperature",
-        "textual_temperature",
-        "visual_rates",
-        "textual_rates",
-        "pseudo_semantic_probability",
-        "feedback_log_sum",
-        "matched_sum",
-        "matched_count",
+        "style_prototypes.*.prototypes",
+        "style_prototypes.*.style_rate",
+        "style_prototypes.*.column_scale",
+        "style_prototypes.*.temperature",
+        "style_prototypes.*.rates",
         "uncertainty_prototypes",
     ]
 
@@ -90,7 +81,7 @@ class PicoPreTrainedModel(PreTrainedModel):
             if saved is not None:
                 check_missing(saved, model.config, info["missing_keys"])
             if model.style_prototypes is not None:
-                check_prototypes(dict(model.style_prototypes.named_buffers(recurse=False)))
+                check_prototypes(dict(model.style_prototypes.named_buffers()))
         except TensorSizeError as error:
             raise ValueError(_size_message(source, kwargs, str(error))) from error
         except CheckpointError as error:
@@ -146,8 +137,10 @@ class PicoPreTrainedModel(PreTrainedModel):
         if isinstance(module, PicoPreTrainedModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
         elif isinstance(module, StylePrototypes):
-            for name, value in module.initial_buffers().items():
-                init.constant_(getattr(module, name), value)
+            for buffer in (module.prototypes, module.style_rate, module.stage):
+                init.zeros_(buffer)
+            for buffer in (module.column_scale, module.temperature):
+                init.ones_(buffer)
         elif isinstance(module, StyleRates):
             init.zeros_(module.rate)
             init.constant_(module.bias, 2.0)

@@ -15,7 +15,7 @@ from ..evaluation.retrieval_metrics import retrieval_ranks
 from ..evaluation.uncertainty_reranking import RiskCoverage, risk_coverage
 from ..model.backbones_pico import num_prefix_tokens
 from ..model.modeling_pico import PicoModel
-from ..model.prototypes_pico import STAGE_PLAIN, StylePrototypes, squared_distances
+from ..model.prototypes_pico import squared_distances
 from ..model.scoring_pico import pair_scores
 from .canvas import NothingToDrawError
 from .features import PairScores, PrototypeSet, SemanticProbability
@@ -125,10 +125,10 @@ def gather_risk_coverage(model: PicoModel, pairs: EncodedPairs) -> dict[str, Ris
     return {"Image to text": risk_coverage(to_text, of_images), "Text to image": risk_coverage(to_image, of_texts)}
 
 
-def _built_prototypes(model: PicoModel) -> StylePrototypes | None:
-    """The prototypes, if the model has some and they are in use."""
-    prototypes = model.style_prototypes
-    return prototypes if prototypes is not None and prototypes.stage > STAGE_PLAIN else None
+def _built_prototypes(model: PicoModel) -> Any:
+    """The prototypes by side, if the model has some and they are in use."""
+    prototypes: Any = model.style_prototypes
+    return prototypes if prototypes is not None and prototypes["image"].stage > 0 else None
 
 
 @torch.no_grad()
@@ -243,7 +243,7 @@ def gather_semantic_probability(
         encoded = [encode_pairs(model, collator, dataset, spread_rows(len(dataset), num_samples))]
     probability = {}
     for side in ("image", "text"):
-        parts = [prototypes.semantic_probability(*_tokens(pairs, side), side) for pairs in encoded]
+        parts = [prototypes[side].semantic_probability(*_tokens(pairs, side)) for pairs in encoded]
         probability[side] = _array(torch.cat(parts))
     return SemanticProbability(probability, names or None)
 
@@ -277,18 +277,17 @@ def gather_prototypes(model: PicoModel, pairs: EncodedPairs | None = None) -> di
     Raises:
         NothingToDrawError: if the model has no prototypes yet.
     """
-    held, sides = _built_prototypes(model), {}
-    if held is None:
+    built, sides = _built_prototypes(model), {}
+    if built is None:
         raise NothingToDrawError(_NO_PROTOTYPES)
-    for side, prefix in (("image", "visual"), ("text", "textual")):
-        centroids = getattr(held, f"{prefix}_prototypes").float()
+    for side, held in built.items():
+        centroids = held.prototypes.float()
         assigned = None
         if pairs is not None:
             columns = held.columns(*_tokens(pairs, side))
-            scale = getattr(held, f"{prefix}_column_scale").float()
-            nearest = squared_distances(columns, centroids, scale).argmin(dim=-1)
+            nearest = squared_distances(columns, centroids, held.column_scale.float()).argmin(dim=-1)
             assigned = _array(torch.bincount(nearest.flatten(), minlength=len(centroids)))
-        rate = _array(getattr(held, f"{prefix}_style_rate").float())
+        rate = _array(held.style_rate.float())
         sides[side] = PrototypeSet(_array(centroids), rate, model.config.column_mode, assigned)
     return sides
 

@@ -1,9 +1,8 @@
 """Training: arguments, staged construction of prototypes, trainer."""
 
 from .arguments import PicoTrainingArguments
+from .construction import PrototypeConstruction
 from .finite import NonFiniteLossError
-from .prototype_construction import PrototypeState, construct_prototypes, feedback_weight, weighted_kmeans
-from .staging import PrototypeConstruction
 from .trainer import PicoTrainer
 
 
@@ -12,8 +11,4 @@ __all__ = [
     "PicoTrainer",
     "PicoTrainingArguments",
     "PrototypeConstruction",
-    "PrototypeState",
-    "construct_prototypes",
-    "feedback_weight",
-    "weighted_kmeans",
 ]

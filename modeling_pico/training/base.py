@@ -11,7 +11,7 @@ from transformers import Trainer
 from ..evaluation.evaluator import RetrievalEvaluator
 from ..model.modeling_pico import PicoModel
 from .arguments import PicoTrainingArguments
-from .staging import PrototypeConstruction
+from .construction import PrototypeConstruction
 
 
 class TrainerBase(Trainer):

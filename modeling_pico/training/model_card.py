@@ -71,8 +71,8 @@ _STAGE_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "prototype_stage": ("Stage", "{:.0f}".format),
     "prototype_feedback_gain": ("Δ rSum", signed_number),
     "prototype_feedback_weight": ("Feedback weight", "{:.2f}".format),
-    "visual_prototype_movement": ("Movement, image side", "{:.3g}".format),
-    "textual_prototype_movement": ("Movement, text side", "{:.3g}".format),
+    "image_prototype_movement": ("Movement, image side", "{:.3g}".format),
+    "text_prototype_movement": ("Movement, text side", "{:.3g}".format),
 }
 _STAGES = {
     0: "0, plain alignment: no prototypes yet, so every column has the weight 1",
@@ -115,7 +115,7 @@ def create_model_card(
         training (`dict`, *optional*): Hyper-parameters by name.
         stage_log (`list[dict]`, *optional*):
             The trainer's log history: rows with any of `prototype_stage`, `prototype_feedback_gain`,
-            `prototype_feedback_weight`, `visual_prototype_movement` and `textual_prototype_movement`, and their
+            `prototype_feedback_weight`, `image_prototype_movement` and `text_prototype_movement`, and their
             `epoch`. Other rows and keys are ignored.
         metrics (`dict[str, dict[str, float]]`, *optional*):
             By split, the result of [`~modeling_pico.evaluation.retrieval_metrics`], in percent, and the `chance_rsum`

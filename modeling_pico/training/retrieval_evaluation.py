@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
@@ -20,7 +20,6 @@ from ..evaluation.evaluator import EncodedRetrieval, RetrievalEvaluator
 from ..evaluation.style_report import StyleReport
 from ..evaluation.uncertainty_reranking import UncertaintyReranking, learn_reranking
 from .base import TrainerBase
-from .staging import PrototypeConstruction
 
 
 logger = logging.get_logger(__name__)
@@ -88,13 +87,8 @@ class EvaluationTrainer(TrainerBase):
         construction = self.construction
         if construction is not None and self.is_in_train and metric_key_prefix == self._feedback_prefix():
             if construction.due:
-                images = construction.feedback_images(len(encoded.image_ids))
-                if images is None:
-                    self._propose(construction, encoded, self.evaluator, metrics["rsum"])
-                else:
-                    # One gallery: folds of it would be too small to tell prototypes apart.
-                    self._propose(construction, encoded.subset(images), RetrievalEvaluator())
-            construction.observe(metrics["rsum"])
+                self._construct(encoded, metrics["rsum"])
+            construction.previous_rsum = metrics["rsum"]
         predictions: Any = None if scores is None else scores.cpu().numpy()
         return EvalLoopOutput(
             predictions=predictions,
@@ -179,20 +173,32 @@ class EvaluationTrainer(TrainerBase):
     def _on_prediction_step(self) -> None:
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
-    def _propose(
-        self,
-        construction: PrototypeConstruction,
-        encoded: EncodedRetrieval,
-        evaluator: RetrievalEvaluator,
-        rsum: float | None = None,
-    ) -> None:
-        model = self._pico_model()
+    def _construct(self, encoded: EncodedRetrieval | None = None, rsum: float | None = None) -> None:
+        """Builds prototypes. Feedback comes from the first validation set, encoded here unless it has just been."""
+        construction: Any = self.construction
+        # `Trainer` takes what is logged here for the log of this step, and would leave the loss out.
+        should_log = self.control.should_log
+        if not self.args.feedback_needs_validation:
+            report = construction.propose()
+        else:
+            name = self._feedback_dataset()
+            dataset = self.eval_dataset if name is None else self.eval_dataset[name]
+            images = construction.feedback_images(len(dataset if encoded is None else encoded.image_ids))
+            if encoded is None:
+                # For the construction alone: neither the log nor the choice of the best checkpoint sees it.
+                part = dataset if images is None else Subset(dataset, images.tolist())
+                encoded = self._encode(self.get_eval_dataloader(part))
+            elif images is not None:
+                encoded, rsum = encoded.subset(images), None
+            # One gallery: folds of a part would be too small to tell prototypes apart.
+            evaluator = self.evaluator if images is None else RetrievalEvaluator()
 
-        def score() -> float:
-            return evaluator.retrieval_metrics(model, encoded)["rsum"]
+            def score() -> float:
+                return evaluator.retrieval_metrics(self._pico_model(), encoded)["rsum"]
 
-        # The gain compares two scores of the same images.
-        self.log(construction.propose(score() if rsum is None else rsum, score))
+            report = construction.propose(score, rsum)
+        self.log(report)
+        self.control.should_log = should_log
 
 
 __all__ = ["EvaluationTrainer"]

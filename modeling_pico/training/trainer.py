@@ -11,30 +11,29 @@ import datasets
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 from transformers.trainer_utils import BestRun, TrainOutput
 from transformers.utils import logging
 
 from ..data import CaptionedImageDataset, PicoDataCollator, UniqueIdBatchSampler, as_captioned
 from ..distributed import gather_batch
-from ..evaluation.evaluator import RetrievalEvaluator, gather_rows, own_rows
+from ..evaluation.evaluator import RetrievalEvaluator, own_rows
 from ..model.backbones_pico import limit_text_length
 from ..model.loss_pico import image_text_loss
 from ..model.modeling_pico import PicoOutput
 from ..model.processing_pico import PicoProcessor
-from ..model.prototypes_pico import sign_agreement
 from ..model.scoring_pico import pair_scores
 from .arguments import PicoTrainingArguments
 from .callbacks import LogitScaleCallback, PrototypeCallback, SamplerEpochCallback
 from .checkpoints import CheckpointTrainer
+from .construction import PrototypeConstruction
 from .finite import FiniteLossCallback, spread_non_finite
 from .gradient_cache import cached_backward, split_inputs
 from .publishing import PublishingTrainer
 from .retrieval_evaluation import EvaluationTrainer
 from .sharding import prepare_fsdp
 from .signals import heed_only_parent
-from .staging import PrototypeConstruction
 
 
 logger = logging.get_logger(__name__)
@@ -264,7 +263,8 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         model.config.uncertainty_reranking = None
         self.construction = None if prototypes is None else PrototypeConstruction(prototypes, self.args)
         if self.construction is not None:
-            self.add_callback(PrototypeCallback(self.construction))
+            pairs_per_step = self.get_total_train_batch_size(self.args)
+            self.add_callback(PrototypeCallback(self.construction, pairs_per_step, self._construct))
         if self.is_deepspeed_enabled and self.args.gradient_cache_chunk_size is not None:
             raise ValueError(
                 "gradient_cache_chunk_size takes a batch backwards in several parts, which DeepSpeed would count as "
@@ -375,7 +375,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         # Batches of another collator need not know their captions.
         ids, caption_codes = inputs["image_ids"], inputs.get("caption_codes")
         if collect and self.construction is not None:
-            self._collect(self.construction, outputs)
+            self.construction.collect(outputs)
         if collect:
             for name, value in (outputs.get("auxiliary_losses") or {}).items():
                 self._auxiliary_log.setdefault(name, []).append(value.detach())
@@ -426,28 +426,6 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         # Auxiliary losses are over this process's pairs, which the share weighs like those of the other processes.
         return self._total_loss(loss, outputs) * batch.loss_share
 
-    @torch.no_grad()
-    def _collect(self, construction: PrototypeConstruction, outputs: PicoOutput) -> None:
-        """Hands the construction what it needs of this batch: nothing, signs, or signs and columns."""
-        step = self.state.global_step
-        if not construction.needs_statistics(step):
-            return
-        image_tokens, image_mask = outputs["image_tokens"].detach(), outputs["image_mask"]
-        text_tokens, text_mask = outputs["text_tokens"].detach(), outputs["text_mask"]
-        valid = image_mask.any(dim=1) & text_mask.any(dim=1)
-        # What a step that is left out saw must not reach the prototypes either.
-        valid &= image_tokens.flatten(1).sum(dim=1).isfinite() & text_tokens.flatten(1).sum(dim=1).isfinite()
-        prototypes = construction.prototypes
-        agreement = sign_agreement(image_tokens, image_mask, text_tokens, text_mask)
-        construction.collect_statistics(gather_rows(agreement), gather_rows(valid.long()).bool())
-        # Not the length of this batch: shorter last batches may differ between processes, which must decide alike.
-        pairs_per_step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        if construction.needs_columns(step, pairs_per_step):
-            construction.collect_columns(
-                gather_rows(prototypes.columns(image_tokens, image_mask)[valid]),
-                gather_rows(prototypes.columns(text_tokens, text_mask)[valid]),
-            )
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`; the training loss is accompanied by its auxiliary terms and the learned logit scale."""
         scale = self._pico_model().logit_scale
@@ -460,25 +438,6 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             logs.update({f"{name}_loss": value for name, value in zip(self._auxiliary_log, means, strict=True)})
             self._auxiliary_log.clear()
         super().log(logs, *args, **kwargs)
-
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        construction = self.construction
-        # `Trainer` takes what the construction logs for the log of this step, and would leave the loss out.
-        should_log = self.control.should_log
-        if construction is not None and construction.due:
-            if not self.args.feedback_needs_validation:
-                self.log(construction.propose())
-            elif not self.control.should_evaluate:
-                # No evaluation of the trainer's falls here; this one feeds the construction alone and leaves the
-                # choice of the best checkpoint untouched.
-                name = self._feedback_dataset()
-                dataset = self.eval_dataset if name is None else self.eval_dataset[name]
-                images = construction.feedback_images(len(dataset))
-                dataset = dataset if images is None else Subset(dataset, images.tolist())
-                encoded = self._encode(self._eval_loader(dataset))
-                self._propose(construction, encoded, self.evaluator if images is None else RetrievalEvaluator())
-        self.control.should_log = should_log
-        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # Hyper-parameter search
 
