@@ -1,4 +1,7 @@
-"""Gathering a batch over processes, with gradient."""
+"""
+Every collective operation, that is, all by which processes wait for each other. All processes have to call them, in
+the same order. Those of Accelerate that do what is needed are imported from here too: one file shows them all.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather
+from accelerate.utils import broadcast, gather, gather_object, reduce
 from torch import distributed
 
 
@@ -33,7 +36,9 @@ class GatheredBatch:
     loss_share: float
 
 
-def gather_batch(outputs, ids: torch.Tensor, caption_codes: torch.Tensor | None = None) -> GatheredBatch:
+def gather_batch(
+    outputs, ids: torch.Tensor, caption_codes: torch.Tensor | None = None, gather_negatives: bool = True
+) -> GatheredBatch:
     r"""
     Gathers the embeddings of all processes; the gradient of a process's loss reaches the others' embeddings.
 
@@ -41,9 +46,10 @@ def gather_batch(outputs, ids: torch.Tensor, caption_codes: torch.Tensor | None 
         outputs ([`PicoOutput`]): Output of the model on this process's pairs.
         ids (`torch.Tensor` of shape `(pairs,)`): Identity of each pair's meaning.
         caption_codes (`torch.Tensor` of shape `(pairs,)`, *optional*): Identity of each pair's caption.
+        gather_negatives (`bool`, *optional*, defaults to `True`): False leaves every process with its own pairs.
     """
     local = (outputs.image_embeds, outputs.image_mask, outputs.text_embeds, outputs.text_mask, ids, caption_codes)
-    if PartialState().num_processes == 1:
+    if not gather_negatives or PartialState().num_processes == 1:
         return GatheredBatch(*local, own=slice(0, len(ids)), loss_share=1.0)
     # One small collective tells every process how far to pad: captions differ in length, last batches in size.
     shape = torch.tensor([[len(ids), outputs.image_mask.shape[1], outputs.text_mask.shape[1]]], device=ids.device)
@@ -89,6 +95,44 @@ class _AllGather(torch.autograd.Function):
         return gradient[distributed.get_rank()]
 
 
+def own_rows(num_images: int) -> range:
+    """This process's contiguous block of the images; ValueError if there are fewer images than processes."""
+    state = PartialState()
+    processes, process = state.num_processes, state.process_index
+    if num_images < processes:
+        # Raised on every process: the ones with images would wait for ever for the others.
+        raise ValueError(f"The evaluation set has {num_images} images, fewer than the {processes} processes.")
+    return range(num_images * process // processes, num_images * (process + 1) // processes)
+
+
+def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """
+    Concatenates a tensor of all processes along its first dimension; the first two dimensions may differ between
+    processes, the second is padded with zeros.
+    """
+    if PartialState().num_processes == 1:
+        return tensor
+    sizes = gather(torch.tensor([tensor.shape[:2]], device=tensor.device))
+    counts = sizes[:, 0].tolist()
+    # Not `pad_across_processes`, which makes integers of the booleans that it pads, on that process alone.
+    padded = tensor.new_zeros((*sizes.amax(dim=0).tolist(), *tensor.shape[2:]))
+    padded[tuple(slice(size) for size in tensor.shape[:2])] = tensor
+    # No `split`, which cannot cut a tensor without rows.
+    blocks = gather(padded).unflatten(0, (len(counts), max(counts)))
+    return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
+
+
+def wait_for_everyone() -> None:
+    """Returns when all processes have come here."""
+    PartialState().wait_for_everyone()
+
+
+def average_(tensor: torch.Tensor) -> None:
+    """Replaces a tensor by its mean over the processes."""
+    distributed.all_reduce(tensor)
+    tensor /= distributed.get_world_size()
+
+
 def _pad(tensor: torch.Tensor, *sizes: int) -> torch.Tensor:
     padding: list[int] = []
     for dim in range(tensor.dim() - 1, -1, -1):
@@ -96,4 +140,15 @@ def _pad(tensor: torch.Tensor, *sizes: int) -> torch.Tensor:
     return torch.nn.functional.pad(tensor, padding).contiguous()
 
 
-__all__ = ["GatheredBatch", "gather_batch"]
+__all__ = [
+    "GatheredBatch",
+    "average_",
+    "broadcast",
+    "gather",
+    "gather_batch",
+    "gather_object",
+    "gather_rows",
+    "own_rows",
+    "reduce",
+    "wait_for_everyone",
+]

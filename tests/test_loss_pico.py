@@ -94,7 +94,7 @@ def test_rows_without_negatives_give_zero_and_no_gradient(loss_type, size):
 
 def _loss_of_share(images, texts, ids, start, stop, **options):
     return image_text_loss(
-        images[start:stop] @ texts.T, texts[start:stop] @ images.T, all_ids=ids, offset=start, **options
+        images[start:stop] @ texts.T, texts[start:stop] @ images.T, image_ids=ids, offset=start, **options
     )
 
 
@@ -123,14 +123,6 @@ def test_mean_of_share_gradients_is_gradient_of_the_whole_batch(seed, shares, op
         torch.testing.assert_close(sum(part[side] for part in parts) / shares, whole[side])
 
 
-def test_local_ids_may_be_left_out_or_given():
-    ids = torch.tensor([1, 2, 1, 3])
-    scores = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
-    given_both = image_text_loss(scores, scores, image_ids=ids[2:], all_ids=ids, offset=2)
-    torch.testing.assert_close(image_text_loss(scores, scores, all_ids=ids, offset=2), given_both)
-    assert image_text_loss(scores, scores, offset=2) > given_both
-
-
 @pytest.mark.parametrize("options", [{}, {"loss_type": "hinge"}, {"loss_type": "hinge", "hardest": False}])
 def test_equal_captions_are_no_negatives_of_each_other(options):
     scores = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
@@ -149,16 +141,8 @@ def test_equal_captions_are_no_negatives_of_each_other(options):
     assert chain > image_text_loss(scores, scores.T, image_ids=torch.tensor([0, 0, 2, 0]), **options)
     # Shares of two processes.
     halves = [
-        image_text_loss(
-            scores[own],
-            scores.T[own],
-            all_ids=ids,
-            caption_codes=given,
-            all_caption_codes=codes,
-            offset=own.start,
-            **options,
-        )
-        for own, given in ((slice(0, 2), codes[:2]), (slice(2, 4), None))
+        image_text_loss(scores[own], scores.T[own], image_ids=ids, caption_codes=codes, offset=own.start, **options)
+        for own in (slice(0, 2), slice(2, 4))
     ]
     torch.testing.assert_close(torch.stack(halves).mean(), expected)
     # Different captions change no bit.
@@ -182,15 +166,11 @@ def test_logit_scale_gets_a_gradient_and_half_precision_is_computed_in_float32()
         (lambda: image_text_loss(SCORES, SCORES, loss_type="nce"), r"'nce'; allowed are 'infonce', 'hinge'"),
         (lambda: image_text_loss(SCORES, SCORES[:2]), r"\(3, 3\) and \(2, 3\)"),
         (lambda: image_text_loss(SCORES[:2], SCORES[:2], offset=2), r"offset 2 with 2 local pairs .* 3 pairs"),
-        (lambda: image_text_loss(SCORES[:2], SCORES[:2], image_ids=torch.arange(2)), r"gather the image_ids"),
         (
-            lambda: image_text_loss(SCORES, SCORES, image_ids=torch.arange(2), all_ids=torch.arange(3)),
-            r"shape \(3,\), one per local pair, got \(2,\)",
+            lambda: image_text_loss(SCORES[:2], SCORES[:2], image_ids=torch.arange(2)),
+            r"image_ids must be those of all 3 pairs, of shape \(3,\), got \(2,\)",
         ),
-        (
-            lambda: image_text_loss(SCORES[:2], SCORES[:2], caption_codes=torch.arange(2)),
-            r"gather the caption_codes of all processes and pass them as all_caption_codes",
-        ),
+        (lambda: image_text_loss(SCORES, SCORES, caption_codes=torch.arange(2)), r"caption_codes must be .* \(2,\)"),
         (lambda: image_text_loss(SCORES[:0], SCORES[:0]), r"non-empty matrix .* \(0, 3\)"),
         (lambda: infonce_loss(SCORES, torch.arange(2)), r"one per row of scores, got \(2,\)"),
         (lambda: hinge_loss(SCORES, torch.arange(3), SCORES), r"boolean mask .* torch.float32"),

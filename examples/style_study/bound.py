@@ -21,6 +21,7 @@ training; it needs a gallery in the new style.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from free_gate import column_statistics
 from safetensors.torch import load_file
 from torch import nn
 
-from modeling_pico import RetrievalEvaluator, image_text_loss, match_moments, pair_scores
+from modeling_pico import RetrievalEvaluator, match_moments
 from modeling_pico.evaluation.evaluator import EncodedRetrieval
 from modeling_pico.model.prototypes_pico import column_weights, feature_columns
 
@@ -62,8 +63,8 @@ class Gate(nn.Module):
         return tokens * weights.unsqueeze(1), weights
 
 
-def fit(gate: Gate, encoded: EncodedRetrieval, scale: float, steps: int, batch_size: int) -> None:
-    """Fits a gate to all pairs of a retrieval set by InfoNCE, with Adam from 1e-2 to 0."""
+def fit(gate: Gate, encoded: EncodedRetrieval, pair_loss: Callable, steps: int, batch_size: int) -> None:
+    """Fits a gate to all pairs of a retrieval set by the loss of the model, with Adam from 1e-2 to 0."""
     texts_of = [(encoded.text_ids == image_id).nonzero().squeeze(1) for image_id in encoded.image_ids]
     optimizer = torch.optim.Adam(gate.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
@@ -75,9 +76,8 @@ def fit(gate: Gate, encoded: EncodedRetrieval, scale: float, steps: int, batch_s
         image_mask, text_mask = encoded.image_mask[images], encoded.text_mask[texts]
         image_embeds, _ = gate(encoded.image_tokens[images], image_mask, "image")
         text_embeds, _ = gate(encoded.text_tokens[texts], text_mask, "text")
-        scores = pair_scores(image_embeds, text_embeds, image_mask, text_mask)
         ids = encoded.image_ids[images]
-        loss = image_text_loss(scores, scores.T, image_ids=ids, logit_scale=torch.tensor(scale))
+        loss = pair_loss(image_embeds, text_embeds, image_mask, text_mask, image_ids=ids)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -133,7 +133,7 @@ def bounds(
         for own in (0, 1):
             torch.manual_seed(0)
             gate = Gate(kind, model.config.embedding_dim)
-            fit(gate, parts[own], model.logit_scale.detach().exp().item(), steps, setting["batch_size"])
+            fit(gate, parts[own], model.pair_loss, steps, setting["batch_size"])
             model.alignment_head.weight = gate.forward
             measured = [evaluator.retrieval_metrics(model, part)["rsum"] for part in parts]
             del model.alignment_head.weight

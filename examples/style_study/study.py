@@ -76,7 +76,7 @@ def train(
     from transformers import TrainerCallback, set_seed
 
     from modeling_pico import PicoTrainer, PicoTrainingArguments, RetrievalEvaluator, match_moments
-    from modeling_pico.evaluation import EncodedRetrieval, UncertaintyReranking
+    from modeling_pico.evaluation import EncodedRetrieval
 
     torch.set_num_threads(1)
     # Feedback comes from `validation`, whatever is reported.
@@ -134,12 +134,11 @@ def train(
             found["parameters"] = model.num_parameters()
     if model.uncertainty_prototypes is not None:
         found["reranking"] = trainer.learn_uncertainty_reranking()
-        evaluator.reranking = UncertaintyReranking.from_config(model.config)
     metrics = evaluate()
     if model.uncertainty_prototypes is not None:
         found["reranked"] = {name: [metrics[name]["reranked_rsum"]] for name in splits}
         sides = ("image_to_text", "text_to_image")
-        # Risk of the queries kept by certainty, and of all: what an order by lot has.
+        # Risk of the queries kept by certainty, and of all: what a random order has.
         found["aurc"] = {
             name: {side: [of[f"{side}_aurc"], 100 - of[f"{side}_recall_at_1"]] for side in sides}
             for name, of in metrics.items()
@@ -430,15 +429,18 @@ def _ranks(what: str, first: Runs, second: Runs, splits: list[str]) -> list[str]
 
 
 def _areas(records: list[dict[str, Any]]) -> list[str]:
-    """A table of the areas under the risk-coverage curves, image to text / text to image, by lot in brackets."""
+    """A table of the areas under the risk-coverage curves, and in brackets those of a random order."""
     groups: dict[tuple[str, str], list[dict]] = defaultdict(list)
     for record in records:
         for split, areas in record.get("aurc", {}).items():
             groups[record["variant"], split].append(areas)
     if not groups:
         return []
-    lines = ["\nAURC at 1 (by lot), lower is better\n", "| variant | split | seeds | image → text | text → image |"]
-    lines.append("| --- | --- | ---: | ---: | ---: |")
+    lines = [
+        "\nAURC at 1 (of a random order), lower is better\n",
+        "| variant | split | seeds | image → text | text → image |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
     for names, runs in groups.items():
         cells = [
             "{:.1f} ({:.1f})".format(

@@ -14,7 +14,13 @@ from .retrieval_metrics import (
     retrieval_ranks,
 )
 from .style_alignment import match_moments
-from .uncertainty_reranking import RiskCoverage, UncertaintyReranking, learn_reranking, risk_coverage
+from .uncertainty_reranking import (
+    RetrievalUncertainty,
+    RiskCoverage,
+    UncertaintyReranking,
+    learn_reranking,
+    risk_coverage,
+)
 
 
 if TYPE_CHECKING:
@@ -27,6 +33,7 @@ __all__ = [
     "ImageTextRecall",
     "RetrievalEvaluator",
     "RetrievalRanks",
+    "RetrievalUncertainty",
     "RiskCoverage",
     "StyleReport",
     "UncertaintyReranking",

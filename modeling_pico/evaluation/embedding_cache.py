@@ -16,13 +16,13 @@ import safetensors.torch
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import gather
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers.utils import is_peft_available, logging
 
 from ..data import CaptionedImageDataset, PicoDataCollator
 from ..data.images import file_state, iter_encoded
+from ..distributed import gather
 from ..model.modeling_pico import PicoModel
 from ..model.prototypes_pico import StylePrototypes
 from ..model.uncertainty_pico import UncertaintyPrototypes

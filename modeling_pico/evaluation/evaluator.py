@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather
 from torch import nn
 from transformers.utils import logging
 
 from ..data.dataset import count_shared_captions
-from ..model.loss_pico import image_text_loss
+from ..distributed import gather, gather_rows
 from ..model.modeling_pico import PicoModel
-from ..model.scoring_pico import pair_scores
 from .retrieval_metrics import (
     TIE_TOLERANCE,
     RetrievalRanks,
@@ -25,16 +23,13 @@ from .retrieval_metrics import (
     retrieval_metrics,
     retrieval_ranks,
 )
-from .uncertainty_reranking import UncertaintyReranking, risk_coverage
+from .uncertainty_reranking import RetrievalUncertainty, TileView
 
 
 logger = logging.get_logger(__name__)
 
 # Ranks of images among texts and of texts among images.
 _Ranks = tuple[torch.Tensor, torch.Tensor]
-# Scores of a tile as one kind of ranks sees them, from its rows, columns and scores.
-_View = Callable[[Any, Any, torch.Tensor], torch.Tensor]
-_PLAIN = "plain"
 
 
 @dataclass
@@ -60,23 +55,38 @@ class EncodedRetrieval:
     text_ids: torch.Tensor
     caption_codes: torch.Tensor | None = None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether this process holds all images, so that it can evaluate without the others."""
+        return len(self.image_tokens) == len(self.image_ids)
+
     def first_image(self) -> int:
         """Index of this process's first image among those of all processes."""
+        if self.is_whole:
+            return 0
         counts = gather(torch.tensor([len(self.image_tokens)], device=self.image_tokens.device))
         return int(counts[: PartialState().process_index].sum())
 
-    def subset(self, images: torch.Tensor) -> EncodedRetrieval:
+    def gather_images(self) -> EncodedRetrieval:
+        """The same set with the images of all processes."""
+        return replace(self, image_tokens=gather_rows(self.image_tokens), image_mask=gather_rows(self.image_mask))
+
+    def subset(self, images: torch.Tensor, texts: torch.Tensor | None = None) -> EncodedRetrieval:
         """
-        Some of the images, with all texts of their identities, as a retrieval set of its own.
+        Some of the images and texts, as a retrieval set of its own.
 
         Args:
             images (`torch.Tensor` of shape `(chosen,)`):
-                Rows of `image_ids`, ascending, the same on every process; each process needs one of its own.
+                Rows of `image_ids`, ascending, the same on every process; unless the set is whole, each process needs
+                one of its own.
+            texts (`torch.Tensor` of shape `(chosen,)`, *optional*):
+                Rows of `text_ids`; all texts of the images' identities by default.
         """
         images = images.to(self.image_ids.device)
         start = self.first_image()
         own = images[(images >= start) & (images < start + len(self.image_tokens))] - start
-        texts = torch.isin(self.text_ids, self.image_ids[images]).nonzero().squeeze(1)
+        if texts is None:
+            texts = torch.isin(self.text_ids, self.image_ids[images]).nonzero().squeeze(1)
         return EncodedRetrieval(
             image_tokens=self.image_tokens[own],
             image_mask=self.image_mask[own],
@@ -130,8 +140,6 @@ class RetrievalEvaluator:
             Pairs per batch of the reported loss; in-batch losses depend on it.
         image_chunk (`int`, *optional*, defaults to 256): Images weighted and scored at a time.
         text_chunk (`int`, *optional*, defaults to 2048): Texts weighted and scored at a time.
-        reranking ([`UncertaintyReranking`], *optional*):
-            For a model with uncertainty: its metrics are reported too, as `reranked_rsum` and so on.
 
     Example:
 
@@ -142,19 +150,11 @@ class RetrievalEvaluator:
     ```
     """
 
-    def __init__(
-        self,
-        num_folds: int = 1,
-        loss_batch_size: int = 64,
-        image_chunk: int = 256,
-        text_chunk: int = 2048,
-        reranking: UncertaintyReranking | None = None,
-    ):
+    def __init__(self, num_folds: int = 1, loss_batch_size: int = 64, image_chunk: int = 256, text_chunk: int = 2048):
         self.num_folds = num_folds
         self.loss_batch_size = loss_batch_size
         self.image_chunk = image_chunk
         self.text_chunk = text_chunk
-        self.reranking = reranking
 
     def __call__(self, model: PicoModel, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
         """
@@ -162,7 +162,6 @@ class RetrievalEvaluator:
         """
         return self.metrics(model, self.encode(model, batches))
 
-    @torch.no_grad()
     def encode(
         self,
         model: nn.Module,
@@ -186,40 +185,10 @@ class RetrievalEvaluator:
         Returns:
             [`EncodedRetrieval`]
         """
-        model.eval()
-        unwrapped = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        device = next(unwrapped.parameters()).device
-        encoded: list[tuple[torch.Tensor, ...]] = []
-        caption_codes: list[torch.Tensor] = []
-        inputs: dict[str, Any] = {}
-        for batch in batches:
-            inputs = {name: value.to(device) for name, value in batch.items()}
-            image_ids, text_ids = inputs.pop("image_ids"), inputs.pop("text_ids")
-            inputs.pop("num_captions", None)
-            if "caption_codes" in inputs:
-                caption_codes.append(inputs.pop("caption_codes"))
-            outputs = model(**inputs, return_logits=False)
-            encoded.append(
-                (outputs.image_tokens, outputs.image_mask, outputs.text_tokens, outputs.text_mask, image_ids, text_ids)
-            )
-            if on_batch is not None:
-                on_batch()
-        if not encoded:
-            raise ValueError("The evaluation set is empty (or has fewer images than there are processes).")
-        for _ in range(len(encoded), num_batches or 0):
-            model(**inputs, return_logits=False)
-        image_tokens, image_mask, text_tokens, text_mask, image_ids, text_ids = (
-            concatenate_padded(tensors) for tensors in zip(*encoded, strict=True)
-        )
-        return EncodedRetrieval(
-            image_tokens=image_tokens,
-            image_mask=image_mask,
-            text_tokens=gather_rows(text_tokens),
-            text_mask=gather_rows(text_mask),
-            image_ids=gather_rows(image_ids),
-            text_ids=gather_rows(text_ids),
-            caption_codes=gather_rows(torch.cat(caption_codes)) if caption_codes else None,
-        )
+        own = encode_batches(model, batches, num_batches, on_batch)
+        of_all = ("text_tokens", "text_mask", "image_ids", "text_ids", "caption_codes")
+        gathered = {name: gather_rows(tensor) for name in of_all if (tensor := getattr(own, name)) is not None}
+        return replace(own, **gathered)
 
     @torch.no_grad()
     def score(self, model: PicoModel, encoded: EncodedRetrieval) -> torch.Tensor:
@@ -242,7 +211,7 @@ class RetrievalEvaluator:
         scores = encoded.image_tokens.new_empty(own, len(encoded.text_tokens), dtype=torch.float32)
         for rows, columns, tile in self._tiles(model, encoded, [(block, text_blocks) for block in image_blocks]):
             scores[rows[:, None], columns] = tile
-        return gather_rows(scores)
+        return scores if encoded.is_whole else gather_rows(scores)
 
     @torch.no_grad()
     def metrics(
@@ -252,13 +221,10 @@ class RetrievalEvaluator:
         Recalls at 1, 5 and 10 in both directions in percent, median ranks, rSum, the rSum of a random ranking
         (`chance_rsum`), and the in-batch loss over consecutive images with their first caption (`loss`: that of the
         pairs alone, without auxiliary losses and the weights beside them). Give the `scores` of [`score`] where they
-        are there for another reason.
-
-        For a model with uncertainty also the areas under the risk-coverage curves of recall at 1
-        (`image_to_text_aurc`, `text_to_image_aurc`, see [`RiskCoverage`]), and the `reranked_` metrics.
+        are there for another reason. For a model with uncertainty also [`RetrievalUncertainty.metrics`].
         """
         _warn_of_shared_captions(encoded)
-        metrics = self._measure(model, encoded, scores, self.uncertainty(model, encoded))
+        metrics = self._measure(model, encoded, scores, RetrievalUncertainty.measure(model, encoded))
         metrics["chance_rsum"] = chance_rsum(encoded.image_ids, encoded.text_ids, self.num_folds)
         metrics["loss"] = self._loss(model, encoded)
         return metrics
@@ -271,125 +237,80 @@ class RetrievalEvaluator:
         return self._measure(model, encoded, scores, None)
 
     @torch.no_grad()
-    def uncertainty(self, model: PicoModel, encoded: EncodedRetrieval) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Uncertainty of the images `(images,)` of all processes and of the texts `(texts,)`, if the model has it."""
-        if model.uncertainty_prototypes is None:
-            return None
-
-        def of(modality: str, tokens: torch.Tensor, mask: torch.Tensor, size: int) -> torch.Tensor:
-            parts = zip(tokens.split(size), mask.split(size), strict=True)
-            return torch.cat([model.uncertainty(*part, modality) for part in parts])  # type: ignore[misc]
-
-        images = of("image", encoded.image_tokens, encoded.image_mask, self.image_chunk)
-        texts = of("text", encoded.text_tokens, encoded.text_mask, self.text_chunk)
-        return gather_rows(images[:, None]).squeeze(1), texts
+    def ranks(self, model: PicoModel, encoded: EncodedRetrieval) -> tuple[torch.Tensor, torch.Tensor]:
+        """0-based ranks of the best right answers, image to text and text to image, in the whole gallery."""
+        texts = torch.arange(len(encoded.text_ids), device=encoded.text_ids.device)
+        (ranks,) = self._ranks(model, encoded, slice(0, len(encoded.image_ids)), texts, [_as_it_is])
+        return ranks
 
     def _measure(
         self,
         model: PicoModel,
         encoded: EncodedRetrieval,
         scores: torch.Tensor | None,
-        uncertainty: tuple[torch.Tensor, torch.Tensor] | None,
+        uncertainty: RetrievalUncertainty | None,
     ) -> dict[str, float]:
         """Metrics of the ranks, averaged over folds; with `uncertainty`, those that need it as well."""
-        first, folds = encoded.first_image(), []
+        folds = []
         for images, texts in fold_members(encoded.image_ids, encoded.text_ids, self.num_folds):
-            of_fold = None if uncertainty is None else (uncertainty[0][images], uncertainty[1][texts])
-            views = self._views(of_fold)
+            of_fold = None if uncertainty is None else uncertainty.subset(images, texts)
+            views = [_as_it_is, *([] if of_fold is None else of_fold.views())]
             if scores is None:
-                ranks = self._ranks(model, encoded, first, images, texts, views)
+                plain, *others = self._ranks(model, encoded, images, texts, views)
             else:
                 # Without the copy of the matrix that a choice of columns makes, where there is nothing to choose.
                 tile = scores if self.num_folds == 1 else scores[images].index_select(1, texts.to(scores.device))
                 ids = encoded.image_ids[images], encoded.text_ids[texts]
-                ranks = {
-                    name: retrieval_ranks(see(slice(None), slice(None), tile), *ids, tie_tolerance=TIE_TOLERANCE)
-                    for name, see in views.items()
-                }
-            folds.append(self._fold_metrics(ranks, of_fold))
+                everything = slice(None), slice(None)
+                plain, *others = [
+                    retrieval_ranks(see(*everything, tile), *ids, tie_tolerance=TIE_TOLERANCE) for see in views
+                ]
+            metrics = retrieval_metrics(*plain)
+            if of_fold is not None:
+                metrics.update(of_fold.metrics(plain, others))
+            folds.append(metrics)
         return mean_metrics(folds)
-
-    def _views(self, uncertainty: tuple[torch.Tensor, torch.Tensor] | None) -> dict[str, _View]:
-        """
-        By name, how ranks see scores: as they are, and for each direction that is re-ranked, with the factor of what
-        is searched. A query's own factor changes nothing and is left out.
-        """
-        views: dict[str, _View] = {_PLAIN: lambda rows, columns, tile: tile}
-        reranking = self.reranking
-        if reranking is None or uncertainty is None:
-            return views
-        of_images, of_texts = uncertainty
-        if reranking.text_weight:
-            views["image_to_text"] = lambda rows, columns, tile: reranking.rerank(
-                tile, text_uncertainty=of_texts[columns]
-            )
-        if reranking.image_weight:
-            views["text_to_image"] = lambda rows, columns, tile: reranking.rerank(
-                tile, image_uncertainty=of_images[rows]
-            )
-        return views
-
-    def _fold_metrics(
-        self, ranks: dict[str, _Ranks], uncertainty: tuple[torch.Tensor, torch.Tensor] | None
-    ) -> dict[str, float]:
-        metrics = retrieval_metrics(*ranks[_PLAIN])
-        if uncertainty is None:
-            return metrics
-        for direction, of_queries, queries in zip(
-            ("image_to_text", "text_to_image"), ranks[_PLAIN], uncertainty, strict=True
-        ):
-            metrics[f"{direction}_aurc"] = risk_coverage(of_queries, queries).aurc
-        if self.reranking is not None:
-            to_text = ranks.get("image_to_text", ranks[_PLAIN])[0]
-            to_image = ranks.get("text_to_image", ranks[_PLAIN])[1]
-            reranked = retrieval_metrics(to_text, to_image)
-            metrics.update({f"reranked_{name}": value for name, value in reranked.items()})
-        return metrics
 
     def _ranks(
         self,
         model: PicoModel,
         encoded: EncodedRetrieval,
-        first: int,
         images: slice,
         texts: torch.Tensor,
-        views: dict[str, _View],
-    ) -> dict[str, _Ranks]:
-        """
-        Ranks of both directions among these images and texts, as each view sees the scores; `first` is the first image
-        of this process.
-        """
-        image_ids, text_ids = encoded.image_ids[images], encoded.text_ids[texts]
+        views: Sequence[TileView],
+    ) -> list[_Ranks]:
+        """Ranks of both directions among these images and texts, as each view sees the scores."""
+        image_ids, text_ids, first = encoded.image_ids[images], encoded.text_ids[texts], encoded.first_image()
         start, stop = max(images.start, first), min(images.stop, first + len(encoded.image_tokens))
         own = torch.arange(start, max(start, stop))
         image_blocks = _blocks(encoded.image_ids[own], own - first, own - images.start, self.image_chunk)
         text_blocks = _blocks(text_ids, texts, torch.arange(len(texts)), self.text_chunk)
-        ranks = {name: RetrievalRanks(image_ids, text_ids, tie_tolerance=TIE_TOLERANCE) for name in views}
-        parts = {
-            right: [
+        ranks = [RetrievalRanks(image_ids, text_ids, tie_tolerance=TIE_TOLERANCE) for _ in views]
+
+        def parts(right: bool) -> list[tuple[_Block, list[_Block]]]:
+            return [
                 (block, [other for other in text_blocks if block.may_match(other) == right]) for block in image_blocks
             ]
-            for right in (True, False)
-        }
+
         kept = []
-        for rows, columns, tile in self._tiles(model, encoded, parts[True]):
-            for name, see in views.items():
-                ranks[name].observe(rows, columns, see(rows, columns, tile))
+        for rows, columns, tile in self._tiles(model, encoded, parts(True)):
+            for of_view, see in zip(ranks, views, strict=True):
+                of_view.observe(rows, columns, see(rows, columns, tile))
             kept.append((rows, columns, tile))
-        for of_view in ranks.values():
-            of_view.best.copy_(gather(of_view.best[None]).amax(dim=0))
 
         def count(rows: torch.Tensor, columns: torch.Tensor, tile: torch.Tensor) -> None:
-            for name, see in views.items():
-                ranks[name].count(rows, columns, see(rows, columns, tile))
+            for of_view, see in zip(ranks, views, strict=True):
+                of_view.count(rows, columns, see(rows, columns, tile))
 
+        for of_view in ranks if not encoded.is_whole else ():
+            of_view.best.copy_(gather(of_view.best[None]).amax(dim=0))
         while kept:
             count(*kept.pop())
-        for scored in self._tiles(model, encoded, parts[False]):
+        for scored in self._tiles(model, encoded, parts(False)):
             count(*scored)
-        for of_view in ranks.values():
+        for of_view in ranks if not encoded.is_whole else ():
             of_view.counts.copy_(gather(of_view.counts[None]).sum(dim=0))
-        return {name: of_view.compute() for name, of_view in ranks.items()}
+        return [of_view.compute() for of_view in ranks]
 
     def _tiles(
         self, model: PicoModel, encoded: EncodedRetrieval, parts: Iterable[tuple[_Block, list[_Block]]]
@@ -402,11 +323,11 @@ class RetrievalEvaluator:
             # Texts are weighted tile by tile as well: a weighted copy of a large gallery would double its memory.
             for text_block in text_blocks:
                 texts, text_mask = score_ready(model, encoded, "text", text_block.tokens)
-                tile = pair_scores(images, texts, image_mask, text_mask)
+                tile = model.score(images, texts, image_mask, text_mask)
                 yield image_block.positions, text_block.positions, tile.float()
 
     def _loss(self, model: PicoModel, encoded: EncodedRetrieval) -> float:
-        config, size, first = model.config, self.loss_batch_size, encoded.first_image()
+        size, first = self.loss_batch_size, encoded.first_image()
         sorted_ids, order = encoded.text_ids.sort(stable=True)
         captions = order[torch.searchsorted(sorted_ids, encoded.image_ids)]
         end = first + len(encoded.image_tokens)
@@ -416,7 +337,7 @@ class RetrievalEvaluator:
             own = slice(max(start, first) - first, min(start + size, end) - first)
             images, image_mask = score_ready(model, encoded, "image", own)
             texts, text_mask = score_ready(model, encoded, "text", captions[start : start + size])
-            block = pair_scores(images, texts, image_mask, text_mask)
+            block = model.score(images, texts, image_mask, text_mask)
             rows.append(block.float())
         scores = gather_rows(concatenate_padded(rows))
         total = 0.0
@@ -424,17 +345,49 @@ class RetrievalEvaluator:
             ids = encoded.image_ids[start : start + size]
             codes = None if encoded.caption_codes is None else encoded.caption_codes[captions[start : start + size]]
             block = scores[start : start + size, : len(ids)]
-            loss = image_text_loss(
-                block,
-                block.T,
-                image_ids=ids,
-                caption_codes=codes,
-                loss_type=config.loss_type,
-                logit_scale=model.logit_scale.float().exp().squeeze(),
-                margin=config.margin,
-            )
+            loss = model.loss_of_scores(block, block.T, image_ids=ids, caption_codes=codes)
             total += float(loss) * len(ids)
         return total / len(scores)
+
+
+@torch.no_grad()
+def encode_batches(
+    model: nn.Module,
+    batches: Iterable[dict[str, Any]],
+    num_batches: int | None = None,
+    on_batch: Callable[[], None] | None = None,
+) -> EncodedRetrieval:
+    """
+    Encodes the batches of this process as a set of its own, without the other processes; arguments as in
+    [`RetrievalEvaluator.encode`].
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    encoded: list[tuple[torch.Tensor, ...]] = []
+    caption_codes: list[torch.Tensor] = []
+    inputs: dict[str, Any] = {}
+    for batch in batches:
+        inputs = {name: value.to(device) for name, value in batch.items()}
+        image_ids, text_ids = inputs.pop("image_ids"), inputs.pop("text_ids")
+        inputs.pop("num_captions", None)
+        if "caption_codes" in inputs:
+            caption_codes.append(inputs.pop("caption_codes"))
+        outputs = model(**inputs, return_logits=False)
+        encoded.append(
+            (outputs.image_tokens, outputs.image_mask, outputs.text_tokens, outputs.text_mask, image_ids, text_ids)
+        )
+        if on_batch is not None:
+            on_batch()
+    if not encoded:
+        raise ValueError("The evaluation set is empty (or has fewer images than there are processes).")
+    for _ in range(len(encoded), num_batches or 0):
+        model(**inputs, return_logits=False)
+    tensors = [concatenate_padded(parts) for parts in zip(*encoded, strict=True)]
+    return EncodedRetrieval(*tensors, torch.cat(caption_codes) if caption_codes else None)  # type: ignore[call-arg]
+
+
+def _as_it_is(rows: Any, columns: Any, tile: torch.Tensor) -> torch.Tensor:
+    return tile
 
 
 def score_ready(
@@ -471,33 +424,6 @@ def _blocks(ids: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, si
     return blocks
 
 
-def own_rows(num_images: int) -> range:
-    """This process's contiguous block of the images; ValueError if there are fewer images than processes."""
-    state = PartialState()
-    processes, process = state.num_processes, state.process_index
-    if num_images < processes:
-        # Raised on every process: the ones with images would wait for ever for the others.
-        raise ValueError(f"The evaluation set has {num_images} images, fewer than the {processes} processes.")
-    return range(num_images * process // processes, num_images * (process + 1) // processes)
-
-
-def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """
-    Concatenates a tensor of all processes along its first dimension; the first two dimensions may differ between
-    processes, the second is padded with zeros.
-    """
-    if PartialState().num_processes == 1:
-        return tensor
-    sizes = gather(torch.tensor([tensor.shape[:2]], device=tensor.device))
-    counts = sizes[:, 0].tolist()
-    # Not `pad_across_processes`, which makes integers of the booleans that it pads, on that process alone.
-    padded = tensor.new_zeros((*sizes.amax(dim=0).tolist(), *tensor.shape[2:]))
-    padded[tuple(slice(size) for size in tensor.shape[:2])] = tensor
-    # No `split`, which cannot cut a tensor without rows.
-    blocks = gather(padded).unflatten(0, (len(counts), max(counts)))
-    return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
-
-
 def concatenate_padded(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Concatenates along the first dimension; the second may differ and is padded with zeros."""
     if tensors[0].dim() == 1:
@@ -516,7 +442,6 @@ __all__ = [
     "EncodedRetrieval",
     "RetrievalEvaluator",
     "concatenate_padded",
-    "gather_rows",
-    "own_rows",
+    "encode_batches",
     "score_ready",
 ]

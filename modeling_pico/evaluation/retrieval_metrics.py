@@ -308,15 +308,20 @@ def chance_rsum(
         return math.fsum(folds) / num_folds
     total = 0.0
     for queries, gallery in ((images, texts), (texts, images)):
-        ids, counts = gallery.unique(return_counts=True)
         # How many queries have r right answers, for each r that occurs.
-        answers, occurrences = counts[torch.searchsorted(ids, queries)].unique(return_counts=True)
+        answers, occurrences = num_right_answers(queries, gallery).unique(return_counts=True)
         for right, number in zip(answers.tolist(), occurrences.tolist(), strict=True):
             for k in RECALL_LEVELS:
                 shown = min(k, len(gallery))
                 miss = math.comb(len(gallery) - right, shown) / math.comb(len(gallery), shown)
                 total += 100.0 * (1.0 - miss) * number / len(queries)
     return total
+
+
+def num_right_answers(queries: Tensor, gallery: Tensor) -> Tensor:
+    """How often the identity of each query occurs among those of the gallery, where all of them do."""
+    ids, counts = gallery.unique(return_counts=True)
+    return counts[torch.searchsorted(ids, queries)]
 
 
 def _as_tensor(values: Tensor | np.ndarray | Sequence[int], name: str) -> Tensor:

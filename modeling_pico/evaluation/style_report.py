@@ -13,22 +13,19 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
 from ..data import PicoDataCollator, as_captioned
+from ..distributed import own_rows
 from ..markdown import escape_markdown, signed_number
 from ..model.modeling_pico import PicoModel
 from ..model.processing_pico import PicoProcessor
-from ..model.scoring_pico import pair_scores
-from .evaluator import EncodedRetrieval, RetrievalEvaluator, gather_rows, own_rows, score_ready
-from .retrieval_metrics import RECALL_LEVELS, TIE_TOLERANCE, chance_rsum, retrieval_metrics
+from .evaluator import EncodedRetrieval, RetrievalEvaluator
+from .retrieval_metrics import RECALL_LEVELS, TIE_TOLERANCE, chance_rsum, num_right_answers, retrieval_metrics
 from .style_alignment import match_moments
 from .style_probe import StyleProbe, probe_styles
 
 
 logger = logging.get_logger(__name__)
 
-TOP_LEVELS = (1, 10)
-_IMAGE_CHUNK = 256
 _TEXT_CHUNK = 1024
-_RECALLS = [f"{side}_recall_at_{k}" for side in ("image_to_text", "text_to_image") for k in RECALL_LEVELS]
 
 
 @dataclass
@@ -51,7 +48,7 @@ class StyleRetrieval:
         first_right_share (`float`, *optional*):
             How often its image comes first among the right images of a caption, over captions whose meaning is shown
             in more than one style; None if there are none.
-        first_right_expected (`float`, *optional*): The same if one of the right images were drawn by lot.
+        first_right_expected (`float`, *optional*): The same for a random choice among the right images.
     """
 
     images: int
@@ -81,9 +78,9 @@ class StyleReport:
     What the style of images does to retrieval.
 
     Recall depends on the number of wrong answers, so styles of different size cannot be compared as they are. Gaps
-    therefore compare the expected recall after the wrong answers of every query have been reduced by lot to the number
-    that the smallest gallery has, which the rank gives exactly (hypergeometric distribution). Where all galleries are
-    of one size this is the plain recall.
+    therefore compare the recall that is expected after wrong answers of every query have been removed at random until
+    as many are left as the smallest gallery has, which the rank gives exactly (hypergeometric distribution). Where all
+    galleries are of one size this is the plain recall.
 
     In the mixed gallery every caption of the set asks for images of all styles; the captions of an image together
     count as one query, so that a model that finds the right images and has no preference for a style gives each style
@@ -141,75 +138,66 @@ class StyleReport:
             raise ValueError(
                 f"num_captions adds up to {int(num_captions.sum())}, not to {len(encoded.text_ids)} texts."
             )
-        encoded = replace(
-            encoded, image_tokens=gather_rows(encoded.image_tokens), image_mask=gather_rows(encoded.image_mask)
-        )
+        encoded = encoded.gather_images()
+        rows = [(image_styles == code).nonzero().squeeze(1) for code in range(len(names))]
         text_styles = image_styles.repeat_interleave(num_captions)
-        to_text, wrong_texts = _rank_texts(model, encoded, image_styles, text_styles)
+        text_rows = [(text_styles == code).nonzero().squeeze(1) for code in range(len(names))]
+        evaluator = RetrievalEvaluator()
+        # Of each style's images, then of their captions: ranks within the style, and how many answers are wrong.
+        ranks = [evaluator.ranks(model, encoded.subset(*own)) for own in zip(rows, text_rows, strict=True)]
+        wrong = []
+        for images, texts in zip(rows, text_rows, strict=True):
+            ids, of_texts = encoded.image_ids[images], encoded.text_ids[texts]
+            wrong.append(
+                (len(texts) - num_right_answers(ids, of_texts), len(images) - num_right_answers(of_texts, ids))
+            )
+        left_texts, left_images = (min(int(of_style[side].min()) for of_style in wrong) for side in (0, 1))
+        # The captions of an image count as one query.
         weights = (1 / (num_captions * len(num_captions))).repeat_interleave(num_captions)
-        to_image, wrong_images, mixed = _rank_images(model, encoded, image_styles, text_styles, weights, len(names))
-        left_texts, left_images = int(wrong_texts.min()), int(wrong_images.min())
+        mixed = _shares_of_styles(model, encoded, nn.functional.one_hot(image_styles).float(), weights)
         report = cls({}, left_images, left_texts, probe_styles(model, encoded, image_styles))
         for code, name in enumerate(names):
-            images, texts = image_styles == code, text_styles == code
+            images, texts = rows[code], text_rows[code]
             report.styles[name] = StyleRetrieval(
-                images=int(images.sum()),
-                texts=int(texts.sum()),
+                images=len(images),
+                texts=len(texts),
                 seen=None if seen_styles is None else name in seen_styles,
-                retrieval=retrieval_metrics(to_text[images], to_image[texts]),
+                retrieval=retrieval_metrics(*ranks[code]),
                 chance_rsum=chance_rsum(encoded.image_ids[images], encoded.text_ids[texts]),
                 equal_rsum=sum(
-                    thinned_recall(to_text[images], wrong_texts[images], left_texts, k)
-                    + thinned_recall(to_image[texts], wrong_images[texts], left_images, k)
+                    thinned_recall(ranks[code][0], wrong[code][0], left_texts, k)
+                    + thinned_recall(ranks[code][1], wrong[code][1], left_images, k)
                     for k in RECALL_LEVELS
                 ),
                 gap=None,
                 aligned_rsum=None,
-                gallery_share=100 * int(images.sum()) / len(images),
-                **mixed.of_style(code),
+                gallery_share=100 * len(images) / len(image_styles),
+                **mixed[code],
             )
-        report._measure_gaps()
-        report._measure_alignment(model, encoded, image_styles, text_styles)
+        seen = [code for code, result in enumerate(report.styles.values()) if result.seen]
+        if seen:
+            report._measure_gaps()
+            known = torch.isin(image_styles, torch.tensor(seen, device=device))
+            reference = encoded.image_tokens[known], encoded.image_mask[known]
+            for code, result in enumerate(report.styles.values()):
+                if not result.seen:
+                    gallery = encoded.subset(rows[code], text_rows[code])
+                    tokens = match_moments(gallery.image_tokens, gallery.image_mask, *reference)
+                    aligned = replace(gallery, image_tokens=tokens.to(gallery.image_tokens.dtype))
+                    result.aligned_rsum = evaluator.retrieval_metrics(model, aligned)["rsum"]
         return report
 
     def _measure_gaps(self) -> None:
         seen = [result.equal_rsum for result in self.styles.values() if result.seen]
         for result in self.styles.values():
-            if seen and not result.seen:
+            if not result.seen:
                 result.gap = sum(seen) / len(seen) - result.equal_rsum
         rarest = min(self.styles, key=lambda name: self.styles[name].images)
-        if seen and self.styles[rarest].images <= max(RECALL_LEVELS):
+        if self.styles[rarest].images <= max(RECALL_LEVELS):
             logger.warning(
                 f"The style {rarest!r} has {self.styles[rarest].images} image(s), so the gaps compare galleries of "
                 "about that size, in which recall is high by chance alone. Leave it out for gaps that say more."
             )
-
-    def _measure_alignment(
-        self, model: PicoModel, encoded: EncodedRetrieval, image_styles: Tensor, text_styles: Tensor
-    ) -> None:
-        seen = [code for code, result in enumerate(self.styles.values()) if result.seen]
-        if not seen:
-            return
-        known = torch.isin(image_styles, torch.tensor(seen, device=image_styles.device))
-        reference = encoded.image_tokens[known], encoded.image_mask[known]
-        for code, result in enumerate(self.styles.values()):
-            if result.seen:
-                continue
-            images, texts = image_styles == code, text_styles == code
-            tokens, mask = encoded.image_tokens[images], encoded.image_mask[images]
-            aligned = EncodedRetrieval(
-                image_tokens=match_moments(tokens, mask, *reference).to(tokens.dtype),
-                image_mask=mask,
-                text_tokens=encoded.text_tokens[texts],
-                text_mask=encoded.text_mask[texts],
-                image_ids=encoded.image_ids[images],
-                text_ids=encoded.text_ids[texts],
-            )
-            one_style = torch.zeros_like(aligned.image_ids), torch.zeros_like(aligned.text_ids)
-            to_text, _ = _rank_texts(model, aligned, *one_style)
-            weights = torch.ones_like(aligned.text_ids, dtype=torch.float32)
-            to_image, _, _ = _rank_images(model, aligned, *one_style, weights, 1)
-            result.aligned_rsum = retrieval_metrics(to_text, to_image)["rsum"]
 
     def metrics(self) -> dict[str, float]:
         """The main numbers under flat names: `style_{name}_rsum`, `style_{name}_gap`, `style_gap` (the mean), ..."""
@@ -237,52 +225,43 @@ class StyleReport:
 
     def to_markdown(self) -> str:
         """Two tables and a sentence."""
-        by_style = [
-            [
-                escape_markdown(name),
-                {True: "yes", False: "no", None: "?"}[result.seen],
-                f"{result.images:,}",
-                *(f"{result.retrieval[key]:.1f}" for key in (*_RECALLS, "rsum")),
-                f"{result.chance_rsum:.1f}",
-                f"{result.equal_rsum:.1f}",
-                _number(result.gap, signed_number),
-                _number(result.aligned_rsum),
-            ]
+        recalls = {
+            f"{arrow} R@{k}": f"{direction}_recall_at_{k}"
+            for arrow, direction in (("i→t", "image_to_text"), ("t→i", "text_to_image"))
+            for k in RECALL_LEVELS
+        }
+        by_style = {
+            name: {
+                "Seen": {True: "yes", False: "no", None: "?"}[result.seen],
+                "Images": f"{result.images:,}",
+                **{title: _number(result.retrieval[key]) for title, key in recalls.items()},
+                "rSum": _number(result.retrieval["rsum"]),
+                "Chance": _number(result.chance_rsum),
+                "rSum, equal galleries": _number(result.equal_rsum),
+                "Gap": _number(result.gap, signed_number),
+                "rSum, aligned": _number(result.aligned_rsum),
+            }
             for name, result in self.styles.items()
-        ]
-        recalls = [f"{arrow} R@{k}" for arrow in ("i→t", "t→i") for k in RECALL_LEVELS]
-        headers = [
-            "Style",
-            "Seen",
-            "Images",
-            *recalls,
-            "rSum",
-            "Chance",
-            "rSum, equal galleries",
-            "Gap",
-            "rSum, aligned",
-        ]
-        mixed = [
-            [
-                escape_markdown(name),
-                _number(result.gallery_share),
-                *(_number(share) for share in result.top_shares.values()),
-                _number(result.first_right_share),
-                _number(result.first_right_expected),
-            ]
+        }
+        mixed = {
+            name: {
+                "Of the gallery": _number(result.gallery_share),
+                "Of the first places": _number(result.top_shares["1"]),
+                "Of the first 10": _number(result.top_shares["10"]),
+                "First of the right images": _number(result.first_right_share),
+                "The same at random": _number(result.first_right_expected),
+            }
             for name, result in self.styles.items()
-        ]
-        tops = ["Of the first places" if k == 1 else f"Of the first {k}" for k in TOP_LEVELS]
-        mixed_headers = ["Style", "Of the gallery", *tops, "First of the right images", "The same by lot"]
+        }
         parts = [
             "# Style report",
             "Recall in percent, each style's images against the captions of these images. Equal galleries leave each "
             f"caption {self.equal_wrong_images:,} wrong images and each image {self.equal_wrong_texts:,} wrong "
             "captions; the gap is the mean of the seen styles there minus an unseen one. Aligned: the rSum after the "
             "features of an unseen style's images have been given mean and spread of those of the seen styles.",
-            _table(headers, by_style),
+            _table(by_style),
             "Share of each style in percent when captions are ranked against the images of all styles:",
-            _table(mixed_headers, mixed),
+            _table(mixed),
         ]
         if self.probe is not None:
             parts.append(self.probe.sentence())
@@ -357,8 +336,8 @@ def order_styles(styles: Sequence[str] | None, seen_styles: Sequence[str] | None
 
 def thinned_recall(ranks: Tensor, wrong: Tensor, left: int, k: int) -> float:
     """
-    Expected recall at `k` in percent when of each query's wrong answers only `left` remain, chosen by lot: how many of
-    those that beat the best right answer remain is hypergeometric.
+    Expected recall at `k` in percent when only `left` of each query's wrong answers remain, chosen at random: how many
+    of those that beat the best right answer remain is hypergeometric.
 
     Args:
         ranks (`torch.Tensor` of shape `(queries,)`): Wrong answers that score at least as high as the best right one.
@@ -380,86 +359,36 @@ def _log_choose(n: Tensor, k: Tensor) -> Tensor:
     return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
 
 
-@dataclass
-class _MixedGallery:
-    """Weight of each style among the images that captions find in the gallery of all styles."""
-
-    tops: dict[int, Tensor]
-    first_right: Tensor
-    first_right_expected: Tensor
-
-    def of_style(self, code: int) -> dict[str, Any]:
-        asked = float(self.first_right_expected.sum())
-        return {
-            "top_shares": {str(k): 100 * float(share[code]) for k, share in self.tops.items()},
-            "first_right_share": 100 * float(self.first_right[code]) / asked if asked else None,
-            "first_right_expected": 100 * float(self.first_right_expected[code]) / asked if asked else None,
-        }
-
-
-def _rank_texts(
-    model: PicoModel, encoded: EncodedRetrieval, image_styles: Tensor, text_styles: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Rank of each image's best caption among the captions of its style, and how many of those are wrong."""
-    ranks, num_wrong = torch.zeros_like(encoded.image_ids), torch.zeros_like(encoded.image_ids)
-    for style in image_styles.unique():
-        texts = (text_styles == style).nonzero().squeeze(1)
-        for images in (image_styles == style).nonzero().squeeze(1).split(_IMAGE_CHUNK):
-            right = encoded.image_ids[images, None] == encoded.text_ids[texts]
-            ranks[images] = _ranks(_scores(model, encoded, images, texts), right, ~right)
-            num_wrong[images] = (~right).sum(dim=1)
-    return ranks, num_wrong
-
-
-def _rank_images(
-    model: PicoModel,
-    encoded: EncodedRetrieval,
-    image_styles: Tensor,
-    text_styles: Tensor,
-    weights: Tensor,
-    num_styles: int,
-) -> tuple[Tensor, Tensor, _MixedGallery]:
-    """The same for captions, and what they find among all images; `weights` `(texts,)` is what each one counts."""
-    images = torch.arange(len(image_styles), device=image_styles.device)
-    styles = nn.functional.one_hot(image_styles, num_styles).float()
-    ranks, num_wrong = torch.zeros_like(encoded.text_ids), torch.zeros_like(encoded.text_ids)
-    tops = {k: torch.zeros(num_styles, dtype=torch.float64) for k in TOP_LEVELS}
-    first, expected = torch.zeros(num_styles, dtype=torch.float64), torch.zeros(num_styles, dtype=torch.float64)
-    for texts in torch.arange(len(text_styles), device=images.device).split(_TEXT_CHUNK):
-        scores = _scores(model, encoded, images, texts).T
-        right = encoded.text_ids[texts, None] == encoded.image_ids
-        own = text_styles[texts, None] == image_styles
-        wrong = own & ~right
-        ranks[texts], num_wrong[texts] = _ranks(scores, own & right, wrong), wrong.sum(dim=1)
+def _shares_of_styles(
+    model: PicoModel, encoded: EncodedRetrieval, styles: Tensor, weights: Tensor
+) -> list[dict[str, Any]]:
+    """
+    What captions find in the gallery of all images, by style; `styles` is `(images, styles)`, one-hot, and `weights`
+    `(texts,)` what each caption counts.
+    """
+    tops = {"1": torch.zeros(styles.shape[1], dtype=torch.float64)}
+    tops["10"], first, expected = (torch.zeros_like(tops["1"]) for _ in range(3))
+    for start in range(0, len(weights), _TEXT_CHUNK):
+        some = slice(start, start + _TEXT_CHUNK)
+        captions = {name: getattr(encoded, name)[some] for name in ("text_tokens", "text_mask", "text_ids")}
+        scores = RetrievalEvaluator().score(model, replace(encoded, **captions)).T
         for k, total in tops.items():
-            total += (weights[texts] @ _places(scores, k) @ styles).cpu()
-        by_lot = right / right.sum(dim=1, keepdim=True)
-        choice = weights[texts] * ((by_lot @ styles > 0).sum(dim=1) > 1)
+            total += (weights[some] @ _places(scores, int(k)) @ styles).cpu()
+        right = captions["text_ids"][:, None] == encoded.image_ids
+        random_choice = right / right.sum(dim=1, keepdim=True)
+        # Only captions whose meaning is shown in more than one style.
+        choice = weights[some] * ((random_choice @ styles > 0).sum(dim=1) > 1)
         first += (choice @ _places(scores.masked_fill(~right, -torch.inf), 1) @ styles).cpu()
-        expected += (choice @ by_lot @ styles).cpu()
-    return ranks, num_wrong, _MixedGallery(tops, first, expected)
-
-
-def _scores(model: PicoModel, encoded: EncodedRetrieval, images: Tensor, texts: Tensor) -> Tensor:
-    """Scores `(images, texts)` of some rows of both sides."""
-    rows = []
-    for some_images in images.split(_IMAGE_CHUNK):
-        image_embeds, image_mask = score_ready(model, encoded, "image", some_images)
-        tiles = []
-        for some_texts in texts.split(_TEXT_CHUNK):
-            text_embeds, text_mask = score_ready(model, encoded, "text", some_texts)
-            tiles.append(pair_scores(image_embeds, text_embeds, image_mask, text_mask))
-        rows.append(torch.cat(tiles, dim=1))
-    scores = torch.cat(rows)
-    if not torch.isfinite(scores).all():
-        raise ValueError(f"{int((~torch.isfinite(scores)).sum())} scores are NaN or infinite; nothing can be ranked.")
-    return scores
-
-
-def _ranks(scores: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
-    """Wrong answers that score at least as high as the best right one, `(queries,)`: ties count against it."""
-    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    return (wrong & (scores >= best - TIE_TOLERANCE)).sum(dim=1)
+        expected += (choice @ random_choice @ styles).cpu()
+    asked = float(expected.sum())
+    return [
+        {
+            "top_shares": {k: 100 * float(share[code]) for k, share in tops.items()},
+            "first_right_share": 100 * float(first[code]) / asked if asked else None,
+            "first_right_expected": 100 * float(expected[code]) / asked if asked else None,
+        }
+        for code in range(styles.shape[1])
+    ]
 
 
 def _places(scores: Tensor, k: int) -> Tensor:
@@ -472,8 +401,11 @@ def _places(scores: Tensor, k: int) -> Tensor:
     return (above + tied * (left / tied.sum(dim=1, keepdim=True))) / k
 
 
-def _table(headers: list[str], rows: list[list[str]]) -> str:
-    lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *rows]
+def _table(rows: dict[str, dict[str, str]]) -> str:
+    """One row for each style; the columns are those of the first."""
+    headers = ["Style", *next(iter(rows.values()))]
+    lines = [headers, ["---", *["---:"] * (len(headers) - 1)]]
+    lines += [[escape_markdown(name), *cells.values()] for name, cells in rows.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -7,17 +7,26 @@ help queries that they were not chosen on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .retrieval_metrics import RECALL_LEVELS, TIE_TOLERANCE, retrieval_ranks
+from ..distributed import gather_rows
+from ..model.modeling_pico import PicoModel
+from .retrieval_metrics import RECALL_LEVELS, TIE_TOLERANCE, retrieval_metrics, retrieval_ranks
 
 
+if TYPE_CHECKING:
+    from .evaluator import EncodedRetrieval
+
+
+# Scores of a tile as one kind of ranks sees them, from its rows, columns and scores.
+TileView = Callable[[Any, Any, Tensor], Tensor]
+_DIRECTIONS = ("image_to_text", "text_to_image")
+_CHUNK = 256
 # Weights tried first, over the standard deviation of the gallery's uncertainty, and the ratios by which the best of
 # them is then changed.
 _GRID = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -51,17 +60,6 @@ class UncertaintyReranking:
     floor: float = 0.0
     image_center: float = 0.0
     text_center: float = 0.0
-
-    @classmethod
-    def from_config(cls, config: Any) -> UncertaintyReranking | None:
-        """What `config.uncertainty_reranking` holds; None without it, or for a model without uncertainty."""
-        options = config.uncertainty_reranking
-        if not config.num_uncertainty_prototypes or options is None:
-            return None
-        names = [item.name for item in fields(cls)]
-        if unknown := sorted(set(options) - set(names)):
-            raise ValueError(f"`uncertainty_reranking` may hold {', '.join(names)}, but holds {', '.join(unknown)}.")
-        return cls(**options)
 
     def to_dict(self) -> dict[str, float]:
         """As [`PicoConfig`] keeps it."""
@@ -145,41 +143,22 @@ def learn_reranking(
         text_center=float(text_uncertainty.mean()),
     )
     retrieval_ranks(scores, image_ids, text_ids)  # refuses what does not fit
-    shifted = scores - plain.floor
-    image_ids, text_ids = image_ids.to(scores.device), text_ids.to(scores.device)
-    right = (image_ids[:, None] == text_ids).nonzero().T
     weights = {}
-    for side, uncertainty, query_ids, query_scores, pairs in (
-        ("image", image_uncertainty, text_ids, shifted.T.contiguous(), right.flip(0)),
-        ("text", text_uncertainty, image_ids, shifted, right),
+    for direction, side, uncertainty, query_ids in (
+        (1, "image", image_uncertainty, text_ids),
+        (0, "text", text_uncertainty, image_ids),
     ):
-        centered = uncertainty.to(scores) - uncertainty.mean().to(scores)
+
+        def hits(weight: float, direction=direction, side=side, uncertainty=uncertainty) -> Tensor:
+            """How many of the recall levels each query reaches with this weight."""
+            reranking = replace(plain, **{f"{side}_weight": weight})
+            reranked = reranking.rerank(scores, **{f"{side}_uncertainty": uncertainty})
+            ranks = retrieval_ranks(reranked, image_ids, text_ids, tie_tolerance=TIE_TOLERANCE)[direction]
+            return torch.stack([ranks < k for k in RECALL_LEVELS]).sum(dim=0).cpu()
+
         groups = query_ids.unique(return_inverse=True)[1].cpu()
-        weights[f"{side}_weight"] = _best_weight(partial(_hits, query_scores, pairs, centered), centered, groups)
+        weights[f"{side}_weight"] = _best_weight(hits, uncertainty - uncertainty.mean(), groups)
     return replace(plain, **weights)
-
-
-def _hits(scores: Tensor, right: Tensor, uncertainty: Tensor, weight: float) -> Tensor:
-    """
-    How many of the recall levels each query reaches when scores are multiplied by `exp(-weight * uncertainty)`; ranks
-    are those of [`retrieval_ranks`], found for one direction alone and without a mask of all pairs.
-
-    Args:
-        scores (`torch.Tensor` of shape `(queries, items)`): Scores, none of them negative.
-        right (`torch.Tensor` of shape `(2, right pairs)`): Queries, each with one of its right items.
-        uncertainty (`torch.Tensor` of shape `(items,)`): Uncertainty of what is searched.
-        weight (`float`): Its weight.
-
-    Returns:
-        `torch.Tensor` of shape `(queries,)` on the CPU.
-    """
-    queries, items = right
-    weighted = scores * torch.exp(-weight * uncertainty)
-    of_right = weighted[queries, items]
-    best = weighted.new_full((len(scores),), -torch.inf).scatter_reduce(0, queries, of_right, "amax")
-    reached = (weighted >= best[:, None] - TIE_TOLERANCE).sum(dim=1)
-    ranks = reached.index_add(0, queries, (of_right >= best[queries] - TIE_TOLERANCE).long(), alpha=-1)
-    return torch.stack([ranks < k for k in RECALL_LEVELS]).sum(dim=0).cpu()
 
 
 def _best_weight(hits: Callable[[float], Tensor], uncertainty: Tensor, groups: Tensor) -> float:
@@ -218,6 +197,82 @@ def _best_weight(hits: Callable[[float], Tensor], uncertainty: Tensor, groups: T
     return weight
 
 
+@dataclass
+class RetrievalUncertainty:
+    """
+    How uncertain a model is of a retrieval set, and what that adds to the metrics of it.
+
+    Attributes:
+        images (`torch.Tensor` of shape `(images,)`): Uncertainty of the images of all processes.
+        texts (`torch.Tensor` of shape `(texts,)`): Uncertainty of the texts.
+        reranking ([`UncertaintyReranking`], *optional*): The weights that the model has learned.
+    """
+
+    images: Tensor
+    texts: Tensor
+    reranking: UncertaintyReranking | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def measure(cls, model: PicoModel, encoded: EncodedRetrieval) -> RetrievalUncertainty | None:
+        """The uncertainty of an [`EncodedRetrieval`], on all processes alike; None for a model without."""
+        if model.uncertainty_prototypes is None:
+            return None
+
+        def of(side: str, tokens: Tensor, mask: Tensor) -> Tensor:
+            parts = zip(tokens.split(_CHUNK), mask.split(_CHUNK), strict=True)
+            return torch.cat([model.uncertainty(*part, side) for part in parts])  # type: ignore[misc]
+
+        images = of("image", encoded.image_tokens, encoded.image_mask)
+        if not encoded.is_whole:
+            images = gather_rows(images[:, None]).squeeze(1)
+        options = model.config.uncertainty_reranking
+        reranking = None if options is None else UncertaintyReranking(**options)
+        return cls(images, of("text", encoded.text_tokens, encoded.text_mask), reranking)
+
+    def subset(self, images: slice | Tensor, texts: slice | Tensor) -> RetrievalUncertainty:
+        """That of some of the images and texts."""
+        return RetrievalUncertainty(self.images[images], self.texts[texts], self.reranking)
+
+    def views(self) -> list[TileView]:
+        """
+        For each direction that is re-ranked, the scores with the factor of what is searched. A query's own factor
+        changes nothing and is left out.
+        """
+        reranking, views = self.reranking, []
+        if reranking is not None and reranking.text_weight:
+            views.append(lambda rows, columns, tile: reranking.rerank(tile, text_uncertainty=self.texts[columns]))
+        if reranking is not None and reranking.image_weight:
+            views.append(lambda rows, columns, tile: reranking.rerank(tile, image_uncertainty=self.images[rows]))
+        return views
+
+    def metrics(
+        self, ranks: tuple[Tensor, Tensor], reranked: Sequence[tuple[Tensor, Tensor]] = ()
+    ) -> dict[str, float]:
+        """
+        The areas under the risk-coverage curves of recall at 1 (`image_to_text_aurc`, `text_to_image_aurc`), and of a
+        model that has learned a re-ranking the metrics of it (`reranked_rsum` and so on).
+
+        Args:
+            ranks (`tuple(torch.Tensor, torch.Tensor)`): Ranks of both directions.
+            reranked (`list` of the same): Ranks as each of the [`views`] sees the scores.
+        """
+        curves = self.risk_coverage(ranks)
+        metrics = {f"{direction}_aurc": curves[direction].aurc for direction in _DIRECTIONS}
+        if self.reranking is not None:
+            left = list(reranked)
+            to_text = left.pop(0)[0] if self.reranking.text_weight else ranks[0]
+            to_image = left.pop(0)[1] if self.reranking.image_weight else ranks[1]
+            found = retrieval_metrics(to_text, to_image)
+            metrics.update({f"reranked_{name}": value for name, value in found.items()})
+        return metrics
+
+    def risk_coverage(self, ranks: tuple[Tensor, Tensor]) -> dict[str, RiskCoverage]:
+        """The risk-coverage curves of recall at 1, by direction."""
+        of_queries = zip(_DIRECTIONS, ranks, (self.images, self.texts), strict=True)
+        return {direction: risk_coverage(found, uncertainty) for direction, found, uncertainty in of_queries}
+
+
 @dataclass(frozen=True)
 class RiskCoverage:
     """
@@ -247,7 +302,7 @@ class RiskCoverage:
 
     @property
     def chance_aurc(self) -> float:
-        """What an order by lot reaches on average: the risk of all queries."""
+        """What a random order reaches on average: the risk of all queries."""
         return 100 - float(self.recall[-1])
 
 
@@ -285,4 +340,4 @@ def risk_coverage(ranks: Tensor, uncertainty: Tensor, k: int = 1) -> RiskCoverag
     )
 
 
-__all__ = ["RiskCoverage", "UncertaintyReranking", "learn_reranking", "risk_coverage"]
+__all__ = ["RetrievalUncertainty", "RiskCoverage", "UncertaintyReranking", "learn_reranking", "risk_coverage"]

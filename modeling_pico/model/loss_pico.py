@@ -94,8 +94,6 @@ def image_text_loss(
     *,
     image_ids: Tensor | None = None,
     caption_codes: Tensor | None = None,
-    all_ids: Tensor | None = None,
-    all_caption_codes: Tensor | None = None,
     offset: int = 0,
     loss_type: str = "infonce",
     logit_scale: Tensor | float | None = None,
@@ -115,18 +113,12 @@ def image_text_loss(
     Args:
         scores_per_image (`torch.Tensor`): Local images against all texts, shape `(local, all)`.
         scores_per_text (`torch.Tensor`): Local texts against all images, shape `(local, all)`.
-        image_ids (`torch.Tensor`, *optional*):
-            Identity of each local pair's meaning, int64 of shape `(local,)`. Defaults to this process's part of
-            `all_ids`.
-        caption_codes (`torch.Tensor`, *optional*):
-            Identity of each local pair's caption, int64 of shape `(local,)`: equal for equal sentences, which nothing
-            could tell apart. Defaults to this process's part of `all_caption_codes`.
-        all_ids (`torch.Tensor`, *optional*):
-            Identity of every pair's meaning, int64 of shape `(all,)`. Pairs of equal identity are not each other's
-            negatives. Defaults to `image_ids`; without either all meanings are distinct.
-        all_caption_codes (`torch.Tensor`, *optional*):
-            Identity of every pair's caption, int64 of shape `(all,)`. Pairs of equal captions are not each other's
-            negatives either. Defaults to `caption_codes`; without either all captions are distinct.
+        image_ids (`torch.Tensor` of shape `(all,)`, *optional*):
+            Identity of every pair's meaning, integers. Pairs of equal identity are not each other's negatives; without
+            it all meanings are distinct.
+        caption_codes (`torch.Tensor` of shape `(all,)`, *optional*):
+            Identity of every pair's caption: equal for equal sentences, which nothing could tell apart. Pairs of equal
+            captions are not each other's negatives either; without it all captions are distinct.
         offset (`int`, *optional*, defaults to 0): First local pair's place in the whole batch, rank times local batch.
         loss_type (`str`, *optional*, defaults to `"infonce"`): `"infonce"` or `"hinge"`.
         logit_scale (`torch.Tensor` or `float`, *optional*):
@@ -152,11 +144,14 @@ def image_text_loss(
     if not 0 <= offset <= columns - rows:
         raise ValueError(f"offset {offset} with {rows} local pairs does not fit into {columns} pairs in all.")
     targets = torch.arange(offset, offset + rows, device=scores_per_image.device)
-    masks = [
-        _pair_exclusion(("image_ids", "all_ids"), image_ids, all_ids, targets, columns),
-        _pair_exclusion(("caption_codes", "all_caption_codes"), caption_codes, all_caption_codes, targets, columns),
-    ]
-    given = [mask for mask in masks if mask is not None]
+    given = []
+    for name, identity in (("image_ids", image_ids), ("caption_codes", caption_codes)):
+        if identity is not None:
+            if identity.shape != (columns,):
+                raise ValueError(
+                    f"{name} must be those of all {columns} pairs, of shape ({columns},), got {tuple(identity.shape)}."
+                )
+            given.append(exclusion_mask(identity[targets], identity, targets))
     exclude = torch.stack(given).any(dim=0) if given else None
     if loss_type == "hinge":
         return hinge_loss(scores_per_image, targets, exclude, margin=margin, hardest=hardest) + hinge_loss(
@@ -166,26 +161,6 @@ def image_text_loss(
     per_image = infonce_loss(_at_least_float32(scores_per_image) * scale, targets, exclude)
     per_text = infonce_loss(_at_least_float32(scores_per_text) * scale, targets, exclude)
     return (per_image + per_text) / 2
-
-
-def _pair_exclusion(
-    names: tuple[str, str], own: Tensor | None, of_all: Tensor | None, targets: Tensor, columns: int
-) -> Tensor | None:
-    """The mask both directions share: pair `r` and pair `c` of equal identity exclude each other either way."""
-    column_ids = own if of_all is None else of_all
-    if column_ids is None:
-        return None
-    if column_ids.shape != (columns,):
-        raise ValueError(
-            f"Ids of all {columns} pairs are needed in the shape ({columns},), got {tuple(column_ids.shape)}. In a "
-            f"distributed run, gather the {names[0]} of all processes and pass them as {names[1]}."
-        )
-    row_ids = column_ids[targets] if own is None else own
-    if row_ids.shape != targets.shape:
-        raise ValueError(
-            f"{names[0]} must have the shape {tuple(targets.shape)}, one per local pair, got {tuple(row_ids.shape)}."
-        )
-    return exclusion_mask(row_ids, column_ids, targets)
 
 
 def _check_rows_and_columns(scores: Tensor, targets: Tensor, exclude: Tensor | None) -> None:

@@ -396,6 +396,88 @@ class PicoModel(PicoPreTrainedModel):
         )
         return self._features_output(outputs, features, "text")
 
+    def score(
+        self,
+        image_embeds: torch.Tensor,
+        text_embeds: torch.Tensor,
+        image_mask: torch.Tensor | None = None,
+        text_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Scores `(images, texts)` of every image with every text, from score-ready embeddings and masks; the arguments
+        are those of [`pair_scores`].
+        """
+        return pair_scores(image_embeds, text_embeds, image_mask, text_mask)
+
+    def loss_of_scores(
+        self,
+        scores_per_image: torch.Tensor,
+        scores_per_text: torch.Tensor,
+        logit_scale: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        Loss of the pairs alone, by the options of the configuration.
+
+        Args:
+            scores_per_image (`torch.Tensor` of shape `(own, all)`): Own images against all texts.
+            scores_per_text (`torch.Tensor` of shape `(own, all)`): Own texts against all images.
+            logit_scale (`torch.Tensor`, *optional*): Inverse temperature; the model's by default.
+            kwargs: `image_ids`, `caption_codes`, `offset` and `hardest` of [`image_text_loss`].
+
+        Returns:
+            `torch.Tensor`: Scalar.
+        """
+        config = self.config
+        return image_text_loss(
+            scores_per_image,
+            scores_per_text,
+            loss_type=config.loss_type,
+            logit_scale=self.logit_scale.float().exp().squeeze() if logit_scale is None else logit_scale,
+            margin=config.margin,
+            **kwargs,
+        )
+
+    def pair_loss(
+        self,
+        image_embeds: torch.Tensor,
+        text_embeds: torch.Tensor,
+        image_mask: torch.Tensor | None = None,
+        text_mask: torch.Tensor | None = None,
+        *,
+        own: slice | None = None,
+        auxiliary_loss: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        What is minimised, from score-ready embeddings: the loss of the pairs times `config.ranking_weight`, and the
+        auxiliary loss.
+
+        Args:
+            image_embeds (`torch.Tensor` of shape `(pairs, patches, dim)`): Images, of all processes with `own`.
+            text_embeds (`torch.Tensor` of shape `(pairs, words, dim)`): Their texts.
+            image_mask (`torch.Tensor` of shape `(pairs, patches)`, *optional*): True at tokens that take part.
+            text_mask (`torch.Tensor` of shape `(pairs, words)`, *optional*): Likewise for the texts.
+            own (`slice`, *optional*): This process's pairs, whose rows and columns alone are scored; all by default.
+            auxiliary_loss (`torch.Tensor`, *optional*): What [`PicoOutput`] holds.
+            kwargs: `image_ids`, `caption_codes` and `hardest` of [`image_text_loss`], and `logit_scale`.
+
+        Returns:
+            `torch.Tensor`: Scalar.
+        """
+        if own is None or (own.start, own.stop) == (0, len(image_embeds)):
+            scores = self.score(image_embeds, text_embeds, image_mask, text_mask)
+            return self._total_loss(self.loss_of_scores(scores, scores.T, **kwargs), auxiliary_loss)
+        own_images = None if image_mask is None else image_mask[own]
+        own_texts = None if text_mask is None else text_mask[own]
+        per_image = self.score(image_embeds[own], text_embeds, own_images, text_mask)
+        per_text = self.score(image_embeds, text_embeds[own], image_mask, own_texts).T
+        return self._total_loss(self.loss_of_scores(per_image, per_text, offset=own.start, **kwargs), auxiliary_loss)
+
+    def _total_loss(self, pair_loss: torch.Tensor, auxiliary_loss: torch.Tensor | None) -> torch.Tensor:
+        loss = self.config.ranking_weight * pair_loss
+        return loss if auxiliary_loss is None else loss + auxiliary_loss
+
     def _one_side_output(self, modality: str, outputs, features: dict[str, Any]) -> PicoOutput:
         named = {
             f"{modality}_embeds": features["embeds"],
@@ -475,19 +557,13 @@ class PicoModel(PicoPreTrainedModel):
         auxiliary_loss = torch.stack([*auxiliary.values()]).sum() if auxiliary else None
         loss = logits = None
         if return_logits or return_loss:
-            scores = pair_scores(image["embeds"], text["embeds"], image["mask"], text["mask"])
+            scores = self.score(image["embeds"], text["embeds"], image["mask"], text["mask"])
             logits = scores * logit_scale if return_logits else None
             if return_loss:
-                loss = image_text_loss(
-                    scores,
-                    scores.T,
-                    image_ids=image_ids,
-                    caption_codes=caption_codes,
-                    loss_type=self.config.loss_type,
-                    logit_scale=logit_scale,
-                    margin=self.config.margin,
+                loss = self.loss_of_scores(
+                    scores, scores.T, logit_scale, image_ids=image_ids, caption_codes=caption_codes
                 )
-                loss = self.config.ranking_weight * loss + (0.0 if auxiliary_loss is None else auxiliary_loss)
+                loss = self._total_loss(loss, auxiliary_loss)
         return PicoOutput(
             loss=loss,
             logits_per_image=logits,

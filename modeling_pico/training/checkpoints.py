@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import is_peft_available, logging
 
+from ..distributed import gather_object, reduce, wait_for_everyone
 from ..model.modeling_pico import PicoModel
 from .base import TrainerBase
 from .callbacks import EpochEndCallback
@@ -81,7 +81,7 @@ class CheckpointTrainer(TrainerBase):
         with sole_run(run) if self.args.should_save else nullcontext():
             if self.args.should_save:
                 clean_up(run)
-            self.accelerator.wait_for_everyone()
+            wait_for_everyone()
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_checkpoint(run)
                 if resume_from_checkpoint is None:
@@ -130,7 +130,7 @@ class CheckpointTrainer(TrainerBase):
         if self.state.global_step % STEPS_BETWEEN_QUESTIONS and self.state.global_step < self.state.max_steps:
             return False
         asked = torch.tensor(float(self._terminated), device=self.args.device)
-        return bool(self.accelerator.reduce(asked, "sum") > 0)
+        return bool(reduce(asked, "sum") > 0)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self._restore_loss()
@@ -191,7 +191,7 @@ class CheckpointTrainer(TrainerBase):
                 best_folder = run / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
                 if best_folder == final or best_folder.is_dir():
                     best = str(best_folder)
-                self.accelerator.wait_for_everyone()
+                wait_for_everyone()
                 if self.args.should_save:
                     # `Trainer` wrote where it looked for the best checkpoint, which is not where that lies.
                     state.best_model_checkpoint = best
@@ -200,7 +200,7 @@ class CheckpointTrainer(TrainerBase):
                     rotate(run, self.args.save_total_limit, [final, best])
         finally:
             state.best_model_checkpoint, self._staging = best, None
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone()
         self._saved = True
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
@@ -213,10 +213,10 @@ class CheckpointTrainer(TrainerBase):
         run = Path(str(self.args.output_dir))
         with self._staged(run, f"The model in {run}") as staging:
             super().save_model(str(staging / "model"), _internal_call=True)
-            self.accelerator.wait_for_everyone()
+            wait_for_everyone()
             if self.args.should_save:
                 move_files(staging / "model", run)
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

@@ -16,9 +16,8 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from accelerate.utils import broadcast
 
-from ..evaluation.evaluator import gather_rows
+from ..distributed import broadcast, gather_rows
 from ..model.prototypes_pico import StylePrototypes, squared_distances
 from .arguments import PicoTrainingArguments
 

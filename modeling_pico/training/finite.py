@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import gather, gather_object
 from transformers import TrainerCallback
 from transformers.utils import logging
+
+from ..distributed import gather, gather_object
 
 
 logger = logging.get_logger(__name__)

@@ -18,7 +18,7 @@ from ..data import as_captioned
 from ..evaluation.embedding_cache import cached_embeddings
 from ..evaluation.evaluator import EncodedRetrieval, RetrievalEvaluator
 from ..evaluation.style_report import StyleReport
-from ..evaluation.uncertainty_reranking import UncertaintyReranking, learn_reranking
+from ..evaluation.uncertainty_reranking import RetrievalUncertainty, learn_reranking
 from .base import TrainerBase
 
 
@@ -80,7 +80,6 @@ class EvaluationTrainer(TrainerBase):
             prediction_loss_only = self.args.prediction_loss_only
         encoded = self._encode(dataloader)
         model = self._pico_model()
-        self.evaluator.reranking = UncertaintyReranking.from_config(model.config)
         scores = None if prediction_loss_only else self.evaluator.score(model, encoded)
         metrics = self.evaluator.metrics(model, encoded, scores)
         self._card_metrics[metric_key_prefix] = metrics
@@ -113,16 +112,16 @@ class EvaluationTrainer(TrainerBase):
             `ValueError`: For a model without uncertainty.
         """
         model = self._pico_model()
-        if model.uncertainty_prototypes is None:
+        dataset: Any = self._feedback_dataset() if eval_dataset is None else eval_dataset
+        encoded = self._encode(self.get_eval_dataloader(dataset))
+        uncertainty = RetrievalUncertainty.measure(model, encoded)
+        if uncertainty is None:
             raise ValueError(
                 "The model has no uncertainty to re-rank by; train one with `num_uncertainty_prototypes` above 0."
             )
-        dataset: Any = self._feedback_dataset() if eval_dataset is None else eval_dataset
-        encoded = self._encode(self.get_eval_dataloader(dataset))
-        uncertainty = self.evaluator.uncertainty(model, encoded)
-        assert uncertainty is not None
         scores = self.evaluator.score(model, encoded)
-        learned = learn_reranking(scores, encoded.image_ids, encoded.text_ids, *uncertainty).to_dict()
+        of_sides = uncertainty.images, uncertainty.texts
+        learned = learn_reranking(scores, encoded.image_ids, encoded.text_ids, *of_sides).to_dict()
         model.config.uncertainty_reranking = learned
         return {f"uncertainty_reranking_{name}": value for name, value in learned.items()}
 

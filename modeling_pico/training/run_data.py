@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 from transformers.utils import logging
 
@@ -17,6 +16,7 @@ from ..data import (
     count_truncated,
     load_captioned_images,
 )
+from ..distributed import gather_object
 from ..evaluation.style_report import order_styles
 from ..model.processing_pico import PicoProcessor
 from .arguments import PicoTrainingArguments

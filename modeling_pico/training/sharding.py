@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..distributed import average_
 from ..model.modeling_pico import PicoModel
 
 
@@ -97,8 +98,7 @@ def _average_gradient(parameter: torch.Tensor) -> None:
     # What earlier micro-batches of the step left is equal on all processes and remains as it is.
     gradient = parameter.grad
     assert gradient is not None
-    distributed.all_reduce(gradient)
-    gradient /= distributed.get_world_size()
+    average_(gradient)
 
 
 __all__ = ["own_class", "prepare_fsdp"]

@@ -17,13 +17,11 @@ from transformers.trainer_utils import BestRun, TrainOutput
 from transformers.utils import logging
 
 from ..data import CaptionedImageDataset, PicoDataCollator, UniqueIdBatchSampler, as_captioned
-from ..distributed import gather_batch
-from ..evaluation.evaluator import RetrievalEvaluator, own_rows
+from ..distributed import gather, gather_batch, own_rows, reduce
+from ..evaluation.evaluator import RetrievalEvaluator
 from ..model.backbones_pico import limit_text_length
-from ..model.loss_pico import image_text_loss
 from ..model.modeling_pico import PicoOutput
 from ..model.processing_pico import PicoProcessor
-from ..model.scoring_pico import pair_scores
 from .arguments import PicoTrainingArguments
 from .callbacks import LogitScaleCallback, PrototypeCallback, SamplerEpochCallback
 from .checkpoints import CheckpointTrainer
@@ -367,7 +365,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             return split_inputs(inputs, chunk_size)
         # Each forward gathers weights from all processes, and short last batches differ by a pair between these.
         size = torch.tensor([len(inputs["image_ids"])], device=self.args.device)
-        number = -(-int(self.accelerator.gather(size).min()) // chunk_size)
+        number = -(-int(gather(size).min()) // chunk_size)
         parts = [value.tensor_split(number) for value in inputs.values()]
         return [dict(zip(inputs, values, strict=True)) for values in zip(*parts, strict=True)]
 
@@ -379,52 +377,25 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         if collect:
             for name, value in (outputs.get("auxiliary_losses") or {}).items():
                 self._auxiliary_log.setdefault(name, []).append(value.detach())
-        gathers = self.args.gather_negatives and self.args.world_size > 1
-        loss_function = self._gathered_loss if gathers else self._local_loss
-        return spread_non_finite(loss_function(outputs, ids, caption_codes))
+        return spread_non_finite(self._pair_loss(outputs, ids, caption_codes))
 
-    def _loss_kwargs(self, outputs: PicoOutput) -> dict[str, Any]:
-        config = self._pico_model().config
-        epoch = self.state.epoch or 0.0
-        return {
-            "loss_type": config.loss_type,
-            "logit_scale": outputs.logit_scale,
-            "margin": config.margin,
-            "hardest": epoch >= self.args.hinge_warmup_epochs,
-        }
-
-    def _local_loss(self, outputs: PicoOutput, ids: torch.Tensor, caption_codes: torch.Tensor | None) -> torch.Tensor:
-        scores = pair_scores(
-            outputs["image_embeds"], outputs["text_embeds"], outputs["image_mask"], outputs["text_mask"]
-        )
-        loss = image_text_loss(
-            scores, scores.T, image_ids=ids, caption_codes=caption_codes, **self._loss_kwargs(outputs)
-        )
-        return self._total_loss(loss, outputs)
-
-    def _total_loss(self, pair_loss: torch.Tensor, outputs: PicoOutput) -> torch.Tensor:
-        loss = self._pico_model().config.ranking_weight * pair_loss
-        auxiliary = outputs.get("auxiliary_loss")
-        return loss if auxiliary is None else loss + auxiliary
-
-    def _gathered_loss(
-        self, outputs: PicoOutput, ids: torch.Tensor, caption_codes: torch.Tensor | None
-    ) -> torch.Tensor:
-        batch = gather_batch(outputs, ids, caption_codes)
-        own = batch.own
-        # Own rows and own columns only: scoring all pairs on every process would repeat the work.
-        per_image = pair_scores(batch.image_embeds[own], batch.text_embeds, batch.image_mask[own], batch.text_mask)
-        per_text = pair_scores(batch.image_embeds, batch.text_embeds[own], batch.image_mask, batch.text_mask[own]).T
-        loss = image_text_loss(
-            per_image,
-            per_text,
-            all_ids=batch.ids,
-            all_caption_codes=batch.caption_codes,
-            offset=own.start,
-            **self._loss_kwargs(outputs),
+    def _pair_loss(self, outputs: PicoOutput, ids: torch.Tensor, caption_codes: torch.Tensor | None) -> torch.Tensor:
+        batch = gather_batch(outputs, ids, caption_codes, self.args.gather_negatives)
+        loss = self._pico_model().pair_loss(
+            batch.image_embeds,
+            batch.text_embeds,
+            batch.image_mask,
+            batch.text_mask,
+            image_ids=batch.ids,
+            caption_codes=batch.caption_codes,
+            own=batch.own,
+            # Not the model's own: no process holds the whole of a parameter that DeepSpeed has sharded.
+            logit_scale=outputs.logit_scale,
+            auxiliary_loss=outputs.get("auxiliary_loss"),
+            hardest=(self.state.epoch or 0.0) >= self.args.hinge_warmup_epochs,
         )
         # Auxiliary losses are over this process's pairs, which the share weighs like those of the other processes.
-        return self._total_loss(loss, outputs) * batch.loss_share
+        return loss * batch.loss_share
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`; the training loss is accompanied by its auxiliary terms and the learned logit scale."""
@@ -434,7 +405,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             logs["logit_scale"] = float(scale.detach().exp())
         if "loss" in logs and self._auxiliary_log:
             means = torch.stack([torch.stack(values).mean() for values in self._auxiliary_log.values()])
-            means = self.accelerator.reduce(means, "mean").tolist()
+            means = reduce(means, "mean").tolist()
             logs.update({f"{name}_loss": value for name, value in zip(self._auxiliary_log, means, strict=True)})
             self._auxiliary_log.clear()
         super().log(logs, *args, **kwargs)

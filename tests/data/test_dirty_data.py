@@ -1,4 +1,4 @@
-"""A few hundred of the mutations of `tests/benchmarks/dirty_data.py`, and the rules that they have led to."""
+"""A few hundred of the mutations that `tests/benchmarks/dirty_data.py` runs, and the rules that they have led to."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import struct
 from pathlib import Path
 
 import datasets
-import dirty_data  # noqa: E402
-import dirty_images  # noqa: E402
+import dirty_images
+import dirty_tables
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -28,11 +28,11 @@ caption_files = importlib.import_module("modeling_pico.data.caption_files")
 
 def test_the_judge_sees_what_it_has_to_see(tmp_path):
     rng = np.random.default_rng(0)
-    rows = [dirty_data.make_row(identity, "image: png", rng) for identity in range(4)]
+    rows = [dirty_tables.make_row(identity, "image: png", rng) for identity in range(4)]
     rows[1].image = rows[0].image  # the picture of another one
     rows[2].expected = ["another caption"]
     rows[3].image = dirty_images.Dirty(b"", rows[3].image.expected)  # should be good, and is not
-    outcome = dirty_data.run_corpus(rows, dirty_data.csv_file, tmp_path)
+    outcome = dirty_tables.run_corpus(rows, dirty_tables.csv_file, tmp_path)
     assert outcome[1].startswith("WRONG")
     assert outcome[2].startswith("WRONG: captions")
     assert outcome[3] == "WRONG: a good row was left out"
@@ -43,7 +43,7 @@ def test_the_judge_sees_that_the_fence_is_off(tmp_path, monkeypatch):
 
     def outcomes(folder):
         rng = np.random.default_rng(3)
-        return {dirty_data.run_table(name, "csv", rng, tmp_path / folder / name) for name in names}
+        return {dirty_tables.run_table(name, "csv", rng, tmp_path / folder / name) for name in names}
 
     assert outcomes("on") == {"refused"}
     monkeypatch.setattr(Fence, "mark", lambda self, path: path)
@@ -52,12 +52,12 @@ def test_the_judge_sees_that_the_fence_is_off(tmp_path, monkeypatch):
 
 def test_every_mutation_by_one_of_the_routes(tmp_path):
     rng = np.random.default_rng(1)
-    routes = [dirty_data.csv_file, dirty_data.karpathy, dirty_data.saved_to_disk]
+    routes = [dirty_tables.csv_file, dirty_tables.karpathy, dirty_tables.saved_to_disk]
     counts = dict.fromkeys(("loaded", "reported"), 0)
     for number, route in enumerate(routes):
-        names = [name for name in dirty_data.all_mutations() if dirty_data.fits(name, route)]
-        rows = [dirty_data.make_row(100 * number + i, name, rng) for i, name in enumerate(names)]
-        outcomes = dirty_data.run_corpus(rows, route, tmp_path / str(number))
+        names = [name for name in dirty_tables.all_mutations() if dirty_tables.fits(name, route)]
+        rows = [dirty_tables.make_row(100 * number + i, name, rng) for i, name in enumerate(names)]
+        outcomes = dirty_tables.run_corpus(rows, route, tmp_path / str(number))
         for row in rows:
             assert outcomes.pop(row.identity) in counts, row.mutation
         assert not outcomes
@@ -67,8 +67,8 @@ def test_every_mutation_by_one_of_the_routes(tmp_path):
 @pytest.mark.parametrize("kind", ["csv", "json", "jsonl"])
 def test_tables_that_are_broken_as_a_whole(kind, tmp_path):
     rng = np.random.default_rng(2)
-    names = [*dirty_data.TABLES, *dirty_data.FILES] if kind != "jsonl" else [*dirty_data.TABLES][::5]
-    outcomes = {name: dirty_data.run_table(name, kind, rng, tmp_path / str(i)) for i, name in enumerate(names)}
+    names = [*dirty_tables.TABLES, *dirty_tables.FILES] if kind != "jsonl" else [*dirty_tables.TABLES][::5]
+    outcomes = {name: dirty_tables.run_table(name, kind, rng, tmp_path / str(i)) for i, name in enumerate(names)}
     assert {name: outcome for name, outcome in outcomes.items() if outcome and outcome.startswith("WRONG")} == {}
     if kind != "jsonl":
         assert outcomes["nothing"] == outcomes["a row twice"] == outcomes["file with a byte order mark"] == "loaded"

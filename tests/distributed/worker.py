@@ -37,6 +37,7 @@ from transformers import logging, set_seed
 
 from modeling_pico import CddsModel, RetrievalEvaluator
 from modeling_pico.data import CaptionedImageDataset
+from modeling_pico.evaluation import RetrievalUncertainty
 from modeling_pico.training import NonFiniteLossError, PicoTrainer
 
 
@@ -101,11 +102,8 @@ class Poisoned(FirstGradients):
 class Infinite(FirstGradients):
     """The loss of the last process is infinite in the second step, and its gradient is not."""
 
-    def _local_loss(self, *args):
-        return super()._local_loss(*args) + self.surplus()
-
-    def _gathered_loss(self, *args):
-        return super()._gathered_loss(*args) + self.surplus()
+    def _pair_loss(self, *args):
+        return super()._pair_loss(*args) + self.surplus()
 
     def surplus(self) -> float:
         return math.inf if self.state.global_step == 1 and PartialState().is_last_process else 0.0
@@ -212,11 +210,12 @@ def measured(made: PicoTrainer) -> dict:
     # Folds, tiles and batches of the loss that end within a process's images; one process has none of the first fold.
     made.evaluator = RetrievalEvaluator(num_folds=3, loss_batch_size=3, image_chunk=2, text_chunk=5)
     encoded = made._encode(made.get_eval_dataloader())
+    uncertainty = RetrievalUncertainty.measure(made._pico_model(), encoded)
     return {
         "evaluation": {name: evaluation[name] for name in evaluation if "per_second" not in name},
         "folds": made.evaluator.metrics(made._pico_model(), encoded),
         "eval_ids": (encoded.image_ids, encoded.text_ids),
-        "uncertainty": made.evaluator.uncertainty(made._pico_model(), encoded),
+        "uncertainty": uncertainty and (uncertainty.images, uncertainty.texts),
         "reranking": (learned, config.uncertainty_reranking),
         "styles": styles,
         "scores": torch.from_numpy(prediction.predictions),

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import modeling_pico
-from modeling_pico import RetrievalEvaluator, StyleReport, match_moments, measure_styles
+from modeling_pico import RetrievalEvaluator, StyleReport, match_moments, measure_styles, pair_scores
 from modeling_pico.data import CaptionedImageDataset, PicoDataCollator
 from modeling_pico.evaluation import EncodedRetrieval, style_report
 from modeling_pico.evaluation.style_probe import probe_accuracy
@@ -29,7 +29,7 @@ class Head:
 
 
 def model_of(kept=None) -> SimpleNamespace:
-    return SimpleNamespace(alignment_head=Head(kept))
+    return SimpleNamespace(alignment_head=Head(kept), score=pair_scores)
 
 
 def encode(scores, image_ids, text_ids) -> EncodedRetrieval:
@@ -130,7 +130,7 @@ def test_equal_scores_share_places_and_count_against_the_query():
     assert places.tolist() == [[0.5, 0.25, 0.25, 0.0], [0.25] * 4]
 
 
-def test_first_right_expects_what_a_lot_among_unequally_many_gives():
+def test_first_right_expects_what_a_random_choice_among_unequally_many_gives():
     encoded = encode([[0.3, 0.3, 0.3], [0.2, 0.2, 0.2], [0.1, 0.1, 0.1]], [0, 0, 0], [0, 0, 0])
     report = StyleReport.from_encoded(model_of(), encoded, ["oil", "ink", "ink"], torch.ones(3, dtype=torch.int64))
     oil, ink = report.styles["oil"], report.styles["ink"]
@@ -266,7 +266,6 @@ def data() -> CaptionedImageDataset:
 
 
 def test_each_style_is_evaluated_as_a_set_of_its_own(data, monkeypatch):
-    monkeypatch.setattr(style_report, "_IMAGE_CHUNK", 10)
     monkeypatch.setattr(style_report, "_TEXT_CHUNK", 20)
     net, both = tiny.model(), tiny.processor()
     for side in net.style_prototypes.values():

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from modeling_pico import PicoModel, RetrievalEvaluator
 from modeling_pico.data import CaptionedImageDataset, PicoDataCollator
 from modeling_pico.evaluation import (
+    RetrievalUncertainty,
     UncertaintyReranking,
     folded_retrieval_metrics,
     learn_reranking,
@@ -19,7 +20,7 @@ from modeling_pico.evaluation import (
     risk_coverage,
 )
 from modeling_pico.evaluation.retrieval_metrics import TIE_TOLERANCE
-from modeling_pico.evaluation.uncertainty_reranking import _best_weight, _hits
+from modeling_pico.evaluation.uncertainty_reranking import _best_weight
 
 
 # Re-ranking
@@ -82,32 +83,7 @@ def test_an_uncertainty_of_the_wrong_length_is_refused():
         UncertaintyReranking().rerank(torch.ones(2, 3), text_uncertainty=torch.ones(2))
 
 
-def test_a_configuration_holds_the_weights_or_nothing():
-    config = tiny.model(num_uncertainty_prototypes=2).config
-    assert UncertaintyReranking.from_config(config) is None
-    config.uncertainty_reranking = UncertaintyReranking(text_weight=2.0, floor=-1.0).to_dict()
-    assert UncertaintyReranking.from_config(config) == UncertaintyReranking(text_weight=2.0, floor=-1.0)
-    config.uncertainty_reranking = {"text_wieght": 2.0}
-    with pytest.raises(ValueError, match="may hold image_weight, text_weight, .*, but holds text_wieght"):
-        UncertaintyReranking.from_config(config)
-    config.num_uncertainty_prototypes = 0
-    assert UncertaintyReranking.from_config(config) is None
-
-
 # Learning
-
-
-@pytest.mark.parametrize("weight", [0.0, 3.0, -3.0])
-def test_hits_are_those_of_the_ranks(weight):
-    """Integers, so that ties are many."""
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randint(0, 6, (30, 40), generator=generator).float()
-    image_ids, text_ids = torch.arange(30) % 20, torch.arange(40) % 20
-    uncertainty = torch.randint(0, 2, (40,), generator=generator).float()
-    weighted = UncertaintyReranking(text_weight=weight).rerank(scores, text_uncertainty=uncertainty)
-    ranks, _ = retrieval_ranks(weighted, image_ids, text_ids)
-    hits = _hits(scores, (image_ids[:, None] == text_ids).nonzero().T, uncertainty, weight)
-    assert hits.tolist() == [sum(rank < k for k in (1, 5, 10)) for rank in ranks.tolist()]
 
 
 def gallery(seed: int, size: int = 150, strength: float = 0.6) -> tuple[torch.Tensor, ...]:
@@ -250,10 +226,12 @@ def loader(data) -> DataLoader:
 def test_streamed_reranking_equals_that_of_the_matrix(data, head, folds):
     net = tiny.model(num_uncertainty_prototypes=4, alignment_head=head).eval()
     reranking = UncertaintyReranking(image_weight=40.0, text_weight=-30.0, floor=0.2)
-    evaluator = RetrievalEvaluator(num_folds=folds, image_chunk=5, text_chunk=7, reranking=reranking)
+    net.config.uncertainty_reranking = reranking.to_dict()
+    evaluator = RetrievalEvaluator(num_folds=folds, image_chunk=5, text_chunk=7)
     encoded = evaluator.encode(net, loader(data))
     scores = evaluator.score(net, encoded)
-    of_images, of_texts = evaluator.uncertainty(net, encoded)
+    measured = RetrievalUncertainty.measure(net, encoded)
+    of_images, of_texts = measured.images, measured.texts
     metrics = evaluator.metrics(net, encoded)
     assert evaluator.metrics(net, encoded, scores) == pytest.approx(metrics)
     plain = folded_retrieval_metrics(scores, encoded.image_ids, encoded.text_ids, num_folds=folds)
@@ -280,22 +258,21 @@ def test_streamed_reranking_equals_that_of_the_matrix(data, head, folds):
 
 def test_uncertainty_of_a_set_is_that_of_the_outputs(data):
     net = tiny.model(num_uncertainty_prototypes=4).eval()
-    evaluator = RetrievalEvaluator(image_chunk=5, text_chunk=7)
-    of_images, of_texts = evaluator.uncertainty(net, evaluator.encode(net, loader(data)))
+    measured = RetrievalUncertainty.measure(net, RetrievalEvaluator().encode(net, loader(data)))
     inputs = tiny.processor()(
         images=[data[row]["image"] for row in range(12)], text=data[11]["captions"], return_tensors="pt", padding=True
     )
     with torch.no_grad():
         outputs = net(**inputs)
-    torch.testing.assert_close(of_images, outputs.image_uncertainty)
-    torch.testing.assert_close(of_texts[-len(outputs.text_uncertainty) :], outputs.text_uncertainty)
+    torch.testing.assert_close(measured.images, outputs.image_uncertainty)
+    torch.testing.assert_close(measured.texts[-len(outputs.text_uncertainty) :], outputs.text_uncertainty)
 
 
 def test_without_uncertainty_nothing_is_added(data):
     net = tiny.model().eval()
-    evaluator = RetrievalEvaluator(reranking=UncertaintyReranking(text_weight=1.0))
+    evaluator = RetrievalEvaluator()
     encoded = evaluator.encode(net, loader(data))
-    assert evaluator.uncertainty(net, encoded) is None
+    assert RetrievalUncertainty.measure(net, encoded) is None
     assert not [name for name in evaluator.metrics(net, encoded) if "reranked" in name or "aurc" in name]
 
 
@@ -313,7 +290,7 @@ def test_the_trainer_learns_keeps_and_uses_the_weights(tmp_path):
     metrics = made.evaluate()
     assert "eval_rsum" in metrics and "eval_reranked_rsum" in metrics
     loaded = PicoModel.from_pretrained(tmp_path / "run")
-    assert UncertaintyReranking.from_config(loaded.config).text_weight == 25.0
+    assert loaded.config.uncertainty_reranking["text_weight"] == 25.0
     made.create_model_card()
     card = (tmp_path / "run" / "README.md").read_text()
     assert "eval, re-ranked by uncertainty" in card and "texts 25 (learned on validation)" in card

@@ -1,38 +1,40 @@
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
+import bound
+import datasets
 import pytest
+import study
 import torch
 import yaml
+from encoded_data import load_splits
+from free_gate import column_statistics
 from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModel, BertModel
+
+from modeling_pico import image_text_loss, pair_scores
+from modeling_pico.data.dataset import SampleKey
+from modeling_pico.evaluation.evaluator import EncodedRetrieval
+from modeling_pico.training.from_scratch import small_text_config, train_tokenizer
 
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "style_study"
 
 
-@pytest.fixture(scope="module")
-def study():
-    sys.path.insert(0, str(FOLDER))
+@pytest.fixture(scope="module", autouse=True)
+def threads_as_found():
+    """A training of the study takes one thread."""
     threads = torch.get_num_threads()
-    try:
-        spec = importlib.util.spec_from_file_location("study", FOLDER / "study.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(FOLDER))
-        torch.set_num_threads(threads)  # a training of the study takes one
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     """Parquet-like data small enough for a training in a second: two styles for training, another for validation."""
-    import datasets
-
     folder = tmp_path_factory.mktemp("data")
     colors = ["red", "green", "blue", "black", "white", "yellow", "purple", "orange"]
     for split, sizes in (("train", (10, 14)), ("validation", (12,))):
@@ -53,7 +55,7 @@ def setting(tmp_path_factory):
     return {**settings, **small, "dataset_name": str(folder), "num_seen": 4}
 
 
-def test_trains_a_variant_the_same_twice_and_never_the_held_out_images(study, setting, tmp_path):
+def test_trains_a_variant_the_same_twice_and_never_the_held_out_images(setting, tmp_path):
     options = {"args": {"prototype_start": 1, "prototype_update_start": 2, "num_train_epochs": 3}}
     splits = ["seen", "validation"]
     first, second = (
@@ -64,8 +66,6 @@ def test_trains_a_variant_the_same_twice_and_never_the_held_out_images(study, se
     assert [entry["prototype_stage"] for entry in first["constructions"]] == [1.0, 2.0]
     for name in ("rsum", "loss", "parameters"):
         assert first[name] == second[name], name
-    from encoded_data import load_splits
-
     data = load_splits(setting, splits, tmp_path)
     assert (len(data.splits["train"]), len(data.splits["seen"]), len(data.splits["validation"])) == (12, 4, 8)
     # What is trained on does not hang on the splits that are asked for.
@@ -83,10 +83,7 @@ def test_trains_a_variant_the_same_twice_and_never_the_held_out_images(study, se
     assert set(data.splits["validation"].ids.tolist()) == set(range(8))
 
 
-def test_the_free_gate_starts_neutral_and_learns(study, setting, tmp_path):
-    from encoded_data import load_splits
-    from safetensors.torch import load_file
-
+def test_the_free_gate_starts_neutral_and_learns(setting, tmp_path):
     data = load_splits(setting, ["validation"], tmp_path)
     model = study.build_model(setting, {"method": "free_gate"}, data, tmp_path)
     batch = next(data.splits["validation"].batches(4))
@@ -98,9 +95,7 @@ def test_the_free_gate_starts_neutral_and_learns(study, setting, tmp_path):
     assert all(kept[f"alignment_head.gate.{side}.2.weight"].any() for side in ("image", "text"))
 
 
-def test_statistics_of_columns_by_hand(study):
-    from free_gate import column_statistics
-
+def test_statistics_of_columns_by_hand():
     # Dimension 4, so values are doubled; the third token is padding.
     tokens = torch.tensor([[[0.5, 0.5, 0.0, -0.5], [-0.5, 1.0, 0.0, -0.5], [9.0, 9.0, 9.0, 9.0]]])
     expected = [[0.0, 1.0, 1.0, -1.0], [1.5, 0.5, 2.0, 1.0], [0.0, 1e-4, 0.0, 0.0], [-1.0, 1e-4, -1.0, -1.0]]
@@ -109,9 +104,7 @@ def test_statistics_of_columns_by_hand(study):
     assert not column_statistics(tokens, torch.zeros(1, 3)).any()
 
 
-def test_every_variant_is_a_model_of_its_method(study, setting, tmp_path):
-    from encoded_data import load_splits
-
+def test_every_variant_is_a_model_of_its_method(setting, tmp_path):
     data = load_splits(setting, ["validation"], tmp_path)
     variants = yaml.safe_load((FOLDER / "variants.yaml").read_text())
     for name in variants:
@@ -127,12 +120,7 @@ def test_every_variant_is_a_model_of_its_method(study, setting, tmp_path):
 
 
 @pytest.mark.parametrize("num_trained_layers", [0, 1])
-def test_pretrained_text_tower_is_frozen_but_for_its_last_layers(study, setting, tmp_path, num_trained_layers):
-    from encoded_data import load_splits
-    from transformers import AutoModel, BertModel
-
-    from modeling_pico.training.from_scratch import small_text_config, train_tokenizer
-
+def test_pretrained_text_tower_is_frozen_but_for_its_last_layers(setting, tmp_path, num_trained_layers):
     data, folder = load_splits(setting, ["validation"], tmp_path), tmp_path / "pretrained"
     tokenizer = train_tokenizer(data.captions)
     config = small_text_config(12, 2, 2, tokenizer)
@@ -171,7 +159,7 @@ def test_pretrained_text_tower_is_frozen_but_for_its_last_layers(study, setting,
     assert kept.stat().st_mtime_ns == time_of_first  # the captions are not encoded twice
 
 
-def test_uncertainty_makes_a_second_row(study, setting, tmp_path):
+def test_uncertainty_makes_a_second_row(setting, tmp_path):
     splits = ["seen", "validation"]
     options = {"method": "fine_grained", "num_uncertainty_prototypes": 3, "uncertainty_gradient": False}
     result = study.train(setting, options, 3, splits, tmp_path, tmp_path / "kept.safetensors")
@@ -185,9 +173,7 @@ def test_uncertainty_makes_a_second_row(study, setting, tmp_path):
     assert f"| pau, re-ranked | 1 | {result['reranked']['seen'][0]:.1f} (+2.0) |" in text
 
 
-def test_uncertainty_is_added_to_kept_models_that_stay_as_they_are(study, setting, tmp_path, capsys):
-    from safetensors.torch import load_file
-
+def test_uncertainty_is_added_to_kept_models_that_stay_as_they_are(setting, tmp_path, capsys):
     file, variants, table = tmp_path / "tiny.yaml", tmp_path / "variants.yaml", tmp_path / "table.jsonl"
     file.write_text(yaml.safe_dump({**setting, "num_train_epochs": 1}))
     variants.write_text(
@@ -214,7 +200,7 @@ def test_uncertainty_is_added_to_kept_models_that_stay_as_they_are(study, settin
     assert "124.5 (+1.5) |" in text
 
 
-def test_areas_under_risk_coverage_curves_have_a_table(study, setting):
+def test_areas_under_risk_coverage_curves_have_a_table(setting):
     def record(seed: int, area: float, **other) -> dict:
         areas = {"seen": {"image_to_text": [area, 50.0], "text_to_image": [30.0, 60.0]}}
         return {
@@ -233,11 +219,7 @@ def test_areas_under_risk_coverage_curves_have_a_table(study, setting):
     assert "AURC" not in study.report([record(2, 0.0)], "pau")
 
 
-def test_a_batch_holds_the_captions_of_its_images(study, setting, tmp_path):
-    from encoded_data import load_splits
-
-    from modeling_pico.data.dataset import SampleKey
-
+def test_a_batch_holds_the_captions_of_its_images(setting, tmp_path):
     data = load_splits(setting, ["validation"], tmp_path)
     split = data.splits["validation"]
     batch = split.__getitems__([SampleKey(2, 1, 0), SampleKey(5, 0, 0)])
@@ -251,7 +233,7 @@ def test_a_batch_holds_the_captions_of_its_images(study, setting, tmp_path):
     assert whole["pixel_values"].abs().max() <= 1
 
 
-def test_trains_what_the_table_lacks_and_reports_it(study, setting, tmp_path, capsys):
+def test_trains_what_the_table_lacks_and_reports_it(setting, tmp_path, capsys):
     file, variants, table = tmp_path / "tiny.yaml", tmp_path / "variants.yaml", tmp_path / "table.jsonl"
     file.write_text(yaml.safe_dump({**setting, "num_train_epochs": 1}))
     variants.write_text("plain: {method: fine_grained}\nbroken: {method: nonsense}\n")
@@ -288,9 +270,7 @@ def test_trains_what_the_table_lacks_and_reports_it(study, setting, tmp_path, ca
     assert f"| plain, aligned | 1 | {ends[0]:.1f} (+0.0) | " in text
 
 
-def test_bound_measures_gates_on_the_meanings_they_were_not_fitted_to(study, setting, tmp_path, capsys):
-    import bound
-
+def test_bound_measures_gates_on_the_meanings_they_were_not_fitted_to(setting, tmp_path, capsys):
     table, setting = tmp_path / "table.jsonl", {**setting, "num_train_epochs": 1}
     for seed in (0, 1):
         record = {"setting": setting, "variant": "fine_grained", "options": {"method": "fine_grained"}, "seed": seed}
@@ -307,10 +287,10 @@ def test_bound_measures_gates_on_the_meanings_they_were_not_fitted_to(study, set
         bound.main([str(table), "--variant", "pico"])
 
 
-def test_a_gate_that_is_fitted_learns_and_is_then_used(study):
-    import bound
-
-    from modeling_pico.evaluation.evaluator import EncodedRetrieval
+def test_a_gate_that_is_fitted_learns_and_is_then_used():
+    def pair_loss(*sides, image_ids):
+        scores = pair_scores(*sides)
+        return image_text_loss(scores, scores.T, image_ids=image_ids, logit_scale=10.0)
 
     generator = torch.Generator().manual_seed(0)
     # Half of the features tell the meanings apart, the others are larger and say nothing.
@@ -328,12 +308,12 @@ def test_a_gate_that_is_fitted_learns_and_is_then_used(study):
         gate = bound.Gate(kind, 16)
         start, weights = gate(images, mask, "image")
         assert torch.equal(start, images) and torch.equal(weights, torch.ones(16, 16))
-        bound.fit(gate, encoded, 10.0, 60, 16)
+        bound.fit(gate, encoded, pair_loss, 60, 16)
         _, weights = gate(images, mask, "image")
         assert weights[:, :8].mean() > weights[:, 8:].mean() + 0.1, kind
 
 
-def test_differences_are_paired_by_seed(study):
+def test_differences_are_paired_by_seed():
     def result(variant, seed, rsum):
         setting = {"dataset_name": "/somewhere/data", "epochs": 1}
         return {"setting_name": "s", "setting": setting, "variant": variant, "seed": seed, "rsum": {"v": [0.0, rsum]}}
@@ -350,7 +330,7 @@ def test_differences_are_paired_by_seed(study):
     assert json.dumps("/somewhere") not in text and "dataset_name=data" in text
 
 
-def test_report_says_whether_half_of_the_training_ranks_the_variants_alike(study):
+def test_report_says_whether_half_of_the_training_ranks_the_variants_alike():
     def result(variant, seed, half_way, end):
         setting = {"dataset_name": "data"}
         rsum = {"v": [half_way, end], "later": [end]}
@@ -364,7 +344,7 @@ def test_report_says_whether_half_of_the_training_ranks_the_variants_alike(study
     assert "later 0" not in study.report(rows, "a")
 
 
-def test_report_says_whether_fewer_epochs_rank_the_variants_alike(study):
+def test_report_says_whether_fewer_epochs_rank_the_variants_alike():
     def result(variant, seed, end, epochs, width=8):
         setting = {"dataset_name": "data", "num_train_epochs": epochs, "width": width}
         rsum = {"v": [end]}
@@ -378,7 +358,7 @@ def test_report_says_whether_fewer_epochs_rank_the_variants_alike(study):
     assert text.index("num_train_epochs=6") < text.index("of the ends of 2 and 6 epochs: v 0.50 (3 variants)")
 
 
-def test_what_was_dropped_is_told_with_the_figures_of_the_study(study):
+def test_what_was_dropped_is_told_with_the_figures_of_the_study():
     page = (FOLDER.parents[1] / "model_cards" / "style_study.md").read_text()
     text = (FOLDER.parents[1] / "docs" / "results.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in text.splitlines() if "| `" in line]
@@ -402,7 +382,7 @@ def rows_of(page, start, end):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
 
 
-def test_the_page_of_the_study_shows_the_tables_of_its_results(study):
+def test_the_page_of_the_study_shows_the_tables_of_its_results():
     page = (FOLDER.parents[1] / "model_cards" / "style_study.md").read_text()
     for table in ("emoji_styles", "styled_shapes"):
         records = study.read_table(FOLDER / "results" / f"{table}.jsonl")

@@ -406,8 +406,7 @@ def test_a_handler_of_the_program_stays(tmp_path):
 def test_workers_end_with_the_training_when_the_whole_job_is_asked_to_end(tmp_path):
     """The signal goes to every process of the group, as a scheduler sends it."""
     script = (
-        "import os, signal, sys, torch\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import os, signal\n"
         "from tiny import trainer\n"
         "from test_checkpoints import FAST, Terminate\n"
         "class All(Terminate):\n"
@@ -419,6 +418,7 @@ def test_workers_end_with_the_training_when_the_whole_job_is_asked_to_end(tmp_pa
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
+        cwd=Path(__file__).parent,
         start_new_session=True,
         capture_output=True,
         text=True,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 
-import endurance
 import pytest
-from endurance import Reading, growth, problems, train
+from held_resources import Reading, ResourceWatch, growth, problems, train_and_watch
+from tiny import trainer
 from transformers import TrainerCallback
 
 
 def test_a_run_holds_no_more_files_threads_and_processes_at_its_end_than_when_warm(tmp_path):
-    watch = train(tmp_path, steps=200, interval=20, every=25)
+    watch = train_and_watch(tmp_path, steps=200, interval=20, every=25)
     readings = watch.readings
     assert [reading.step for reading in readings] == list(range(0, 200, 20))
     log = watch.made.state.log_history
@@ -35,8 +35,8 @@ class Leak(TrainerCallback):
 
 def test_a_leak_is_noticed(tmp_path):
     leak = Leak()
-    watch = endurance.Watch(2)
-    made = endurance.trainer(tmp_path, max_steps=16, eval_strategy="no", save_strategy="no", feedback="constant")
+    watch = ResourceWatch(2)
+    made = trainer(tmp_path, max_steps=16, eval_strategy="no", save_strategy="no", feedback="constant")
     made.add_callback(watch)
     made.add_callback(leak)
     made.train()

@@ -174,8 +174,8 @@ def test_a_loss_that_is_not_finite_leaves_no_gradient_finite(value):
 
 def test_an_infinite_loss_with_finite_gradients_stops_training(tmp_path):
     class Infinite(PicoTrainer):
-        def _local_loss(self, *args):
-            return super()._local_loss(*args) + (math.inf if self.state.global_step == 1 else 0.0)
+        def _pair_loss(self, *args):
+            return super()._pair_loss(*args) + (math.inf if self.state.global_step == 1 else 0.0)
 
     made = trainer(tmp_path, trainer_class=Infinite, model_options=PURITY, save_strategy="no")
     with pytest.raises(NonFiniteLossError, match=r"of step 2 is not finite"):

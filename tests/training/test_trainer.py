@@ -286,23 +286,22 @@ def test_logit_scale_stays_below_100(tmp_path):
     assert net.logit_scale.item() == pytest.approx(MAX_LOGIT_SCALE)
 
 
-def test_hinge_counts_all_negatives_in_its_first_epochs(tmp_path, monkeypatch):
+def test_hinge_counts_all_negatives_in_its_first_epochs(tmp_path):
     hardest = {}
-
-    class Watched(PicoTrainer):
-        def _loss_kwargs(self, outputs):
-            kwargs = super()._loss_kwargs(outputs)
-            hardest[self.state.global_step] = kwargs["hardest"]
-            return kwargs
-
     made = trainer(
         tmp_path,
-        trainer_class=Watched,
         model_options={"loss_type": "hinge"},
         hinge_warmup_epochs=4 / 3,
         num_train_epochs=2,
         save_strategy="no",
     )
+    pair_loss = made.model.pair_loss
+
+    def watched(*args, **kwargs):
+        hardest[made.state.global_step] = kwargs["hardest"]
+        return pair_loss(*args, **kwargs)
+
+    made.model.pair_loss = watched
     made.train()
     assert hardest == {0: False, 1: False, 2: False, 3: False, 4: True, 5: True}
     assert not made.model.logit_scale.requires_grad

@@ -1,11 +1,11 @@
-"""The faults of `tests/benchmarks/mutations.py` fit the sources as they are."""
+"""The faults of `tests/faults.py` fit the sources as they are."""
 
 from __future__ import annotations
 
 import ast
 
 import pytest
-from mutations import FAULTS, REPOSITORY, Fault, planted
+from faults import FAULTS, REPOSITORY, Fault, planted
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
