@@ -81,8 +81,8 @@ def carry_out(
     plots = wants_plots(data_args.plots)
     checkpoint = find_checkpoint(training_args)
     plan = plan_model(model_args, checkpoint, training_args.do_train)
-    if training_args.uncertainty_reranking and not plan.config.num_uncertainty_prototypes:
-        raise ValueError("--uncertainty_reranking needs a model with uncertainty: --num_uncertainty_prototypes 8.")
+    if training_args.uncertainty_reranking and plan.config.uncertainty_config is None:
+        raise ValueError("--uncertainty_reranking needs a model with uncertainty, such as --uncertainty_config '{}'.")
     set_seed(training_args.seed)
 
     data = load_data(data_args, training_args, plan.config.uses_prototypes)

@@ -71,7 +71,7 @@ def export_onnx(model: PicoModel, processor: PicoProcessor, output_dir: str | os
     Both files give `embeds`, with the semantic probability folded in, and `mask`. The image encoder takes
     `pixel_values`, any number of images of the processor's size; the text encoder takes `input_ids` and
     `attention_mask` of any number and, up to the backbone's limit, any length of texts. Neither gives the uncertainty,
-    which a model with `num_uncertainty_prototypes` has.
+    which a model with an `uncertainty_config` has.
 
     Args:
         model ([`PicoModel`]): The model, in float32.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -36,6 +38,20 @@ from modeling_pico import PicoConfig, PicoModel, PicoProcessor
 # The same examples in every run and on every machine, however slow.
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
 settings.load_profile("repeatable")
+
+# Imported once, by the server from which tests fork processes, and not by each process.
+multiprocessing.set_forkserver_preload(["modeling_pico.training", "peft", "pytest"])
+
+
+def pytest_collection_finish() -> None:
+    """Every training collects garbage: it need not look through all that imports and collection have left."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
 
 CAPTIONS = ["a red circle", "two blue stars above a small green square", "the red star on a blue circle"]
 

@@ -93,7 +93,7 @@ def test_the_pooled_baseline_gives_the_scores_of_the_joint_model(name):
         for parameter_name, parameter in source.named_parameters(recurse=False):
             if parameter_name == "temperature":
                 parameter.fill_(0.07)  # noise may have made it negative
-    model = PicoModel.from_backbones(source, alignment_head="clip_style")
+    model = PicoModel.from_backbones(source, method="clip_style")
     inputs = batch(name)
     width = source.config.text_config.max_position_embeddings
     given = dict(inputs)
@@ -116,7 +116,7 @@ def test_the_pooled_baseline_gives_the_scores_of_the_joint_model(name):
 @pytest.mark.parametrize("name", ["clip", "chinese_clip", "align"])
 def test_pooled_features_are_those_of_the_joint_model(name):
     source = family(name).build()
-    model = PicoModel.from_backbones(source, alignment_head="clip_style")
+    model = PicoModel.from_backbones(source, method="clip_style")
     inputs = batch(name)
     pixels = inputs.pop("pixel_values")
     with torch.no_grad():
@@ -341,7 +341,7 @@ def test_texts_have_no_more_tokens_than_the_tower_has_positions(model_class, opt
         model_class.config_class(**{**sizes, **({"pad_token_id": 1} if length == 18 else {}), **options})
     )
     assert max_text_length(text) == length
-    model = PicoModel.from_backbones(family("vit").build(), text, embedding_dim=8, alignment_head="fine_grained")
+    model = PicoModel.from_backbones(family("vit").build(), text, embedding_dim=8, method="fine_grained")
     made = tokenizer("bert")
     made.model_max_length = 10**30
     limit_text_length(made, text)

@@ -9,7 +9,6 @@ from transformers import AutoConfig, BertConfig, CLIPTextConfig, CLIPVisionConfi
 
 from modeling_pico import PICO_LITERAL, PicoConfig, PicoModel
 from modeling_pico.model.configuration_pico import (
-    ALIGNMENT_HEADS,
     CHOICES,
     COLUMN_MODES,
     LOSS_TYPES,
@@ -22,7 +21,7 @@ def test_no_argument_gives_vit_and_bert_and_the_documented_defaults():
     config = PicoConfig()
     assert (config.vision_config.model_type, config.text_config.model_type) == ("vit", "bert")
     assert (config.embedding_dim, config.num_style_prototypes, config.column_length) == (512, 16, 16)
-    assert (config.alignment_head, config.pooling, config.column_mode) == ("pico", "mean", "moments")
+    assert (config.method, config.pooling, config.column_mode) == ("pico", "mean", "moments")
     assert config.style_probability == "style_rates"
     assert (config.loss_type, config.margin, config.logit_scale_init_value) == ("infonce", 0.2, 2.6592)
 
@@ -55,7 +54,7 @@ def test_a_slope_that_a_model_was_trained_with_is_not_left_out():
 
 def test_every_option_survives_disk(tmp_path):
     options = {
-        "alignment_head": "clip_style",
+        "method": "clip_style",
         "pooling": "class_token",
         "vision_special_tokens": False,
         "text_special_tokens": False,
@@ -66,12 +65,7 @@ def test_every_option_survives_disk(tmp_path):
         "loss_type": "hinge",
         "margin": 0.3,
         "logit_scale_init_value": 1.25,
-        "num_uncertainty_prototypes": 8,
-        "uncertainty_temperature": 2.0,
-        "uncertainty_weight": 1.0,
-        "uncertainty_diversity_weight": 0.1,
-        "uncertainty_gradient": False,
-        "uncertainty_reranking": {"text_weight": 0.5},
+        "uncertainty_config": {"num_prototypes": 8},
     }
     PicoConfig(**options).save_pretrained(tmp_path)
     again, default = PicoConfig.from_pretrained(tmp_path), PicoConfig()
@@ -99,7 +93,6 @@ def test_a_wrong_choice_is_refused_with_all_allowed_values(name):
 
 def test_every_choice_is_accepted():
     for name, allowed in {
-        "alignment_head": ALIGNMENT_HEADS,
         "pooling": POOLINGS,
         "column_mode": COLUMN_MODES,
         "style_probability": STYLE_PROBABILITIES,
@@ -116,9 +109,8 @@ def test_every_choice_is_accepted():
         ("embedding_dim", 1, 0),
         ("num_style_prototypes", 1, 0),
         ("column_length", 2, 1),
-        ("uncertainty_temperature", 1e-3, 0.0),
-        ("uncertainty_temperature", 1e-3, math.nan),
         ("margin", 0.0, -0.1),
+        ("margin", 0.0, math.nan),
     ],
 )
 def test_bounds(name, smallest, refused):
@@ -151,9 +143,9 @@ def test_column_size():
 
 
 def test_the_literal_reconstruction_is_one_name(tiny_model):
-    towers = tiny_model(alignment_head="fine_grained")
+    towers = tiny_model(method="fine_grained")
     model = PicoModel.from_backbones(towers.vision_model, towers.text_model, **PICO_LITERAL)
     for config in (model.config, PicoConfig(**PICO_LITERAL)):
-        assert (config.alignment_head, config.column_mode, config.style_probability) == ("pico", "quantile", "purity")
+        assert (config.method, config.column_mode, config.style_probability) == ("pico", "quantile", "purity")
     # No part of the weights is learned.
     assert not list(model.style_prototypes.parameters())

@@ -160,7 +160,7 @@ def test_configuration_round_trip(vision, text, tmp_path):
 
 
 def test_only_prototypes_and_temperature_are_kept_in_float32():
-    model = build("clip", "clip", num_uncertainty_prototypes=2)
+    model = build("clip", "clip", uncertainty_config={"num_prototypes": 2})
     names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
     for pattern in model._keep_in_fp32_modules_strict:
         assert any(pattern in name for name in names), pattern
@@ -236,9 +236,7 @@ def test_attention_implementations_agree_and_can_be_switched(vision, text):
 
 
 @families
-@pytest.mark.parametrize(
-    "options", [{}, {"alignment_head": "clip_style", "pooling": "class_token"}], ids=["pico", "clip"]
-)
+@pytest.mark.parametrize("options", [{}, {"method": "clip_style", "pooling": "class_token"}], ids=["pico", "clip"])
 def test_every_trainable_parameter_gets_a_gradient(vision, text, options):
     model = without_dropout(build(vision, text, **options))
     model(**batch(vision, text), return_loss=True).loss.backward()

@@ -143,7 +143,7 @@ def test_tokenizers_that_pad_on_the_left_are_made_to_pad_on_the_right(tiny_proce
 
 @pytest.fixture(scope="module", params=["pico", "clip_style"])
 def model(request, tiny_model, use_prototypes) -> PicoModel:
-    made = tiny_model(alignment_head=request.param)
+    made = tiny_model(method=request.param)
     return use_prototypes(made) if request.param == "pico" else made
 
 
@@ -233,7 +233,7 @@ def test_one_item_is_a_list_of_one_and_none_an_empty_one(tiny_processor, tiny_mo
 
 @pytest.mark.parametrize("text_special_tokens", [True, False])
 def test_pipelines_in_batches_score_as_the_model_does(tiny_model, tiny_processor, paths, text_special_tokens):
-    model = tiny_model(alignment_head="fine_grained", text_special_tokens=text_special_tokens)
+    model = tiny_model(method="fine_grained", text_special_tokens=text_special_tokens)
     images = [decode_image(path) for path in paths]
     expected = tiny_processor.score_retrieval(
         tiny_processor.encode_images(model, images), tiny_processor.encode_texts(model, TEXTS)

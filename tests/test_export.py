@@ -112,12 +112,12 @@ def test_fixed_weights_of_clip_from_the_command_line(fixed, tiny_processor, tmp_
 @pytest.mark.parametrize(
     "options",
     [
-        {"vision": "swin", "text": "roberta", "alignment_head": "fine_grained", "text_special_tokens": False},
-        {"vision": "dinov2", "alignment_head": "clip_style", "pooling": "class_token"},
+        {"vision": "swin", "text": "roberta", "method": "fine_grained", "text_special_tokens": False},
+        {"vision": "dinov2", "method": "clip_style", "pooling": "class_token"},
         {"style_probability": "purity", "vision_special_tokens": False},
         {"column_mode": "quantile", "column_length": 6},
     ],
-    ids=lambda options: options.get("style_probability", options.get("alignment_head", "style_rates")),
+    ids=lambda options: options.get("style_probability", options.get("method", "style_rates")),
 )
 def test_other_heads_and_towers(tiny_model, use_prototypes, tiny_processor, tmp_path, options):
     model = tiny_model(**options)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -15,16 +17,17 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import TrainerCallback
 
-from modeling_pico import PicoModel
+import modeling_pico
+from modeling_pico import CddsModel, PicoModel
 from modeling_pico.training.construction import STATE_FILE
 
 
+MODEL = Path(modeling_pico.__file__).parent / "model"
 CODE = (
     "alignment_heads",
     "configuration",
     "image_decoding",
     "modeling",
-    "outputs",
     "processing",
     "prototypes",
     "scoring",
@@ -32,6 +35,30 @@ CODE = (
 NEEDED = {"model.safetensors", "config.json", "README.md", "processor_config.json", "tokenizer.json"} | {
     f"{name}_pico.py" for name in CODE
 }
+
+
+# What a checkpoint's code may import beside its neighbours.
+ALLOWED = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "PIL"} | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("file", sorted(MODEL.glob("*.py")), ids=lambda file: file.stem)
+def test_what_ships_imports_only_what_ships(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert {name.name.partition(".")[0] for name in node.names} <= ALLOWED
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            assert node.module.partition(".")[0] in ALLOWED
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 1 and (MODEL / f"{node.module}.py").is_file(), ast.unparse(node)
+
+
+@pytest.mark.parametrize("model_class", [PicoModel, CddsModel])
+def test_all_code_that_is_saved_is_that_of_the_model_folder(model_class, tmp_path):
+    tiny.model(model_class=model_class).save_pretrained(tmp_path)
+    tiny.processor().save_pretrained(tmp_path)
+    saved = {file.name: file.read_text() for file in tmp_path.glob("*.py")}
+    assert len(saved) > 8
+    assert saved == {name: (MODEL / name).read_text() for name in saved}
 
 
 class Hub:

@@ -136,9 +136,8 @@ def test_a_model_on_the_meta_device_gets_every_buffer(name):
     ids=lambda options: next(iter(options)),
 )
 def test_sizes_other_than_the_checkpoint_has_are_refused(options, folder):
-    name, value = next(iter(options.items()))
     for ignore in (False, True):
-        with pytest.raises(ValueError, match=rf"{name}={value!r}.*belong to a trained checkpoint") as error:
+        with pytest.raises(ValueError, match="other sizes than .*belong to a trained checkpoint") as error:
             PicoModel.from_pretrained(folder, ignore_mismatched_sizes=ignore, **options)
         assert str(folder) in str(error.value)
 

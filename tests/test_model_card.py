@@ -8,8 +8,7 @@ from huggingface_hub import ModelCard
 from transformers import BertConfig, ViTConfig
 
 import modeling_pico
-from modeling_pico import CddsConfig, PicoConfig
-from modeling_pico.model.configuration_pico import ALIGNMENT_HEADS
+from modeling_pico import CddsConfig, PicoConfig, PicoModel
 from modeling_pico.training.model_card import create_model_card
 
 
@@ -206,9 +205,9 @@ def test_snippets_are_python_and_name_what_exists(model_id):
     assert modeling_pico.PicoProcessor.encode_images and modeling_pico.PicoProcessor.retrieve
 
 
-@pytest.mark.parametrize("head", ALIGNMENT_HEADS)
+@pytest.mark.parametrize("head", PicoModel.head_classes)
 def test_says_which_head_it_is(head):
-    card = _full_card(config=PicoConfig(vision_config=ViTConfig(), text_config=BertConfig(), alignment_head=head))
+    card = _full_card(config=PicoConfig(vision_config=ViTConfig(), text_config=BertConfig(), method=head))
     is_pico = head == "pico"
     assert ("has no style prototypes" in card.text) != is_pico
     assert ("instance normalisation" in card.text) == (head == "instance_norm")
@@ -229,7 +228,7 @@ def test_says_that_it_is_cdds(semantic_probability):
 
 
 def test_says_that_it_is_uncertain():
-    config = CddsConfig(num_uncertainty_prototypes=8, uncertainty_reranking={"text_weight": 2.0})
+    config = CddsConfig(uncertainty_config={"num_prototypes": 8, "reranking": {"text_weight": 2.0}})
     card, plain = (_full_card(config=of).text for of in (config, CddsConfig()))
     assert card.count("2309.17093") == 3 and "`image_uncertainty`" in card and "li2023prototype" in card
     assert "images 0, texts 2 (learned on validation)" in card and "\n\n\n" not in card
@@ -237,7 +236,7 @@ def test_says_that_it_is_uncertain():
 
 
 def test_an_option_of_cdds_says_nothing_of_another_head():
-    card = _full_card(config={**CONFIG.to_dict(), "alignment_head": "fine_grained", "semantic_probability": True})
+    card = _full_card(config={**CONFIG.to_dict(), "method": "fine_grained", "semantic_probability": True})
     assert "num_style_prototypes" not in card.text and "Prototype feedback" not in card.text
 
 

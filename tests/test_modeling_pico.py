@@ -23,7 +23,7 @@ from transformers import (
 import modeling_pico
 from modeling_pico import PicoConfig, PicoModel, PicoProcessor, image_text_loss, pair_scores
 from modeling_pico.model.backbones_pico import build_backbone, load_backbone, num_prefix_tokens, text_token_mask
-from modeling_pico.model.configuration_pico import ALIGNMENT_HEADS, LOSS_TYPES, STYLE_PROBABILITIES
+from modeling_pico.model.configuration_pico import LOSS_TYPES, STYLE_PROBABILITIES
 from modeling_pico.model.prototypes_pico import StylePrototypes
 
 
@@ -55,7 +55,7 @@ def test_the_pooled_baseline_on_clip_is_clip(tiny_clip, batch):
     with torch.no_grad():
         expected = tiny_clip.model(**batch)
         for source in (tiny_clip.folder, tiny_clip.model):
-            model = PicoModel.from_backbones(source, alignment_head="clip_style")
+            model = PicoModel.from_backbones(source, method="clip_style")
             outputs = model(**batch)
             torch.testing.assert_close(outputs.logits_per_image, expected.logits_per_image)
             torch.testing.assert_close(outputs.logits_per_text, expected.logits_per_text)
@@ -249,26 +249,26 @@ def test_token_embeddings_are_unit_vectors_and_padding_is_zero(tiny_model, visio
 
 def test_pooled_heads(tiny_model, batch):
     texts = batch["input_ids"], batch["attention_mask"]
-    tokens = tiny_model(alignment_head="fine_grained").get_text_features(*texts).embeds
-    mean = tiny_model(alignment_head="clip_style").get_text_features(*texts)
+    tokens = tiny_model(method="fine_grained").get_text_features(*texts).embeds
+    mean = tiny_model(method="clip_style").get_text_features(*texts)
     expected = torch.nn.functional.normalize(tokens.sum(dim=1), dim=-1)
     torch.testing.assert_close(mean.pooler_output, expected)
     torch.testing.assert_close(mean.embeds[:, 0] * 2**0.5, expected)
-    first = tiny_model(alignment_head="clip_style", pooling="class_token").get_text_features(*texts)
+    first = tiny_model(method="clip_style", pooling="class_token").get_text_features(*texts)
     torch.testing.assert_close(first.pooler_output, tokens[:, 0])
     # Swin has no class token: the mean again.
     images = batch["pixel_values"]
-    with_option = tiny_model(vision="swin", alignment_head="clip_style", pooling="class_token")
-    without = tiny_model(vision="swin", alignment_head="clip_style")
+    with_option = tiny_model(vision="swin", method="clip_style", pooling="class_token")
+    without = tiny_model(vision="swin", method="clip_style")
     assert torch.equal(with_option.get_image_features(images).embeds, without.get_image_features(images).embeds)
 
 
 # Scores
 
 
-@pytest.mark.parametrize("head", ALIGNMENT_HEADS)
+@pytest.mark.parametrize("head", PicoModel.head_classes)
 def test_features_agree_with_forward_and_give_its_scores(tiny_model, use_prototypes, head, batch):
-    model = tiny_model(alignment_head=head)
+    model = tiny_model(method=head)
     if head == "pico":
         use_prototypes(model)
     with torch.no_grad():
@@ -303,7 +303,7 @@ def test_unweighted_features_can_be_weighted_later(trained, batch):
 @pytest.mark.parametrize("form", STYLE_PROBABILITIES)
 def test_before_the_first_construction_the_scores_are_those_of_the_baseline(tiny_model, form, batch):
     model = tiny_model(style_probability=form)
-    baseline = tiny_model(alignment_head="fine_grained")
+    baseline = tiny_model(method="fine_grained")
     loaded = baseline.load_state_dict(model.state_dict(), strict=False)
     assert not loaded.missing_keys
     assert all("style_prototypes" in name for name in loaded.unexpected_keys)
@@ -320,9 +320,9 @@ def test_prototypes_in_use_change_the_scores(trained, tiny_model, batch):
 
 
 @pytest.mark.parametrize(("vision", "text"), FAMILIES)
-@pytest.mark.parametrize("head", ALIGNMENT_HEADS)
+@pytest.mark.parametrize("head", PicoModel.head_classes)
 def test_a_row_does_not_depend_on_its_batch(tiny_model, use_prototypes, vision, text, head, batch):
-    model = tiny_model(vision=vision, text=text, alignment_head=head, pooling="class_token")
+    model = tiny_model(vision=vision, text=text, method=head, pooling="class_token")
     if head == "pico":
         use_prototypes(model)
     with torch.no_grad():
@@ -417,9 +417,9 @@ def test_no_input_at_all(tiny_model):
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-@pytest.mark.parametrize("head", ALIGNMENT_HEADS)
+@pytest.mark.parametrize("head", PicoModel.head_classes)
 def test_every_trainable_parameter_gets_a_gradient(tiny_model, use_prototypes, head, loss_type, batch, tmp_path):
-    model = tiny_model(alignment_head=head, loss_type=loss_type, margin=2.0)
+    model = tiny_model(method=head, loss_type=loss_type, margin=2.0)
     model.save_pretrained(tmp_path)
     models = [model, PicoModel.from_pretrained(tmp_path)]
     if head == "pico":
@@ -529,7 +529,7 @@ def test_a_model_cast_as_a_whole_still_runs(trained, form, dtype, batch):
 
 
 def test_instance_norm_takes_the_mean_of_each_column_away(tiny_model):
-    head = tiny_model(alignment_head="instance_norm").alignment_head
+    head = tiny_model(method="instance_norm").alignment_head
     states, mask = torch.randn(2, 5, 16), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], dtype=torch.bool)
     tokens, _, _ = head.embed(states, mask, None, "image")
     projected = head.visual_projection(states)[1, :2]
@@ -588,14 +588,14 @@ def test_a_fresh_model_equals_one_built_on_the_meta_device_and_initialised(tiny_
 def test_another_number_of_prototypes_than_the_checkpoint_has_is_refused(tiny_model, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     for ignore in (False, True):
-        with pytest.raises(ValueError, match=r"num_style_prototypes=5\).*belong to a trained checkpoint"):
+        with pytest.raises(ValueError, match=r"the configuration asks for \(5, 2\).*belong to a trained checkpoint"):
             PicoModel.from_pretrained(tmp_path, num_style_prototypes=5, ignore_mismatched_sizes=ignore)
 
 
 def test_a_baseline_checkpoint_starts_a_pico_model_with_neutral_weights(tiny_model, batch, tmp_path):
-    baseline = tiny_model(alignment_head="fine_grained")
+    baseline = tiny_model(method="fine_grained")
     baseline.save_pretrained(tmp_path)
-    model, info = PicoModel.from_pretrained(tmp_path, alignment_head="pico", output_loading_info=True)
+    model, info = PicoModel.from_pretrained(tmp_path, method="pico", output_loading_info=True)
     assert info["missing_keys"]
     assert all("style_prototypes" in name for name in info["missing_keys"])
     with torch.no_grad():
@@ -639,7 +639,7 @@ def test_shipped_files_import_only_the_libraries_and_each_other(path):
 
 
 def test_a_checkpoint_runs_without_the_package(trained, tiny_processor, batch, tmp_path, run_without_package):
-    model, folder = trained(num_uncertainty_prototypes=2), tmp_path / "checkpoint"
+    model, folder = trained(uncertainty_config={"num_prototypes": 2}), tmp_path / "checkpoint"
     model.save_pretrained(folder)
     tiny_processor.save_pretrained(folder)
     with torch.no_grad():

@@ -56,7 +56,7 @@ def tiny_trainer(monkeypatch):
         (1, {"style_probability": "purity", "column_mode": "quantile", "column_length": 5}),
         (1, {"vision_special_tokens": False}),
         (1, {"style_probability": "purity", "loss_type": "hinge"}),
-        *((2, {"alignment_head": head}) for head in HEADS if head != "pico"),
+        *((2, {"method": head}) for head in HEADS if head != "pico"),
     ],
     ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )
@@ -96,7 +96,7 @@ def test_a_report_by_style_of_images_that_cannot_be_told_apart_is_finite(tiny_tr
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head", ["fine_grained", "instance_norm"])
 def test_tokens_of_zeros_and_constant_samples_have_finite_gradients(tiny_model, head, dtype):
-    head = tiny_model(alignment_head=head).alignment_head.to(dtype)
+    head = tiny_model(method=head).alignment_head.to(dtype)
     for states in (torch.zeros(2, 3, 24), torch.full((2, 3, 24), 0.3), torch.randn(2, 1, 24)):
         states = states.to(dtype).requires_grad_()
         tokens, _, _ = head.embed(states, torch.ones(states.shape[:2], dtype=torch.bool), None, "text")
@@ -109,7 +109,7 @@ def test_tokens_of_zeros_and_constant_samples_have_finite_gradients(tiny_model, 
 
 
 def test_a_vector_above_the_smallest_length_is_normalised_as_ever(tiny_model):
-    head = tiny_model(alignment_head="fine_grained").alignment_head
+    head = tiny_model(method="fine_grained").alignment_head
     states = torch.randn(1, 1, 24, generator=torch.Generator().manual_seed(0))
     length = head.text_projection(states).norm()
     above, below = (
@@ -121,7 +121,7 @@ def test_a_vector_above_the_smallest_length_is_normalised_as_ever(tiny_model):
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("special", [True, False])
 def test_samples_without_a_token_train(tiny_model, use_prototypes, batch, head, special):
-    model = tiny_model(alignment_head=head, text_special_tokens=special).train()
+    model = tiny_model(method=head, text_special_tokens=special).train()
     if head == "pico":
         use_prototypes(model)
     ids, mask = batch["input_ids"].clone(), batch["attention_mask"].clone()

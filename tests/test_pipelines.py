@@ -71,7 +71,7 @@ def test_zero_shot_classification_with_parts_and_batches(model, tiny_processor, 
 
 @pytest.mark.parametrize("head", ["pico", "clip_style"])
 def test_feature_extraction_gives_score_ready_embeddings(tiny_model, use_prototypes, tiny_processor, images, head):
-    model = tiny_model(alignment_head=head)
+    model = tiny_model(method=head)
     if head == "pico":
         use_prototypes(model)
     encode_image = pipeline("image-feature-extraction", model=model, image_processor=tiny_processor.image_processor)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -367,6 +369,61 @@ def test_requested_backend_that_cannot_serve_raises(monkeypatch):
     monkeypatch.setenv("PICO_SCORES_BACKEND", "tiled")
     with pytest.raises(ScoresBackendError, match="PICO_SCORES_BACKEND=tiled cannot serve"):
         pair_scores(torch.empty(3, 4, 8, device="meta"), torch.empty(5, 2, 8, device="meta"))
+
+
+def maxsim(queries, documents, query_mask, document_mask, backward):
+    """What late-interaction-kernels computes: for each token of a query its best one of a document, added up."""
+    similarity = torch.einsum("qid,njd->qnij", queries, documents)
+    best = similarity.masked_fill(~document_mask[None, :, None], -torch.inf).amax(dim=3)
+    return best.masked_fill(~query_mask[:, None] | best.isinf(), 0).sum(dim=2)
+
+
+def test_late_interaction_adds_up_both_directions(monkeypatch):
+    monkeypatch.setitem(sys.modules, "late_interaction_kernels", SimpleNamespace(maxsim=maxsim))
+    arguments = ragged()
+    arguments[0][~arguments[2]] = torch.nan
+    ours, expected = scoring_pico.late_interaction_pair_scores(*arguments), reference_pair_scores(*arguments)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    gained = [
+        gradients(path, *arguments) for path in (scoring_pico.late_interaction_pair_scores, reference_pair_scores)
+    ]
+    for value, target in zip(*gained, strict=True):
+        torch.testing.assert_close(value, target, rtol=1e-5, atol=1e-5)
+
+
+def test_late_interaction_is_chosen_only_when_asked_for(monkeypatch):
+    class OnCuda(torch.Tensor):
+        device = torch.device("cuda:0")
+
+    embeds = torch.zeros(2, 3, 4).as_subclass(OnCuda)
+    monkeypatch.setitem(sys.modules, "late_interaction_kernels", SimpleNamespace(__spec__=object()))
+    assert scoring_pico._path(embeds) is tiled_pair_scores
+    monkeypatch.setenv("PICO_SCORES_BACKEND", "late_interaction")
+    assert scoring_pico._path(embeds) is scoring_pico.late_interaction_pair_scores
+    with pytest.raises(ScoresBackendError, match="needs tensors on a CUDA device .they are on cpu.*kernels"):
+        pair_scores(*ragged())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "sizes", [(7, 11, 9, 6, 16), (5, 150, 197, 32, 512), (3, 70, 70, 77, 48), (2, 3, 20, 100, 10)]
+)
+def test_late_interaction_equals_reference_on_cuda(sizes, dtype):
+    pytest.importorskip("late_interaction_kernels")
+    arguments = tuple(values.cuda() for values in ragged(*sizes, dtype=dtype))
+    exact = (arguments[0].double(), arguments[1].double(), *arguments[2:])
+    path = scoring_pico.late_interaction_pair_scores
+    torch.testing.assert_close(path(*arguments), reference_pair_scores(*exact).float(), rtol=1e-2, atol=2e-2)
+    upstream = torch.randn(sizes[:2], generator=torch.Generator().manual_seed(1)).cuda()
+    results = []
+    for compute, values in ((path, arguments), (reference_pair_scores, exact)):
+        leaves = [x.clone().requires_grad_() for x in values[:2]]
+        results.append(torch.autograd.grad(compute(*leaves, *values[2:]), leaves, upstream))
+    for ours, target in zip(*results, strict=True):
+        # Where two maxima nearly tie, rounding decides which one has the gradient.
+        assert (ours.double() - target).norm() <= 5e-2 * target.norm()
 
 
 @pytest.mark.parametrize(

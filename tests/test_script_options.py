@@ -144,7 +144,7 @@ def test_no_abbreviation_is_accepted_and_no_value_is_repeated(argv):
 
 def test_options_of_the_model_are_the_fields_of_its_configuration():
     own = {item.name for item in fields(CddsConfig)} - {item.name for item in fields(PreTrainedConfig)}
-    learned = {"vision_config", "text_config", "projection_bias", "alignment_head", "uncertainty_reranking"}
+    learned = {"vision_config", "text_config", "projection_bias"}
     assert own - {item.name for item in fields(ModelArguments)} == learned
     assert ModelArguments().config_options(PicoModel) == {}
 
@@ -194,7 +194,7 @@ def test_curves_of_short_runs_have_points():
         ({"text_model_name_or_path": "no-such-model"}, "--text_model_name_or_path: 'no-such-model' is no checkpoint"),
         ({"model_revision": "v2"}, "--model_revision is that of a checkpoint, but none is named"),
         ({"attn_implementation": "nonsense"}, "--attn_implementation must be one of eager, .*but got 'nonsense'"),
-        ({"margin": -1.0}, "`margin` must be at least 0"),
+        ({"margin": -1.0}, "`margin` must be from 0"),
         ({"text_num_heads": 5}, "`text_hidden_size` must be a multiple of `text_num_heads`"),
         ({"image_size": 50}, "`image_size` must be a multiple of `patch_size`"),
     ],

@@ -127,7 +127,7 @@ def test_run_from_scratch_leaves_all_files(finished):
 
 def test_run_draws_its_pictures(finished):
     pytest.importorskip("matplotlib")
-    names = ["training_curves", "stage_timeline", "pair_scores", "prototypes", "semantic_probability"]
+    names = ["training_curves", "pair_scores", "prototypes", "semantic_probability"]
     expected = {f"{name}.png" for name in (*names, "matches_0", "matches_2", "matches_4", "matches_6")}
     assert {path.name for path in (finished.folder / "plots").iterdir()} == expected
 
@@ -517,7 +517,11 @@ def test_processes_with_other_data_are_refused_before_the_model_is_built(data, t
 
 
 def test_uncertainty_is_added_to_a_trained_model_and_re_ranks(finished, data, tmp_path):
-    options = {"model_name_or_path": finished.folder, "num_uncertainty_prototypes": 4, "num_train_epochs": 1}
+    options = {
+        "model_name_or_path": finished.folder,
+        "uncertainty_config": {"num_prototypes": 4},
+        "num_train_epochs": 1,
+    }
     options |= dict.fromkeys(SIZES)
     flags = {"train_uncertainty_only": True, "uncertainty_reranking": True, "do_eval": True, "do_predict": True}
     results = train(tmp_path / "run", data, **options, **flags)
@@ -525,7 +529,7 @@ def test_uncertainty_is_added_to_a_trained_model_and_re_ranks(finished, data, tm
     assert {"eval_reranked_rsum", "test_reranked_rsum", "test_image_to_text_aurc"} <= set(results)
     assert "uncertainty_reranking_text_weight" in results
     config = PicoConfig.from_pretrained(tmp_path / "run")
-    assert config.uncertainty_reranking["text_weight"] == results["uncertainty_reranking_text_weight"]
+    assert config.uncertainty_config["reranking"]["text_weight"] == results["uncertainty_reranking_text_weight"]
     assert "re-ranked by uncertainty" in (tmp_path / "run" / "README.md").read_text()
     # The weights come along with the checkpoint.
     again = evaluate(tmp_path / "again", data, model_name_or_path=tmp_path / "run", do_eval=False, do_predict=True)
@@ -533,7 +537,7 @@ def test_uncertainty_is_added_to_a_trained_model_and_re_ranks(finished, data, tm
 
 
 def test_re_ranking_without_uncertainty_is_refused(finished, data, tmp_path):
-    with pytest.raises(ValueError, match="needs a model with uncertainty: --num_uncertainty_prototypes 8"):
+    with pytest.raises(ValueError, match="needs a model with uncertainty, such as --uncertainty_config"):
         evaluate(tmp_path, data, model_name_or_path=finished.folder, uncertainty_reranking=True)
 
 
@@ -636,7 +640,7 @@ def test_file_and_flags_that_override_it(tmp_path, suffix):
     assert (training_args.num_train_epochs, training_args.learning_rate) == (2, 0.003)
     assert (training_args.prototype_start, training_args.output_dir) == (3, "out")
     assert (data_args.test_split, data_args.random_flip, model_args.method) == (["a", "b"], True, "clip_style")
-    assert model_args.config_options(PicoModel) == {"alignment_head": "clip_style"}
+    assert model_args.config_options(PicoModel) == {"method": "clip_style"}
 
 
 def test_values_of_a_file_that_are_no_strings_of_the_command_line(tmp_path):
@@ -710,7 +714,7 @@ def test_bad_flag_names_what_is_allowed(tmp_path, capsys, options, words):
         ({"column_mode": "histogram"}, ["column_mode", "'histogram'", "'moments'", "'quantile'"]),
         ({"loss_type": "triplet"}, ["loss_type", "'triplet'", "'infonce'", "'hinge'"]),
         ({"pooling": "max"}, ["pooling", "'max'", "'mean'", "'class_token'"]),
-        ({"margin": -1}, ["margin", "at least 0"]),
+        ({"margin": -1}, ["margin", "from 0"]),
         ({"patch_size": 7}, ["image_size", "patch_size", "16", "7"]),
         ({"min_crop_scale": -1}, ["--min_crop_scale", "-1"]),
         ({"max_text_length": 0}, ["--max_text_length", "at least 1", "0"]),

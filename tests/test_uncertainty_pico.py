@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.nn.functional import normalize
 
 from modeling_pico import CddsModel, PicoConfig, PicoModel
-from modeling_pico.model.configuration_pico import ALIGNMENT_HEADS
+from modeling_pico.model.configuration_pico import UncertaintyConfig
 from modeling_pico.model.uncertainty_pico import (
     UncertaintyPrototypes,
     diversity_loss,
@@ -86,13 +86,13 @@ def test_diversity_loss_by_hand():
 
 
 def configuration(**options) -> PicoConfig:
-    return PicoConfig(**{"embedding_dim": 2, "num_uncertainty_prototypes": 2, **options})
+    return PicoConfig(uncertainty_config={"num_prototypes": 2, **options})
 
 
 @torch.no_grad()
 def prototypes_by_hand(**options) -> UncertaintyPrototypes:
     """Image prototypes at 0 and 90 degrees, text prototypes at 0 and 60; not of unit length."""
-    made = UncertaintyPrototypes(configuration(uncertainty_temperature=2.0, **options))
+    made = UncertaintyPrototypes(UncertaintyConfig(num_prototypes=2, temperature=2.0, **options), 2)
     made.image.copy_(torch.tensor([[3.0, 0.0], [0.0, 0.5]]))
     made.text.copy_(torch.tensor([[2.0, 0.0], [0.5, 0.75**0.5]]))
     return made
@@ -106,7 +106,7 @@ def test_a_modality_is_compared_with_the_prototypes_of_the_other():
 
 
 def test_loss_of_pairs_by_hand():
-    made = prototypes_by_hand(uncertainty_weight=10.0, uncertainty_diversity_weight=0.5)
+    made = prototypes_by_hand(weight=10.0, diversity_weight=0.5)
     images, texts, scale = torch.eye(2), normalize(torch.tensor([[1.0, 1.0], [0.0, 1.0]])), torch.tensor(4.0)
     of_images, of_texts = made(images, scale, "image"), made(texts, scale, "text")
     half = 0.5**0.5
@@ -134,12 +134,12 @@ def without(model: PicoModel) -> PicoModel:
 
 
 def pau_model(tiny_model, **options) -> PicoModel:
-    return tiny_model(num_uncertainty_prototypes=4, **options)
+    return tiny_model(uncertainty_config={"num_prototypes": 4}, **options)
 
 
-@pytest.mark.parametrize("head", ALIGNMENT_HEADS)
+@pytest.mark.parametrize("head", PicoModel.head_classes)
 def test_features_and_forward_agree_and_scores_do_not_change(tiny_model, batch, head):
-    model = pau_model(tiny_model, alignment_head=head)
+    model = pau_model(tiny_model, method=head)
     texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         output = model(**batch)
@@ -167,9 +167,9 @@ def test_without_it_a_model_has_no_parameters_for_it(tiny_model):
 
 
 @pytest.mark.parametrize("loss_type", ["infonce", "hinge"])
-@pytest.mark.parametrize("head", ALIGNMENT_HEADS)
+@pytest.mark.parametrize("head", PicoModel.head_classes)
 def test_gradients_reach_every_parameter(tiny_model, batch, head, loss_type):
-    model = pau_model(tiny_model, alignment_head=head, loss_type=loss_type).train()
+    model = pau_model(tiny_model, method=head, loss_type=loss_type).train()
     output = model(**batch, return_loss=True)
     output.auxiliary_loss.backward(retain_graph=True)
     for name in ("image", "text"):
@@ -185,7 +185,7 @@ def test_gradients_reach_every_parameter(tiny_model, batch, head, loss_type):
 
 
 def test_the_gradient_can_be_kept_from_the_embeddings(tiny_model, batch):
-    model = pau_model(tiny_model, uncertainty_gradient=False).train()
+    model = tiny_model(uncertainty_config={"num_prototypes": 4, "gradient": False}).train()
     model(**batch).auxiliary_loss.backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert trained == {"uncertainty_prototypes.image", "uncertainty_prototypes.text"}
@@ -231,7 +231,9 @@ def test_saved_and_loaded(tiny_model, batch, tmp_path):
 def test_a_trained_model_can_be_given_prototypes(tiny_model, batch, tmp_path):
     plain = tiny_model()
     plain.save_pretrained(tmp_path)
-    model, info = PicoModel.from_pretrained(tmp_path, num_uncertainty_prototypes=5, output_loading_info=True)
+    model, info = PicoModel.from_pretrained(
+        tmp_path, uncertainty_config={"num_prototypes": 5}, output_loading_info=True
+    )
     assert set(info["missing_keys"]) == {"uncertainty_prototypes.image", "uncertainty_prototypes.text"}
     # Xavier: uniform within sqrt(6 / (rows + columns)).
     for side in (model.uncertainty_prototypes.image, model.uncertainty_prototypes.text):
@@ -244,8 +246,10 @@ def test_a_trained_model_can_be_given_prototypes(tiny_model, batch, tmp_path):
 @pytest.mark.parametrize("ignore", [False, True])
 def test_another_number_than_the_checkpoint_has_is_refused(tiny_model, tmp_path, ignore):
     pau_model(tiny_model).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"num_uncertainty_prototypes=3.*cannot be changed on loading"):
-        PicoModel.from_pretrained(tmp_path, num_uncertainty_prototypes=3, ignore_mismatched_sizes=ignore)
+    with pytest.raises(
+        ValueError, match=r"uncertainty_prototypes.image is \(4, 12\) in the file.*belong to a trained checkpoint"
+    ):
+        PicoModel.from_pretrained(tmp_path, uncertainty_config={"num_prototypes": 3}, ignore_mismatched_sizes=ignore)
 
 
 def test_autocast_leaves_it_in_float32(tiny_model, batch):
@@ -260,10 +264,13 @@ def test_autocast_leaves_it_in_float32(tiny_model, batch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_uncertainty_prototypes": -1}, "`num_uncertainty_prototypes` must be at least 0, but got -1"),
-        ({"uncertainty_temperature": 0}, "`uncertainty_temperature` must be greater than 0.0, but got 0"),
-        ({"uncertainty_weight": -1.0}, "`uncertainty_weight` must be at least 0.0, but got -1.0"),
-        ({"uncertainty_diversity_weight": -1.0}, "`uncertainty_diversity_weight` must be at least 0.0"),
+        ({"num_prototypes": 0}, "`num_prototypes` must be from 1 to 65536, but got 0"),
+        ({"temperature": 0}, "`temperature` must be from 1e-06 to .*, but got 0"),
+        ({"weight": -1.0}, "`weight` must be from 0 to .*, but got -1.0"),
+        ({"diversity_weight": float("nan")}, "`diversity_weight` must be from 0 to .*, but got nan"),
+        ({"gradient": "no"}, "'gradient' expected bool"),
+        ({"tau": 5.0}, "unexpected keyword argument 'tau'"),
+        ({"reranking": {"floor": "x"}}, "'<=' not supported"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
@@ -279,7 +286,7 @@ CDDS = {"model_class": CddsModel, "unet_num_layers": 1, "unet_num_heads": 2}
 
 @pytest.mark.parametrize("method", [{}, CDDS], ids=["pico", "cdds"])
 def test_trained_beside_a_head_and_resumed(tmp_path, method):
-    options = {"num_train_epochs": 2, "model_options": {**method, "num_uncertainty_prototypes": 4}}
+    options = {"num_train_epochs": 2, "model_options": {**method, "uncertainty_config": {"num_prototypes": 4}}}
     whole = tiny.trainer(tmp_path / "run", **options)
     start = {name: tensor.clone() for name, tensor in whole.model.uncertainty_prototypes.state_dict().items()}
     whole.train()
@@ -294,7 +301,7 @@ def test_trained_beside_a_head_and_resumed(tmp_path, method):
 
 
 def test_the_trainers_loss_has_it_added(tmp_path, batch):
-    made = tiny.trainer(tmp_path, model_options={"num_uncertainty_prototypes": 4})
+    made = tiny.trainer(tmp_path, model_options={"uncertainty_config": {"num_prototypes": 4}})
     inputs = made._prepare_inputs(next(iter(made.get_train_dataloader())))
     made.model.train()
     loss, outputs = made.compute_loss(made.model, inputs, return_outputs=True)
@@ -306,7 +313,7 @@ def test_trained_with_the_gradient_cache(tmp_path):
     """Chunks of two: negatives are those of the chunk, and the prototypes learn all the same."""
     made = tiny.trainer(
         tmp_path,
-        model_options={"num_uncertainty_prototypes": 4},
+        model_options={"uncertainty_config": {"num_prototypes": 4}},
         gradient_cache_chunk_size=2,
         num_train_epochs=1,
         logging_steps=1,

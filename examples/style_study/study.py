@@ -221,8 +221,8 @@ def build_model(setting: dict[str, Any], options: dict[str, Any], data: Any, cac
     if method == "pico_literal":
         head = PICO_LITERAL | head
     else:
-        head["alignment_head"] = "fine_grained" if method == "free_gate" else method
-    model_class = CddsModel if method in CddsModel.config_class.alignment_heads else PicoModel
+        head["method"] = "fine_grained" if method == "free_gate" else method
+    model_class = CddsModel if method in CddsModel.head_classes else PicoModel
     config = model_class.config_class(
         vision_config=vision_config, text_config=text_config, embedding_dim=setting["embedding_dim"], **head
     )

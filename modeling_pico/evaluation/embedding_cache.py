@@ -25,7 +25,6 @@ from ..data.images import file_state, iter_encoded
 from ..distributed import gather
 from ..model.modeling_pico import PicoModel
 from ..model.prototypes_pico import StylePrototypes
-from ..model.uncertainty_pico import UncertaintyPrototypes
 from .evaluator import EncodedRetrieval
 
 
@@ -92,10 +91,10 @@ def cache_key(model: PicoModel, loader: DataLoader, precision: str = "no") -> st
         data = part if isinstance(part, bytes) else str(part).encode(errors="surrogatepass")
         digest.update(len(data).to_bytes(8, "little") + data)
     # Embeddings are kept before weighting.
-    prototypes = (StylePrototypes, UncertaintyPrototypes)
-    weighting = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, prototypes))
+    weighting = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, StylePrototypes))
+    made_by = ("vision_model.", "text_model.", "alignment_head.")
     for name, tensor in model.state_dict().items():
-        if not name.startswith(weighting):
+        if name.startswith(made_by) and not name.startswith(weighting):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -103,7 +102,7 @@ def cache_key(model: PicoModel, loader: DataLoader, precision: str = "no") -> st
 
 def _described(model: PicoModel, loader: Any, precision: str) -> Iterator[Any]:
     config = model.config
-    yield _options({**config.to_dict(), "uncertainty_reranking": None})
+    yield _options({**config.to_dict(), "uncertainty_config": None})
     yield config.vision_config._attn_implementation, config.text_config._attn_implementation
     yield precision, model.device.type
     yield PIL.__version__, torch.__version__, transformers.__version__

@@ -226,7 +226,7 @@ class RetrievalUncertainty:
         images = of("image", encoded.image_tokens, encoded.image_mask)
         if not encoded.is_whole:
             images = gather_rows(images[:, None]).squeeze(1)
-        options = model.config.uncertainty_reranking
+        options = (model.config.uncertainty_config or {}).get("reranking")
         reranking = None if options is None else UncertaintyReranking(**options)
         return cls(images, of("text", encoded.text_tokens, encoded.text_mask), reranking)
 

@@ -116,6 +116,7 @@ class PicoHead(FineGrainedHead):
         return self.style_prototypes[modality].weight_tokens(tokens, mask)
 
 
+# By the name of the option `method`. Choices, help and tests of all methods follow from here.
 HEADS: dict[str, type[FineGrainedHead]] = {
     "pico": PicoHead,
     "fine_grained": FineGrainedHead,

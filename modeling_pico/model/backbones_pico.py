@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from .configuration_pico import check_backbone_options
-from .untrusted_pico import FINDING, explained_load_errors, prefer_safetensors, read_config
+from .untrusted_pico import HUB_OPTIONS, read_config
 
 
 # Special tokens before the patches (CLS, distillation token); registers are counted from the configuration.
@@ -152,7 +153,7 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
 
 def load_config(name_or_path: str, kwargs: dict) -> PreTrainedConfig:
     """Configuration of a checkpoint that will be loaded with the keyword arguments `kwargs`."""
-    names = (*FINDING, "trust_remote_code")
+    names = (*HUB_OPTIONS, "trust_remote_code")
     return AutoConfig.from_pretrained(name_or_path, **{name: kwargs[name] for name in names if name in kwargs})
 
 
@@ -179,7 +180,8 @@ def load_model(name_or_path: str, **kwargs) -> tuple[PreTrainedModel, dict]:
             that is to be run.
         OSError: if its files are missing, damaged, or no safetensors.
     """
-    prefer_safetensors(name_or_path, kwargs)
+    if kwargs.get("use_safetensors") is None:
+        kwargs["use_safetensors"] = True
     stated = read_config(name_or_path, kwargs)
     for part in ("vision_config", "text_config"):
         check_backbone_options(stated.get(part) or {}, part)
@@ -194,10 +196,12 @@ def load_model(name_or_path: str, **kwargs) -> tuple[PreTrainedModel, dict]:
         if "BlipForImageTextRetrieval" in (config.architectures or ()):
             model_class = transformers.BlipForImageTextRetrieval
     pooling = {} if is_joint(config) else _pooling_kwargs(config)
-    with explained_load_errors(name_or_path):
+    try:
         model, info = model_class.from_pretrained(
             name_or_path, config=config, output_loading_info=True, **pooling, **kwargs
         )
+    except SafetensorError as error:
+        raise OSError(f"The weights of {str(name_or_path)!r} are damaged: {error}.") from error
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
         raise ValueError(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub.dataclasses import strict
 
-from .configuration_pico import PicoConfig
+from .configuration_pico import PicoConfig, check_bounds
 
 
 # Smallest and largest values. The upper ones are far beyond any use: what exceeds them is a mistake, or meant to
@@ -31,7 +31,7 @@ class CddsConfig(PicoConfig):
     losses; those defaults are ours.
 
     Args:
-        alignment_head (`str`, *optional*, defaults to `"cdds"`):
+        method (`str`, *optional*, defaults to `"cdds"`):
             The only one of this type of model.
         unet_num_layers (`int`, *optional*, defaults to 2):
             Transformer layers of the encoder and of each decoder.
@@ -70,9 +70,8 @@ class CddsConfig(PicoConfig):
     """
 
     model_type = "cdds"
-    alignment_heads = ("cdds",)
 
-    alignment_head: str = "cdds"
+    method: str = "cdds"
     unet_num_layers: int = 2
     if TYPE_CHECKING:
         # What it is once the configuration is made.
@@ -95,11 +94,7 @@ class CddsConfig(PicoConfig):
     def validate_architecture(self):
         """Checks every option; a wrong one is refused with the values that are allowed."""
         super().validate_architecture()
-        for name, (smallest, largest) in _BOUNDS.items():
-            if not smallest <= getattr(self, name) <= largest:  # nor is NaN
-                raise ValueError(
-                    f"`{name}` must be between {smallest} and {largest}, but got {getattr(self, name)!r}."
-                )
+        check_bounds(vars(self), _BOUNDS)
         if self.embedding_dim % self.unet_num_heads:
             raise ValueError(
                 f"`unet_num_heads` must divide `embedding_dim`, but got {self.unet_num_heads} and "

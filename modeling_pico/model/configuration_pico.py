@@ -2,14 +2,15 @@
 
 import math
 import re
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 
-ALIGNMENT_HEADS = ("pico", "fine_grained", "instance_norm", "clip_style")
 POOLINGS = ("mean", "class_token")
 COLUMN_MODES = ("moments", "quantile")
 STYLE_PROBABILITIES = ("style_rates", "purity")
@@ -17,37 +18,32 @@ LOSS_TYPES = ("infonce", "hinge")
 
 # The options of the literal reconstruction of the paper: no part of the weights is learned.
 PICO_LITERAL: dict[str, Any] = {
-    "alignment_head": "pico",
+    "method": "pico",
     "column_mode": "quantile",
     "style_probability": "purity",
 }
 
 CHOICES = {
-    "alignment_head": ALIGNMENT_HEADS,
     "pooling": POOLINGS,
     "column_mode": COLUMN_MODES,
     "style_probability": STYLE_PROBABILITIES,
     "loss_type": LOSS_TYPES,
 }
-# Smallest value allowed, and whether it is allowed itself.
-_LOWER_BOUNDS = {
-    "embedding_dim": (1, True),
-    "num_style_prototypes": (1, True),
-    "column_length": (2, True),
-    "margin": (0.0, True),
-    "num_uncertainty_prototypes": (0, True),
-    "uncertainty_temperature": (0.0, False),
-    "uncertainty_weight": (0.0, True),
-    "uncertainty_diversity_weight": (0.0, True),
+# Smallest and largest values. The upper ones are far beyond any use: what exceeds them is a mistake, or meant to
+# exhaust memory.
+_BOUNDS = {
+    "embedding_dim": (1, 2**16),
+    "num_style_prototypes": (1, 2**16),
+    "column_length": (2, 2**16),
+    "margin": (0, 1e30),
+    "logit_scale_init_value": (-1e30, 1e30),
 }
-# Far beyond any use; larger sizes are mistakes, or meant to exhaust memory.
-_LARGEST = {
-    "embedding_dim": 2**16,
-    "num_style_prototypes": 2**16,
-    "column_length": 2**16,
-    "num_uncertainty_prototypes": 2**16,
+_UNCERTAINTY_BOUNDS = {
+    "num_prototypes": (1, 2**16),
+    "temperature": (1e-6, 1e30),
+    "weight": (0, 1e30),
+    "diversity_weight": (0, 1e30),
 }
-_RERANKING = ("image_weight", "text_weight", "floor", "image_center", "text_center")
 # Names by which backbones state sizes that cannot be 0.
 _BACKBONE_SIZES = (
     "hidden_size",
@@ -63,6 +59,41 @@ _BACKBONE_SIZES = (
 # How the names of numbers of layers end, and the largest: towers are built layer by layer.
 _DEPTH = re.compile(r"(layers|n_layer|depths?|blocks)$")
 _LARGEST_DEPTH = 256
+
+
+@strict
+@dataclass
+class UncertaintyConfig:
+    r"""
+    Options of the uncertainty of images and texts. Method: PAU, "Prototype-based Aleatoric Uncertainty"
+    (arXiv 2309.17093).
+
+    Args:
+        num_prototypes (`int`, *optional*, defaults to 8):
+            Prototypes of each modality.
+        temperature (`float`, *optional*, defaults to 5.0):
+            Divides the logits of evidence (tau of PAU).
+        weight (`float`, *optional*, defaults to 100.0):
+            Weight in the loss of the difference between uncertainty and its target.
+        diversity_weight (`float`, *optional*, defaults to 0.015):
+            Weight in the loss of the similarity of prototypes to one another.
+        gradient (`bool`, *optional*, defaults to `True`):
+            Whether the loss trains the embeddings too, as in PAU, or the prototypes alone *(ours)*.
+        reranking (`dict`, *optional*):
+            Weights by which the uncertainty re-ranks scores, as learned on validation data.
+    """
+
+    num_prototypes: int = 8
+    temperature: int | float = 5.0
+    weight: int | float = 100.0
+    diversity_weight: int | float = 0.015
+    gradient: bool = True
+    reranking: dict | None = None
+
+    def validate_options(self):
+        """Checks every option."""
+        check_bounds(vars(self), _UNCERTAINTY_BOUNDS)
+        check_bounds(self.reranking or {}, dict.fromkeys(self.reranking or {}, (-1e30, 1e30)))
 
 
 @strict
@@ -83,11 +114,11 @@ class PicoConfig(PreTrainedConfig):
             Number of features (feature columns) of a token embedding.
         projection_bias (`bool`, *optional*, defaults to `False`):
             Whether the projections of hidden states to token embeddings have a bias, as those of BLIP and ALIGN do.
-        alignment_head (`str`, *optional*, defaults to `"pico"`):
-            `"pico"`: patch-by-word score with every feature column weighted by its semantic probability;
-            `"fine_grained"`: the same score without weights; `"instance_norm"`: the same, with the mean of each
-            feature column subtracted (style as a column's mean: instance normalisation, arXiv 1607.08022);
-            `"clip_style"`: cosine of two pooled vectors.
+        method (`str`, *optional*, defaults to `"pico"`):
+            The alignment head, a name in `PicoModel.head_classes`: `"pico"`, a patch-by-word score with every feature
+            column weighted by its semantic probability; `"fine_grained"`, the same score without weights;
+            `"instance_norm"`, the same with the mean of each feature column subtracted (style as a column's mean:
+            instance normalisation, arXiv 1607.08022); `"clip_style"`, the cosine of two pooled vectors.
         pooling (`str`, *optional*, defaults to `"mean"`):
             What `"clip_style"` scores: `"mean"` over a sample's tokens, or `"class_token"` (CLS; end of text for CLIP
             text towers; the mean where the backbone has no such token). The other heads do not use it.
@@ -112,19 +143,9 @@ class PicoConfig(PreTrainedConfig):
             Margin of the hinge loss.
         logit_scale_init_value (`float`, *optional*, defaults to 2.6592):
             Initial logarithm of the inverse temperature of InfoNCE; clamped to ln 100 in training.
-        num_uncertainty_prototypes (`int`, *optional*, defaults to 0):
-            Prototypes of each modality for the uncertainty of images and texts, beside any head; 0 is off. Method:
-            PAU, "Prototype-based Aleatoric Uncertainty" (arXiv 2309.17093), which uses 8.
-        uncertainty_temperature (`float`, *optional*, defaults to 5.0):
-            Divides the logits of evidence (tau of PAU).
-        uncertainty_weight (`float`, *optional*, defaults to 100.0):
-            Weight in the loss of the difference between uncertainty and its target.
-        uncertainty_diversity_weight (`float`, *optional*, defaults to 0.015):
-            Weight in the loss of the similarity of prototypes to one another.
-        uncertainty_gradient (`bool`, *optional*, defaults to `True`):
-            Whether the loss of the uncertainty trains the embeddings too, as in PAU, or its prototypes alone *(ours)*.
-        uncertainty_reranking (`dict`, *optional*):
-            Weights by which the uncertainty re-ranks scores, as learned on validation data.
+        uncertainty_config (`dict`, *optional*):
+            Options of [`UncertaintyConfig`], with which a model of any method also learns how uncertain images and
+            texts are. By default it does not.
 
     Example:
 
@@ -140,9 +161,7 @@ class PicoConfig(PreTrainedConfig):
     model_type = "pico"
     # The older form of composite configurations: files on the Hub then load with transformers before 5.20 as well.
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
-    # Heads that this type of model has, and the weight of the loss of the pairs beside auxiliary losses: types of
-    # models with heads of their own say otherwise.
-    alignment_heads: ClassVar[tuple[str, ...]] = ALIGNMENT_HEADS
+    # Weight of the loss of the pairs beside auxiliary losses; types of models with such losses say otherwise.
     ranking_weight = 1.0
     keys_to_ignore_at_inference = [
         "image_embeds",
@@ -170,7 +189,7 @@ class PicoConfig(PreTrainedConfig):
         text_config: PreTrainedConfig | dict | None = None
     embedding_dim: int = 512
     projection_bias: bool = False
-    alignment_head: str = "pico"
+    method: str = "pico"
     pooling: str = "mean"
     vision_special_tokens: bool = True
     text_special_tokens: bool = True
@@ -181,19 +200,14 @@ class PicoConfig(PreTrainedConfig):
     loss_type: str = "infonce"
     margin: int | float = 0.2
     logit_scale_init_value: int | float = 2.6592
-    num_uncertainty_prototypes: int = 0
-    uncertainty_temperature: int | float = 5.0
-    uncertainty_weight: int | float = 100.0
-    uncertainty_diversity_weight: int | float = 0.015
-    uncertainty_gradient: bool = True
-    uncertainty_reranking: dict | None = None
+    uncertainty_config: dict | None = None
 
     def __post_init__(self, **kwargs):
         self.vision_config = _backbone_config(self.vision_config, "vision_config", "vit")
         self.text_config = _backbone_config(self.text_config, "text_config", "bert")
-        # Any other name becomes an attribute; these would shadow what the type of model says.
-        if fixed := sorted({"alignment_heads", "ranking_weight"} & kwargs.keys()):
-            raise ValueError(f"`{fixed[0]}` is no option of {type(self).__name__}.")
+        # Any other name becomes an attribute; this would shadow what the type of model says.
+        if "ranking_weight" in kwargs:
+            raise ValueError(f"`ranking_weight` is no option of {type(self).__name__}.")
         # Configurations of older versions state it; at 1 it did nothing.
         if (slope := kwargs.pop("negative_slope", 1.0)) != 1.0:
             raise ValueError(
@@ -206,44 +220,42 @@ class PicoConfig(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         """As `PreTrainedConfig.from_dict`. Of another type of model, its head and what it alone knows is left out."""
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
-            known = {option.name for option in fields(cls)} - {"alignment_head"}
+            known = {option.name for option in fields(cls)} - {"method"}
             config_dict = {name: value for name, value in config_dict.items() if name in known}
         return super().from_dict(config_dict, **kwargs)
 
     def validate_architecture(self):
         """Checks every option; a wrong one is refused with the values that are allowed."""
-        for name, allowed in {**CHOICES, "alignment_head": self.alignment_heads}.items():
-            value = getattr(self, name)
-            if value not in allowed:
+        for name, allowed in CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, but got {value!r}.")
-        for name, (bound, inclusive) in _LOWER_BOUNDS.items():
-            value = getattr(self, name)
-            if not (value >= bound if inclusive else value > bound):
-                relation = "at least" if inclusive else "greater than"
-                raise ValueError(f"`{name}` must be {relation} {bound}, but got {value!r}.")
-            if not value <= _LARGEST.get(name, 1e30):
-                raise ValueError(f"`{name}` must be at most {_LARGEST.get(name, 1e30)}, but got {value!r}.")
-        for name, value in (self.uncertainty_reranking or {}).items():
-            if name not in _RERANKING:
-                raise ValueError(f"`uncertainty_reranking` may hold {', '.join(_RERANKING)}, but holds {name!r}.")
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= 1e30:
-                raise ValueError(f"`uncertainty_reranking[{name!r}]` must be a finite number, but got {value!r}.")
+        check_bounds(vars(self), _BOUNDS)
+        if self.uncertainty_config is not None:
+            try:
+                UncertaintyConfig(**self.uncertainty_config)
+            except (TypeError, StrictDataclassError) as error:
+                raise ValueError(f"`uncertainty_config` is wrong: {error.__cause__ or error}") from error
         for name in ("vision_config", "text_config"):
             check_backbone_options(getattr(self, name).to_dict(), name)
         if callable(self.dtype):  # a file may name anything that torch has
             raise ValueError(f"`dtype` must name a data type of torch, but got {self.dtype!r}.")
-        if not math.isfinite(self.logit_scale_init_value):
-            raise ValueError(f"`logit_scale_init_value` must be a number, but got {self.logit_scale_init_value!r}.")
 
     @property
     def uses_prototypes(self) -> bool:
         """Whether the model has style prototypes."""
-        return self.alignment_head == "pico"
+        return self.method == "pico"
 
     @property
     def column_size(self) -> int:
         """Numbers that describe one feature column."""
         return 2 if self.column_mode == "moments" else self.column_length
+
+
+def check_bounds(options: Mapping[str, Any], bounds: Mapping[str, tuple[float, float]]) -> None:
+    """ValueError for an option outside of its smallest and largest value, as NaN is."""
+    for name, (smallest, largest) in bounds.items():
+        if not smallest <= options[name] <= largest:
+            raise ValueError(f"`{name}` must be from {smallest} to {largest}, but got {options[name]!r}.")
 
 
 def _backbone_config(config: PreTrainedConfig | dict | None, name: str, default_type: str) -> PreTrainedConfig:
@@ -292,4 +304,4 @@ def _violated(option: str, number: int | float) -> str | None:
     return None
 
 
-__all__ = ["PICO_LITERAL", "PicoConfig", "check_backbone_options"]
+__all__ = ["PICO_LITERAL", "PicoConfig", "UncertaintyConfig", "check_backbone_options", "check_bounds"]

@@ -1,15 +1,17 @@
 """PICO model: backbones → token embeddings → alignment head → score."""
 
 import copy
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import can_return_tuple, logging
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .alignment_heads_pico import HEADS, FineGrainedHead
+from .alignment_heads_pico import HEADS, FineGrainedHead, TokenProjection
 from .backbones_pico import (
     build_backbone,
     check_vision_family,
@@ -30,15 +32,211 @@ from .backbones_pico import (
     text_token_mask,
     tower_of,
 )
-from .configuration_pico import PicoConfig
+from .configuration_pico import PicoConfig, UncertaintyConfig
 from .loss_pico import image_text_loss
-from .outputs_pico import PicoFeatures, PicoOutput
-from .pretrained_pico import PicoPreTrainedModel
+from .prototypes_pico import StylePrototypes, StyleRates
 from .scoring_pico import pair_scores
 from .uncertainty_pico import UncertaintyPrototypes
+from .untrusted_pico import check_missing, check_prototypes, check_tensors, read_config
 
 
 logger = logging.get_logger(__name__)
+
+
+@dataclass
+class PicoFeatures(BaseModelOutputWithPooling):
+    r"""
+    One modality, encoded: all that is needed to score it against the other one.
+
+    Args:
+        embeds (`torch.Tensor` of shape `(batch, tokens, dim)`):
+            Score-ready token embeddings; semantic probability is folded in unless `weighted=False` was asked for.
+        mask (`torch.Tensor` of shape `(batch, tokens)`):
+            True at tokens that take part in the score.
+        pooler_output (`torch.Tensor` of shape `(batch, dim)`):
+            One unit vector per sample, for coarse search.
+        semantic_probability (`torch.Tensor` of shape `(batch, dim)`, *optional*):
+            Semantic probability of each feature column, where this side is weighted.
+        uncertainty (`torch.Tensor` of shape `(batch,)`, *optional*):
+            Uncertainty of each sample, with an `uncertainty_config`; the more ambiguous, the higher.
+        last_hidden_state (`torch.Tensor` of shape `(batch, sequence, hidden)`), hidden_states, attentions:
+            The backbone's outputs.
+    """
+
+    embeds: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    semantic_probability: torch.Tensor | None = None
+    uncertainty: torch.Tensor | None = None
+
+
+@dataclass
+class PicoOutput(ModelOutput):
+    r"""
+    Output of [`PicoModel`].
+
+    Args:
+        loss (`torch.Tensor`, *optional*, returned with `return_loss=True`):
+            Loss over the pairs of the batch, `auxiliary_loss` included.
+        logits_per_image (`torch.Tensor` of shape `(images, texts)`): Scores times `logit_scale`.
+        logits_per_text (`torch.Tensor` of shape `(texts, images)`): The transpose.
+        image_embeds (`torch.Tensor` of shape `(images, patches, dim)`): Score-ready image token embeddings.
+        text_embeds (`torch.Tensor` of shape `(texts, words, dim)`): Score-ready text token embeddings.
+        image_mask (`torch.Tensor` of shape `(images, patches)`): True at tokens that take part in the score.
+        text_mask (`torch.Tensor` of shape `(texts, words)`): True at tokens that take part in the score.
+        image_tokens (`torch.Tensor` of shape `(images, patches, dim)`): Image token embeddings before weighting.
+        text_tokens (`torch.Tensor` of shape `(texts, words, dim)`): Text token embeddings before weighting.
+        image_semantic_probability (`torch.Tensor` of shape `(images, dim)`, *optional*): Where images are weighted.
+        text_semantic_probability (`torch.Tensor` of shape `(texts, dim)`, *optional*): Where texts are weighted.
+        image_uncertainty (`torch.Tensor` of shape `(images,)`, *optional*): With an `uncertainty_config`.
+        text_uncertainty (`torch.Tensor` of shape `(texts,)`, *optional*): With an `uncertainty_config`.
+        pooler_output (`torch.Tensor` of shape `(batch, dim)`, *optional*):
+            One unit vector per sample, for coarse search; where only one side was given.
+        logit_scale (`torch.Tensor`, scalar): Inverse temperature by which logits are multiplied.
+        auxiliary_loss (`torch.Tensor`, scalar, *optional*, in training mode or with `return_loss=True`):
+            What is minimised beside the loss of the pairs; None for a model that has no such losses.
+        auxiliary_losses (`dict[str, torch.Tensor]`, *optional*, where `auxiliary_loss` is):
+            Its terms by name, weighted: their sum is `auxiliary_loss`.
+        vision_model_output, text_model_output: Outputs of the backbones.
+    """
+
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    image_mask: torch.Tensor | None = None
+    text_mask: torch.Tensor | None = None
+    image_tokens: torch.Tensor | None = None
+    text_tokens: torch.Tensor | None = None
+    image_semantic_probability: torch.Tensor | None = None
+    text_semantic_probability: torch.Tensor | None = None
+    image_uncertainty: torch.Tensor | None = None
+    text_uncertainty: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    logit_scale: torch.Tensor | None = None
+    auxiliary_loss: torch.Tensor | None = None
+    auxiliary_losses: dict[str, torch.Tensor] | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
+class PicoPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and loading, shared by PICO models."""
+
+    config: PicoConfig
+    logit_scale: torch.Tensor
+    config_class: type[PicoConfig] = PicoConfig
+    vision_model: PreTrainedModel
+    base_model_prefix = "pico"
+    main_input_name = "input_ids"
+    input_modalities = ["image", "text"]
+    supports_gradient_checkpointing = True
+    # The loss is a mean over the batch; `Trainer` must not divide it by a number of items.
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _no_split_modules = []
+    # One by one: a pattern that matched the integer `stage` as well would turn it into a float.
+    _keep_in_fp32_modules_strict = [
+        "logit_scale",
+        "style_prototypes.*.prototypes",
+        "style_prototypes.*.style_rate",
+        "style_prototypes.*.column_scale",
+        "style_prototypes.*.temperature",
+        "style_prototypes.*.rates",
+        "uncertainty_prototypes",
+    ]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
+        """
+        As `PreTrainedModel.from_pretrained`, for untrusted checkpoints: only safetensors are read, unless
+        `use_safetensors=False` is passed; no weight is made up because the file lacks it or has it in another size
+        (with `ignore_mismatched_sizes` too, but for the backbones); the state of the prototypes is checked.
+
+        Raises:
+            ValueError: names the tensor or the option that is wrong.
+            OSError: names the file that is missing or damaged.
+        """
+        source = pretrained_model_name_or_path
+        # None is the default of transformers, which reads pickles where there is nothing else.
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True
+        saved = None if source is None else read_config(source, kwargs)
+        kind = (saved or {}).get("model_type")
+        if kind not in (None, cls.config_class.model_type) and "method" not in (saved or {}):
+            raise ValueError(
+                f"{str(source)!r} is a model of type {kind!r} and has no alignment head. Make a {cls.__name__} of it "
+                f"with {cls.__name__}.from_backbones, which takes a joint model, or a vision and a text model."
+            )
+        loaded: Any = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        if saved is not None:
+            check_missing(source, saved, model.config, info["missing_keys"])
+        if model.style_prototypes is not None:
+            check_prototypes(dict(model.style_prototypes.named_buffers()))
+        # Loading makes every parameter trainable.
+        model._freeze_unused()
+        return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        # Here the files are known and the model is still without memory, unless it has long been there and is given
+        # an adapter.
+        if checkpoint_files is not None and load_config.hf_quantizer is None and model.logit_scale.is_meta:
+            check_tensors(model, checkpoint_files, load_config.ignore_mismatched_sizes)
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """
+        As `PreTrainedModel.save_pretrained`, naming the code for every auto class that loads PICO, so that a pipeline
+        made from the folder with `trust_remote_code=True` finds it too.
+        """
+        if self._auto_class is not None:
+            code = f"{type(self).__module__.rsplit('.', 1)[-1]}.{type(self).__name__}"
+            named = dict.fromkeys(("AutoModel", "AutoModelForZeroShotImageClassification"), code)
+            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **named}
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the backbones: the temperature and the prototypes are in float32 whatever that is."""
+        return self.vision_model.dtype
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """
+        False, also outside of transformers: for custom code it skips modules without parameters of their own, by which
+        CLIP and ModernBERT scale their initial weights. It does so to protect loaded weights from initialisation that
+        does not heed them; `_init_weights` here does.
+        """
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, PicoPreTrainedModel):
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+        elif isinstance(module, StylePrototypes):
+            for buffer in (module.prototypes, module.style_rate, module.stage):
+                init.zeros_(buffer)
+            for buffer in (module.column_scale, module.temperature):
+                init.ones_(buffer)
+        elif isinstance(module, StyleRates):
+            init.zeros_(module.rate)
+            init.constant_(module.bias, 2.0)
+        elif isinstance(module, TokenProjection):
+            init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, UncertaintyPrototypes):
+            init.xavier_uniform_(module.image)
+            init.xavier_uniform_(module.text)
 
 
 class PicoModel(PicoPreTrainedModel):
@@ -81,9 +279,17 @@ class PicoModel(PicoPreTrainedModel):
         self.text_model = build_backbone(config.text_config) if text_model is None else text_model
         # One object for the composite, the tower and its layers, so that later changes reach them all.
         config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
-        self.alignment_head = self.head_classes[config.alignment_head](config)
+        if config.method not in self.head_classes:
+            allowed = ", ".join(map(repr, self.head_classes))
+            raise ValueError(
+                f"`method` must be one of {allowed} for {type(self).__name__}, but got {config.method!r}."
+            )
+        self.alignment_head = self.head_classes[config.method](config)
         self.max_text_length = max_text_length(self.text_model)
-        self.uncertainty_prototypes = UncertaintyPrototypes(config) if config.num_uncertainty_prototypes else None
+        self.uncertainty_prototypes = None
+        if config.uncertainty_config is not None:
+            options = UncertaintyConfig(**config.uncertainty_config)
+            self.uncertainty_prototypes = UncertaintyPrototypes(options, config.embedding_dim)
         # With a dimension: neither FSDP nor DeepSpeed takes parameters without one.
         logit_scale = torch.tensor([float(config.logit_scale_init_value)])
         if config.loss_type == "infonce":
@@ -96,7 +302,7 @@ class PicoModel(PicoPreTrainedModel):
 
     def _freeze_unused(self) -> None:
         config = self.config
-        freeze_unused(self.vision_model, config.alignment_head == "clip_style" and config.pooling == "class_token")
+        freeze_unused(self.vision_model, config.method == "clip_style" and config.pooling == "class_token")
 
     def enable_input_require_grads(self) -> None:
         """As in transformers, also for embeddings that return more than their tensor (Swin) or are none (ConvNeXt)."""
@@ -120,16 +326,20 @@ class PicoModel(PicoPreTrainedModel):
         # By name and not by type: adapters (PEFT) put a wrapper here that passes on to the head they train.
         return getattr(self.alignment_head, "style_prototypes", None)
 
+    def beside_towers(self) -> dict[str, nn.Module]:
+        """By name, the modules that are no towers: the alignment head, and what is beside it."""
+        return {name: part for name, part in self.named_children() if name not in ("vision_model", "text_model")}
+
     @property
-    def trains_uncertainty_only(self) -> bool:
-        """Whether the prototypes of the uncertainty are all that is trained."""
-        trained = {name.split(".")[0] for name, parameter in self.named_parameters() if parameter.requires_grad}
-        return trained == {"uncertainty_prototypes"}
+    def trains_embeddings(self) -> bool:
+        """Whether anything is trained that embeddings depend on."""
+        modules = (self.vision_model, self.text_model, self.alignment_head)
+        return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
     def train(self, mode: bool = True) -> "PicoModel":
-        """As `nn.Module.train`; where only the uncertainty is trained, the rest stays in evaluation mode."""
+        """As `nn.Module.train`; where no embedding is trained, what makes them stays in evaluation mode."""
         super().train(mode)
-        if mode and self.trains_uncertainty_only:
+        if mode and not self.trains_embeddings:
             for module in (self.vision_model, self.text_model, self.alignment_head):
                 module.eval()
         return self
@@ -140,9 +350,7 @@ class PicoModel(PicoPreTrainedModel):
         there is no dropout, and no statistics of batches are taken.
         """
         if self.uncertainty_prototypes is None:
-            raise ValueError(
-                "The model has no uncertainty to train; load it with `num_uncertainty_prototypes` above 0."
-            )
+            raise ValueError("The model has no uncertainty to train; load it with an `uncertainty_config`.")
         self.requires_grad_(False)
         self.uncertainty_prototypes.requires_grad_(True)
 
@@ -263,7 +471,7 @@ class PicoModel(PicoPreTrainedModel):
             modality (`str`): `"image"` or `"text"`.
 
         Returns:
-            `torch.Tensor` of shape `(batch,)`, or None without `config.num_uncertainty_prototypes`.
+            `torch.Tensor` of shape `(batch,)`, or None without `config.uncertainty_config`.
         """
         if self.uncertainty_prototypes is None:
             return None
@@ -334,7 +542,7 @@ class PicoModel(PicoPreTrainedModel):
         caption_codes: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
         head = self.alignment_head
-        # Where only the uncertainty trains, `train` leaves the head in evaluation mode.
+        # Where no embedding is trained, `train` leaves the head in evaluation mode.
         frozen = self.training and not head.training
         losses = {} if frozen else head.auxiliary_losses(image["state"], text["state"])
         # Texts that are not the images' partners, one by one, are no pairs to learn from.

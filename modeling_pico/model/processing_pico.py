@@ -12,22 +12,12 @@ from transformers.utils import logging
 
 from .image_decoding_pico import decode_image
 from .scoring_pico import pair_scores
+from .untrusted_pico import HUB_OPTIONS
 
 
 logger = logging.get_logger(__name__)
 
 MAX_IMAGE_SIDE = 2**13
-# Which of the arguments of `from_pretrained` say where files come from.
-_HUB_OPTIONS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
-
 Embeddings = torch.Tensor | np.ndarray | Sequence[torch.Tensor | np.ndarray]
 
 
@@ -78,7 +68,7 @@ class PicoProcessor(ProcessorMixin):
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         saved = processor.image_backend
         if saved != _backend(processor.image_processor):
-            given = {name: value for name, value in kwargs.items() if name in _HUB_OPTIONS}
+            given = {name: value for name, value in kwargs.items() if name in (*HUB_OPTIONS, "trust_remote_code")}
             processor.image_processor = AutoImageProcessor.from_pretrained(
                 pretrained_model_name_or_path, backend=saved, **given
             )

@@ -1,13 +1,16 @@
 """The pair score of PICO: how well every image of a batch or gallery agrees with every text, token by token.
 
-`pair_scores` is the one entry point. `reference_pair_scores` says in a few lines what it computes; the faster paths in
-`scoring_tiled_pico` and, for CUDA devices, `scoring_triton_pico` compute the same without the
-`(images, texts, patches, words)` tensor and without work on padding.
+`pair_scores` is the one entry point. `reference_pair_scores` says in a few lines what it computes;
+`scoring_tiled_pico` computes the same without the `(images, texts, patches, words)` tensor and without work on
+padding.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -20,7 +23,7 @@ from .scoring_tiled_pico import tiled_pair_scores
 logger = logging.get_logger(__name__)
 
 BACKEND_VARIABLE = "PICO_SCORES_BACKEND"
-BACKENDS = ("auto", "reference", "tiled", "triton")
+BACKENDS = ("auto", "reference", "tiled", "late_interaction")
 
 
 class ScoresBackendError(RuntimeError):
@@ -58,9 +61,9 @@ def pair_scores(
     An image or a text without a real token scores 0 with every partner and receives no gradient. Of equal maxima the
     first one receives the gradient.
 
-    The environment variable `PICO_SCORES_BACKEND` chooses how: `tiled`, `triton` (CUDA kernels, which need the package
-    triton), `reference`, which holds the similarities of all tokens at once, or `auto` (default): `triton` on CUDA
-    where it can serve the call, else `tiled`, with a warning on CUDA. Compiled and traced calls record the reference;
+    The environment variable `PICO_SCORES_BACKEND` chooses how: `auto` (default), which is `tiled`; `reference`, which
+    holds the similarities of all tokens at once; or `late_interaction`, the CUDA kernels of the package
+    late-interaction-kernels, which multiply in half precision. Compiled and traced calls record the reference;
     `torch.compiler.disable` around the call keeps it fast inside of a compiled model.
 
     Args:
@@ -84,18 +87,14 @@ def pair_scores(
     _check_embeds(image_embeds, text_embeds)
     image_mask = _boolean_mask("image", image_mask, image_embeds)
     text_mask = _boolean_mask("text", text_mask, text_embeds)
-    backend = _backend(image_embeds, text_embeds)
-    if backend == "triton":
-        from .scoring_triton_pico import triton_pair_scores as compute
-    else:
-        compute = reference_pair_scores if backend == "reference" else tiled_pair_scores
+    compute = _path(image_embeds)
     device_type = image_embeds.device.type
     with torch.autocast(device_type, enabled=False) if device_type != "meta" else nullcontext():
         return compute(image_embeds, text_embeds, image_mask, text_mask)
 
 
-def _backend(image_embeds: Tensor, text_embeds: Tensor) -> str:
-    """Returns the backend for this call: the one that the environment asks for, else the best that can serve it."""
+def _path(image_embeds: Tensor) -> Callable[..., Tensor]:
+    """Returns what computes this call: what the environment asks for, else the best that can serve it."""
     wanted = os.environ.get(BACKEND_VARIABLE, "auto")
     if wanted not in BACKENDS:
         raise ValueError(f"{BACKEND_VARIABLE} is {wanted!r}; allowed are {', '.join(BACKENDS)}")
@@ -103,7 +102,7 @@ def _backend(image_embeds: Tensor, text_embeds: Tensor) -> str:
     # kernel is no operator that could be recorded.
     tracing = torch.jit.is_tracing()
     if torch.compiler.is_compiling() or tracing or image_embeds.device.type == "meta":
-        if wanted in ("tiled", "triton"):
+        if wanted in ("tiled", "late_interaction"):
             raise ScoresBackendError(
                 f"{BACKEND_VARIABLE}={wanted} cannot serve a compiled or traced call, nor one on the meta device; "
                 "use auto"
@@ -112,25 +111,39 @@ def _backend(image_embeds: Tensor, text_embeds: Tensor) -> str:
             logger.warning_once(
                 "pair_scores records its reference path, which holds the similarities of all tokens at once"
             )
-        return "reference"
-    if wanted == "triton" or (wanted == "auto" and image_embeds.device.type == "cuda"):
-        return _triton_or_tiled(image_embeds, text_embeds, wanted)
-    return "tiled" if wanted == "auto" else wanted
+        return reference_pair_scores
+    if wanted == "late_interaction":
+        if image_embeds.device.type != "cuda" or importlib.util.find_spec("late_interaction_kernels") is None:
+            raise ScoresBackendError(
+                f"{BACKEND_VARIABLE}=late_interaction needs tensors on a CUDA device (they are on "
+                f"{image_embeds.device}) and the package late-interaction-kernels: pip install "
+                '"modeling-pico[kernels]"'
+            )
+        return late_interaction_pair_scores
+    return reference_pair_scores if wanted == "reference" else tiled_pair_scores
 
 
-def _triton_or_tiled(image_embeds: Tensor, text_embeds: Tensor, wanted: str) -> str:
-    # Imported on first use: Triton takes long to load, and only CUDA devices use it.
-    from .scoring_triton_pico import refusal
-
-    reason = refusal(image_embeds, text_embeds)
-    if reason is None:
-        return "triton"
-    if wanted == "triton":
-        raise ScoresBackendError(f"{BACKEND_VARIABLE}=triton cannot serve this call: {reason}")
-    logger.warning_once(
-        f"pair_scores takes its tiled path on a CUDA device instead of the faster Triton kernels: {reason}"
-    )
-    return "tiled"
+def late_interaction_pair_scores(
+    image_embeds: Tensor, text_embeds: Tensor, image_mask: Tensor, text_mask: Tensor
+) -> Tensor:
+    """
+    [`pair_scores`] as two MaxSim scores of late-interaction-kernels, with patches and with words as the query. They
+    multiply in half precision (bfloat16 where one side is, else float16) and add up in float32.
+    """
+    # Weighted tokens are not of unit length, of which the package warns.
+    os.environ.setdefault("LIK_SUPPRESS_NORM_WARN", "1")
+    # Not by a statement, which loading code of the Hub would take for a requirement.
+    maxsim = importlib.import_module("late_interaction_kernels").maxsim
+    dtype = torch.promote_types(image_embeds.dtype, text_embeds.dtype)
+    dtype = torch.float32 if dtype == torch.float64 else dtype
+    # Padding may hold NaN, which masks do not take out of products.
+    images = image_embeds.to(dtype).masked_fill(~image_mask[:, :, None], 0)
+    texts = text_embeds.to(dtype).masked_fill(~text_mask[:, :, None], 0)
+    # The other form of its backward pass multiplies in half precision as well.
+    of_patches = maxsim(images, texts, image_mask, text_mask, backward="unified")
+    of_words = maxsim(texts, images, text_mask, image_mask, backward="unified").T
+    num_patches, num_words = (mask.sum(dim=1).clamp(min=1) for mask in (image_mask, text_mask))
+    return of_patches / num_patches[:, None] + of_words / num_words
 
 
 def _check_embeds(image_embeds: Tensor, text_embeds: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 if TYPE_CHECKING:
-    from .configuration_pico import PicoConfig
+    from .configuration_pico import UncertaintyConfig
 
 
 def prototype_uncertainty(logits: Tensor, temperature: float = 5.0) -> Tensor:
@@ -82,17 +82,18 @@ class UncertaintyPrototypes(nn.Module):
     Learned prototypes of both modalities, in the space of the pooled embeddings.
 
     Args:
-        config ([`PicoConfig`]): Says how many there are and how their loss is weighted.
+        config ([`UncertaintyConfig`]): Says how many there are and how their loss is weighted.
+        dim (`int`): Width of the embeddings.
 
     Attributes:
         image, text (`torch.nn.Parameter` of shape `(prototypes, dim)`):
             Prototypes of images, with which texts are compared, and of texts, with which images are.
     """
 
-    def __init__(self, config: PicoConfig):
+    def __init__(self, config: UncertaintyConfig, dim: int):
         super().__init__()
         self.config = config
-        size = (config.num_uncertainty_prototypes, config.embedding_dim)
+        size = (config.num_prototypes, dim)
         self.image = nn.Parameter(torch.empty(size))
         self.text = nn.Parameter(torch.empty(size))
 
@@ -109,7 +110,7 @@ class UncertaintyPrototypes(nn.Module):
         others = self.text if modality == "image" else self.image
         with torch.autocast(pooled.device.type, enabled=False):
             cosines = pooled.float() @ nn.functional.normalize(others.float(), dim=-1).T
-        return prototype_uncertainty(scale * cosines, self.config.uncertainty_temperature)
+        return prototype_uncertainty(scale * cosines, self.config.temperature)
 
     def losses(
         self,
@@ -121,10 +122,10 @@ class UncertaintyPrototypes(nn.Module):
     ) -> dict[str, Tensor]:
         """
         Weighted losses of matched pairs: `uncertainty`, which is [`uncertainty_loss`] averaged over both directions
-        times `config.uncertainty_weight`, and `uncertainty_diversity`, which is [`diversity_loss`] summed over both
-        sides times `config.uncertainty_diversity_weight`.
+        times `config.weight`, and `uncertainty_diversity`, which is [`diversity_loss`] summed over both
+        sides times `config.diversity_weight`.
 
-        As in PAU the gradient reaches the embeddings, unless `config.uncertainty_gradient` is off. It never reaches
+        As in PAU the gradient reaches the embeddings, unless `config.gradient` is off. It never reaches
         `scale` *(ours)*: the diversity loss would be lowered by a higher temperature, at the cost of retrieval.
 
         Args:
@@ -140,7 +141,7 @@ class UncertaintyPrototypes(nn.Module):
             `dict[str, torch.Tensor]`: Two scalars.
         """
         config = self.config
-        if not config.uncertainty_gradient:
+        if not config.gradient:
             images, texts = images.detach(), texts.detach()
         if isinstance(scale, Tensor):
             scale = scale.detach()
@@ -157,8 +158,8 @@ class UncertaintyPrototypes(nn.Module):
         per_image = uncertainty_loss(self(images, scale, "image"), similarity, matching)
         per_text = uncertainty_loss(self(texts, scale, "text"), similarity.T, matching)
         return {
-            "uncertainty": config.uncertainty_weight * (per_image + per_text) / 2,
-            "uncertainty_diversity": config.uncertainty_diversity_weight * (image_side + text_side),
+            "uncertainty": config.weight * (per_image + per_text) / 2,
+            "uncertainty_diversity": config.diversity_weight * (image_side + text_side),
         }
 
 

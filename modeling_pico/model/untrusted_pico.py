@@ -1,11 +1,10 @@
-"""What a checkpoint must be like before memory is taken for it: checkpoints are untrusted."""
+"""What a checkpoint must be like before it is used: checkpoints are untrusted."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -18,77 +17,20 @@ from .configuration_pico import PicoConfig
 
 # Elements that a configuration may ask for beyond what a file holds: a fresh alignment head on towers that were
 # trained without one is far smaller, and a size that exhausts memory far larger.
-MAX_FRESH_ELEMENTS = 2**27
+MAX_MISSING_ELEMENTS = 2**27
 
 # Options with which a checkpoint may be loaded otherwise than it was saved, and what is then freshly initialised.
-_FRESH = {
-    "alignment_head": ("style_prototypes.",),
+FRESH_WITH = {
+    "method": ("style_prototypes.",),
     "style_probability": (".rates.",),
-    "num_uncertainty_prototypes": ("uncertainty_prototypes.",),
     "semantic_probability": ("style_prototypes.",),
+    "uncertainty_config": ("uncertainty_prototypes.",),
 }
 
+# Arguments of `from_pretrained` that say where files are.
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
 
 _BACKBONES = ("vision_model.", "text_model.")
-
-# What finds a file of a checkpoint.
-FINDING = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
-
-# Files that pickle writes, and reads by running what they say.
-_PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint holds what it must not hold, or lacks what it must hold."""
-
-
-class TensorSizeError(CheckpointError):
-    """Tensors of a checkpoint have other sizes than the configuration asks for."""
-
-
-def prefer_safetensors(source: Any, kwargs: dict[str, Any]) -> None:
-    """
-    Makes safetensors the only files that are read, unless `use_safetensors=False` was passed, and refuses a folder
-    whose weights are in pickles only.
-
-    Args:
-        source (`str` or `os.PathLike`): A folder; names on the Hub are passed over.
-        kwargs (`dict`): Keyword arguments of `from_pretrained`, completed in place.
-
-    Raises:
-        OSError: names the files.
-    """
-    # None is the default of transformers, which reads pickles where there is nothing else.
-    if kwargs.get("use_safetensors") is None:
-        kwargs["use_safetensors"] = True
-    folder = Path(source, kwargs.get("subfolder") or "")
-    if not kwargs["use_safetensors"] or not folder.is_dir() or any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
-    if pickles:
-        raise _no_safetensors(str(folder), f"only {', '.join(map(repr, pickles[:5]))}")
-
-
-@contextmanager
-def explained_load_errors(source: Any) -> Iterator[None]:
-    """Around loading by transformers: says of weights that are damaged, or in other files, what to do."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(f"The weights of {str(source)!r} are damaged: {error}.") from error
-    except OSError as error:
-        if "use_safetensors" in str(error):
-            raise _no_safetensors(source, "as far as can be seen from here") from error
-        raise
-
-
-def _no_safetensors(source: Any, instead: str) -> OSError:
-    """The error for a checkpoint without safetensors; `instead` says what it has."""
-    return OSError(
-        f"There is no file named model.safetensors in {str(source)!r}, {instead}. Other files can run code when they "
-        "are read, so only safetensors are. If the checkpoint is to be trusted, pass use_safetensors=False "
-        "(train_pico.py: --use_safetensors false) once and save the model anew."
-    )
 
 
 def read_config(source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,25 +46,21 @@ def read_config(source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         `dict`: the contents.
 
     Raises:
-        CheckpointError: if it names a kernel of the Hub as its attention, or weights in another kind of file.
-        OSError: if there is none, or it is not JSON.
+        ValueError: if it names a kernel of the Hub as its attention, or weights in another kind of file.
     """
-    options = {name: kwargs[name] for name in FINDING if name in kwargs}
-    config, _ = PreTrainedConfig.get_config_dict(source, **options)
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"The config.json of {str(source)!r} must be an object, but is a {type(config).__name__}."
-        )
+    config, _ = PreTrainedConfig.get_config_dict(
+        source, **{name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+    )
     for part in (config, config.get("vision_config"), config.get("text_config")):
         for name, value in part.items() if isinstance(part, Mapping) else ():
             if name.lstrip("_") in ("attn_implementation", "experts_implementation") and "/" in str(value):
-                raise CheckpointError(
+                raise ValueError(
                     f"The configuration of {str(source)!r} names code of the Hub as its `{name}`: {value!r}. Take "
                     f"that out of the file; whoever trusts the code passes `{name.lstrip('_')}` on loading."
                 )
     weights = config.get("transformers_weights")
     if weights is not None and not str(weights).endswith((".safetensors", ".safetensors.index.json")):
-        raise CheckpointError(
+        raise ValueError(
             f"The configuration of {str(source)!r} names {weights!r} as its weights; only safetensors are read."
         )
     return config
@@ -130,7 +68,8 @@ def read_config(source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_tensors(model: nn.Module, files: Sequence[str], ignore_mismatched_sizes: bool = False) -> None:
     """
-    Compares the tensors that safetensors files say they hold with those that a model asks for; reads none of them.
+    Compares the sizes of the tensors that safetensors files hold with those that a model asks for; reads the headers
+    alone.
 
     Args:
         model (`nn.Module`): The model, best on the meta device.
@@ -140,62 +79,66 @@ def check_tensors(model: nn.Module, files: Sequence[str], ignore_mismatched_size
 
     Raises:
         OSError: if a file is damaged; names it.
-        TensorSizeError: if sizes differ; names the tensors.
-        CheckpointError: for another kind of numbers, or if far more is asked for than the files hold.
+        ValueError: if sizes differ, or far more is asked for than the files hold; names the tensors.
     """
-    held = _read_headers(files)
-    if not held:
-        return
-    expected = dict(model.state_dict())
-    sizes, types = [], []
-    for name in expected.keys() & held.keys():
-        tensor, (shape, dtype) = expected[name], held[name]
-        if tuple(tensor.shape) != shape and not (ignore_mismatched_sizes and name.startswith(_BACKBONES)):
-            sizes.append(f"{name} is {shape} in the file, the configuration asks for {tuple(tensor.shape)}")
-        if tensor.is_floating_point() != dtype.startswith(("F", "BF")):
-            types.append(f"{name} holds {dtype}, {tensor.dtype} is needed")
-    if types:
-        raise CheckpointError(f"{len(types)} tensors hold another kind of numbers: {_first(types)}.")
-    absent = {name: tensor for name, tensor in expected.items() if name not in held}
+    held: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            return
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                held |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise OSError(f"{str(file)!r} is not a whole safetensors file: {error}.") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    absent = {name: math.prod(shape) for name, shape in expected.items() if name not in held}
     # Backbones may be stored under older names, so what is absent is counted against what is left over.
-    spare = sum(math.prod(shape) for name, (shape, _) in held.items() if name not in expected)
-    needed = sum(math.prod(tensor.shape) for tensor in absent.values())
-    # What few tensors are lost is said by [`check_missing`]; many more of them than there are would take long to make.
-    num_spare, num_lost = len(held.keys() - expected.keys()), sum(name.startswith(_BACKBONES) for name in absent)
-    if needed > spare + MAX_FRESH_ELEMENTS or num_lost - num_spare > len(held):
-        name, tensor = max(absent.items(), key=lambda item: math.prod(item[1].shape))
-        raise CheckpointError(
-            f"The configuration asks for {needed - spare:,} numbers that the file does not hold, above all for {name} "
-            f"of shape {tuple(tensor.shape)}."
+    left_over = sum(math.prod(shape) for name, shape in held.items() if name not in expected)
+    if (excess := sum(absent.values()) - left_over) > MAX_MISSING_ELEMENTS:
+        name = max(absent, key=lambda name: absent[name])
+        raise ValueError(
+            f"The configuration asks for {excess:,} numbers that {str(files[0])!r} does not hold, above all for "
+            f"{name} of shape {expected[name]}."
         )
-    if sizes:
-        raise TensorSizeError(_first(sizes))
+    wrong = [
+        f"{name} is {held[name]} in the file, the configuration asks for {expected[name]}"
+        for name in sorted(expected.keys() & held.keys())
+        if held[name] != expected[name] and not (ignore_mismatched_sizes and name.startswith(_BACKBONES))
+    ]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} tensors of {str(files[0])!r} have other sizes than the configuration asks for: "
+            f"{_first(wrong)}. Numbers and lengths of prototypes and embedding_dim belong to a trained checkpoint and "
+            "cannot be changed on loading; for others, train from the backbones (PicoModel.from_backbones)."
+        )
 
 
-def check_missing(saved: Mapping[str, Any], config: PicoConfig, missing: Sequence[str]) -> None:
+def check_missing(source: Any, saved: Mapping[str, Any], config: PicoConfig, missing: Sequence[str]) -> None:
     """
     Refuses weights that were made up because the checkpoint lacks them.
 
     Args:
+        source (`str` or `os.PathLike`): Hub id or folder, for the message.
         saved (`Mapping`): The options in the checkpoint's `config.json`.
         config ([`PicoConfig`]): The options of the model, which may be others.
         missing (`Sequence[str]`): Names of the tensors that the checkpoint lacks.
 
     Raises:
-        CheckpointError: names the tensors.
+        ValueError: names the tensors.
     """
-    # Some of the options are those of other types of models alone.
-    options = [name for name in _FRESH if hasattr(type(config), name)]
-    changed = [name for name in options if getattr(config, name) != saved.get(name, getattr(type(config), name))]
-    allowed = [part for name in changed for part in _FRESH[name]]
-    if saved.get("model_type") != type(config).model_type:
+    defaults = {option.name: option.default for option in fields(config)}
+    allowed = [
+        part
+        for name, parts in FRESH_WITH.items()
+        if name in defaults and getattr(config, name) != saved.get(name, defaults[name])
+        for part in parts
+    ]
+    if saved.get("model_type") != config.model_type:
         # Another type of model starts from the backbones and projections that they share.
         allowed.append("alignment_head.")
     lost = sorted(name for name in missing if not any(part in name for part in allowed))
     if lost:
-        raise CheckpointError(
-            f"The checkpoint lacks {len(lost)} tensors that its configuration asks for: {_first(lost)}."
-        )
+        raise ValueError(f"{str(source)!r} lacks {len(lost)} tensors that its configuration asks for: {_first(lost)}.")
 
 
 def check_prototypes(buffers: Mapping[str, torch.Tensor]) -> None:
@@ -206,7 +149,7 @@ def check_prototypes(buffers: Mapping[str, torch.Tensor]) -> None:
         buffers (`Mapping[str, torch.Tensor]`): Buffers of [`StylePrototypes`] of both sides by name.
 
     Raises:
-        CheckpointError: names the buffer and the values that are allowed.
+        ValueError: names the buffer and the values that are allowed.
     """
     for name, buffer in buffers.items():
         low, high = _allowed_range(name)
@@ -214,7 +157,7 @@ def check_prototypes(buffers: Mapping[str, torch.Tensor]) -> None:
             continue
         if not bool(((buffer >= low) & (buffer <= high)).all()):  # NaN is neither
             found = f"values from {buffer.min().item():g} to {buffer.max().item():g}"
-            raise CheckpointError(
+            raise ValueError(
                 f"The buffer {name!r} of the checkpoint holds {found}; allowed are values from {low:g} to {high:g}."
             )
 
@@ -230,33 +173,8 @@ def _allowed_range(name: str) -> tuple[float, float]:
     return -largest, largest
 
 
-def _read_headers(files: Sequence[str]) -> dict[str, tuple[tuple[int, ...], str]]:
-    held: dict[str, tuple[tuple[int, ...], str]] = {}
-    for file in files:
-        if Path(file).suffix != ".safetensors":
-            continue
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118
-                    part = tensors.get_slice(name)
-                    held[name] = (tuple(part.get_shape()), part.get_dtype())
-        except SafetensorError as error:
-            raise OSError(f"{str(file)!r} is not a whole safetensors file: {error}.") from error
-    return held
-
-
 def _first(items: Sequence[str]) -> str:
-    return "; ".join(sorted(items)[:3]) + (f"; and {len(items) - 3} more" if len(items) > 3 else "")
+    return "; ".join(items[:3]) + (f"; and {len(items) - 3} more" if len(items) > 3 else "")
 
 
-__all__ = [
-    "FINDING",
-    "CheckpointError",
-    "TensorSizeError",
-    "check_missing",
-    "check_prototypes",
-    "check_tensors",
-    "explained_load_errors",
-    "prefer_safetensors",
-    "read_config",
-]
+__all__ = ["HUB_OPTIONS", "check_missing", "check_prototypes", "check_tensors", "read_config"]

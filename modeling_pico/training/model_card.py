@@ -36,7 +36,7 @@ _METRICS = {
 _GALLERY = {"images": "Images", "texts": "Texts"}
 _COMPARISONS = {"chance_rsum": "Chance", "equal_rsum": "rSum, equal galleries"}
 _OPTIONS = (
-    "alignment_head",
+    "method",
     "embedding_dim",
     "pooling",
     "vision_special_tokens",
@@ -58,13 +58,6 @@ _DECOUPLING_OPTIONS = (
     "integrity_weight",
     "ranking_weight",
     "semantic_probability",
-)
-_UNCERTAINTY_OPTIONS = (
-    "num_uncertainty_prototypes",
-    "uncertainty_temperature",
-    "uncertainty_weight",
-    "uncertainty_diversity_weight",
-    "uncertainty_gradient",
 )
 _STAGE_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "epoch": ("Epoch", "{:g}".format),
@@ -139,7 +132,7 @@ def create_model_card(
     is_on_hub = _is_hub_id(model_id)
     name = model_id if is_on_hub else _last_part(model_id)
     options = config.to_dict() if isinstance(config, PreTrainedConfig) else dict(config)
-    head = options.get("alignment_head", "pico")
+    head = options.get("method", "pico")
     has_prototypes = _has_prototypes(options)
     backbones = list(dict.fromkeys([base_models] if isinstance(base_models, str) else base_models or []))
     dataset = _described_dataset(dataset_name)
@@ -165,7 +158,7 @@ def create_model_card(
         literal=json.dumps(model_id, ensure_ascii=False),
         head=head,
         has_prototypes=has_prototypes,
-        has_uncertainty=bool(options.get("num_uncertainty_prototypes")),
+        has_uncertainty=options.get("uncertainty_config") is not None,
         model_class="CddsModel" if head == "cdds" else "PicoModel",
         backbones=[backbone if _is_hub_id(backbone) else None for backbone in backbones],
         dataset=dataset,
@@ -185,7 +178,7 @@ def create_model_card(
 
 
 def _has_prototypes(options: Mapping[str, Any]) -> bool:
-    head = options.get("alignment_head", "pico")
+    head = options.get("method", "pico")
     return head == "pico" or (head == "cdds" and bool(options.get("semantic_probability")))
 
 
@@ -306,21 +299,20 @@ def _option_table(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     names = list(_OPTIONS)
     if config.get("loss_type") == "hinge":
         names.append("margin")
-    if config.get("alignment_head") == "cdds":
+    if config.get("method") == "cdds":
         names += _DECOUPLING_OPTIONS
     if _has_prototypes(config):
         names += _PROTOTYPE_OPTIONS
         if config.get("column_mode") == "quantile":
             names.append("column_length")
-    if config.get("num_uncertainty_prototypes"):
-        names += _UNCERTAINTY_OPTIONS
     sides = [side for side in ("vision_config", "text_config") if config.get(side)]
     rows = [(f"{side}.model_type", config[side].get("model_type")) for side in sides]
     rows += [(name, config.get(name)) for name in names]
-    reranking = config.get("uncertainty_reranking")
-    if reranking and config.get("num_uncertainty_prototypes"):
-        weights = ", ".join(f"{side}s {reranking.get(f'{side}_weight', 0.0):.3g}" for side in ("image", "text"))
-        rows.append(("uncertainty_reranking", f"{weights} (learned on validation)"))
+    for name, value in (config.get("uncertainty_config") or {}).items():
+        if name == "reranking":
+            value = ", ".join(f"{side}s {value.get(f'{side}_weight', 0.0):.3g}" for side in ("image", "text"))
+            value += " (learned on validation)"
+        rows.append((f"uncertainty_config.{name}", value))
     return [(name, value) for name, value in rows if value is not None]
 
 

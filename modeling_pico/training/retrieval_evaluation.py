@@ -42,10 +42,10 @@ class EvaluationTrainer(TrainerBase):
         ):
             metric = f"{self._feedback_dataset()}_{metric}"
         args.metric_for_best_model = metric
-        if self._pico_model().trains_uncertainty_only and not metric.endswith("_aurc"):
+        if not self._pico_model().trains_embeddings and not metric.endswith("_aurc"):
             raise ValueError(
                 f"metric_for_best_model={metric!r} cannot tell which checkpoint is the best: it stays as it is where "
-                "only the uncertainty is trained. Choose 'image_to_text_aurc' or 'text_to_image_aurc'."
+                "no embedding is trained. Choose 'image_to_text_aurc' or 'text_to_image_aurc'."
             )
         found = [entry[f"eval_{metric}"] for entry in state.log_history if f"eval_{metric}" in entry]
         if state.best_metric is not None and state.best_metric not in found:
@@ -116,13 +116,11 @@ class EvaluationTrainer(TrainerBase):
         encoded = self._encode(self.get_eval_dataloader(dataset))
         uncertainty = RetrievalUncertainty.measure(model, encoded)
         if uncertainty is None:
-            raise ValueError(
-                "The model has no uncertainty to re-rank by; train one with `num_uncertainty_prototypes` above 0."
-            )
+            raise ValueError("The model has no uncertainty to re-rank by; train one with an `uncertainty_config`.")
         scores = self.evaluator.score(model, encoded)
         of_sides = uncertainty.images, uncertainty.texts
         learned = learn_reranking(scores, encoded.image_ids, encoded.text_ids, *of_sides).to_dict()
-        model.config.uncertainty_reranking = learned
+        model.config.uncertainty_config = {**(model.config.uncertainty_config or {}), "reranking": learned}
         return {f"uncertainty_reranking_{name}": value for name, value in learned.items()}
 
     def measure_styles(

@@ -187,12 +187,12 @@ def plan_model(args: ModelArguments, checkpoint: str | None, training: bool) -> 
                 f"--resume_from_checkpoint: {checkpoint!r} holds no PICO model, but {config.model_type!r}."
             )
         _check_resumed(args, config, _recorded_options(checkpoint))
-        return ModelPlan(args, METHODS[config.alignment_head], config, {}, checkpoint, loading, revision)
+        return ModelPlan(args, METHODS[config.method], config, {}, checkpoint, loading, revision)
     configs = {name: _read_config(name, path, revision) for name, path in paths.items()}
     _check_towers(args, training)
     found = configs.get("model_name_or_path")
     trained = found if isinstance(found, PicoConfig) else None
-    method = args.method or (trained.alignment_head if trained else "pico")
+    method = args.method or (trained.method if trained else "pico")
     model_class = METHODS[method]
     options = args.config_options(model_class)
     source = args.model_name_or_path if trained else None
@@ -272,7 +272,7 @@ def _recorded_options(checkpoint: str) -> dict[str, Any]:
 
 def _check_resumed(args: ModelArguments, config: PicoConfig, recorded: dict[str, Any]) -> None:
     """A resumed run goes on with the options that it was begun with: others are refused, not ignored."""
-    given = args.config_options(METHODS[args.method or config.alignment_head])
+    given = args.config_options(METHODS[args.method or config.method])
     stated = {name: getattr(config, name, None) for name in given}
     for name, (part, attribute) in _STATED.items():
         if getattr(args, name) is not None:
@@ -282,7 +282,7 @@ def _check_resumed(args: ModelArguments, config: PicoConfig, recorded: dict[str,
         if name in recorded and getattr(args, name) is not None:
             given[name], stated[name] = without_secrets(getattr(args, name)), recorded[name]
     changed = [
-        f"--{'method' if name == 'alignment_head' else name} {shown(value)} (the run has {shown(stated[name])})"
+        f"--{name} {shown(value)} (the run has {shown(stated[name])})"
         for name, value in given.items()
         if value != stated[name]
     ]

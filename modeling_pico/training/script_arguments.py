@@ -23,12 +23,12 @@ from .option_parser import OptionParser, shown
 
 
 # The type of model that each method is a head of.
-METHODS = {head: kind for kind in (PicoModel, CddsModel) for head in kind.config_class.alignment_heads}
+METHODS = {method: kind for kind in (PicoModel, CddsModel) for method in kind.head_classes}
 METHODS["pico_literal"] = PicoModel  # the head of "pico" with options of its own
 
 # Fields of the configurations that are no options: what the backbones decide, what is learned, and the method itself.
 _NO_OPTIONS = {
-    *("vision_config", "text_config", "projection_bias", "alignment_head", "uncertainty_reranking"),
+    *("vision_config", "text_config", "projection_bias", "method"),
 }
 
 
@@ -61,6 +61,14 @@ _PICO_OPTIONS = _options_of(PicoConfig)
 _CDDS_OPTIONS = _options_of(CddsConfig)
 _ModelOptions: Any = make_dataclass("_ModelOptions", [*_PICO_OPTIONS, *_CDDS_OPTIONS])
 
+
+def _method_help() -> str:
+    """Every method with the first sentence that its head's class says of itself."""
+    heads = {name: head for kind in (PicoModel, CddsModel) for name, head in kind.head_classes.items()}
+    said = {name: " ".join((head.__doc__ or "").split()).partition(". ")[0] for name, head in heads.items()}
+    return "; ".join(f"{name}: {text.replace('`', '').rstrip('.')}" for name, text in said.items())
+
+
 # Towers made from scratch: what they are like where nothing else is said.
 VISION_TOWER = {
     "vision_hidden_size": 96,
@@ -83,10 +91,8 @@ class ModelArguments(_ModelOptions):
     method: str | None = field(
         default=None,
         metadata={
-            "help": "pico: weighted patch-by-word score; pico_literal: the same with measured style rates and sorted "
-            "columns, the literal reading of the paper; fine_grained: the same score without weights; "
-            "instance_norm: the same with column means removed; clip_style: pooled embeddings; cdds: semantic "
-            "components of the tokens alone (default: pico, or what the checkpoint is)",
+            "help": f"{_method_help()}; pico_literal: pico by the literal reading of the paper, of which no part is "
+            "learned (default: pico, or what the checkpoint is)",
             "choices": list(METHODS),
         },
     )
@@ -126,10 +132,10 @@ class ModelArguments(_ModelOptions):
         """The model's options that were given; ValueError for one that this type of model does not have."""
         names = {kind: {option.name for option in fields(kind.config_class)} for kind in METHODS.values()}
         given = {item.name: getattr(self, item.name) for item in fields(_ModelOptions)}
-        given["alignment_head"] = self.method
+        given["method"] = self.method
         given = {name: value for name, value in given.items() if value is not None}
         if self.method == "pico_literal":
-            others = {name: given[name] for name in PICO_LITERAL.keys() - {"alignment_head"} & given.keys()}
+            others = {name: given[name] for name in PICO_LITERAL.keys() - {"method"} & given.keys()}
             if any(value != PICO_LITERAL[name] for name, value in others.items()):
                 raise ValueError(
                     f"--method pico_literal is {PICO_LITERAL}, but {others} was given. Leave that out, or choose "

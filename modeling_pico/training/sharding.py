@@ -19,8 +19,8 @@ from ..model.modeling_pico import PicoModel
 
 def prepare_fsdp(accelerator, model: nn.Module, pico: PicoModel) -> None:
     r"""
-    Configures Accelerate's FSDP for a model before it is sharded: towers are sharded layer by layer, the alignment
-    head, the prototypes of the uncertainty and the temperature stay whole on every process.
+    Configures Accelerate's FSDP for a model before it is sharded: towers are sharded layer by layer, what is
+    beside them and the temperature stay whole on every process.
 
     They are small, and evaluation uses them outside of the model's forward pass, where sharded parameters are not
     there. Their gradients are averaged here, as FSDP averages its own.
@@ -39,9 +39,7 @@ def prepare_fsdp(accelerator, model: nn.Module, pico: PicoModel) -> None:
             f"FSDP version {plugin.fsdp_version} is not supported: with bf16 it rounds the style prototypes. Set "
             "`fsdp_version: 2`; see examples/accelerate/fsdp.yaml."
         )
-    whole: list[nn.Module] = [pico.alignment_head]
-    if pico.uncertainty_prototypes is not None:
-        whole.append(pico.uncertainty_prototypes)
+    whole = list(pico.beside_towers().values())
     if isinstance(pico.logit_scale, nn.Parameter):
         whole.append(nn.ParameterList([pico.logit_scale]))
     plugin.ignored_modules = whole

@@ -247,18 +247,15 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         self.remove_callback(PrototypeCallback)
         self._auxiliary_log.clear()
         model = self._pico_model()
-        # Where nothing but the uncertainty is trained, embeddings stay as they are, and so do their prototypes.
-        prototypes = None if model.trains_uncertainty_only else model.style_prototypes
+        # Where no embedding is trained they stay as they are, and so do their prototypes.
+        prototypes = model.style_prototypes if model.trains_embeddings else None
         if prototypes is not None:
             self._check_prototype_needs()
-        elif not model.trains_uncertainty_only and not {"visual_projection", "text_projection"}.issuperset(
-            name.split(".")[0] for name in model.alignment_head.state_dict()
-        ):
-            self._check_adapter("other learned parts of the head", "alignment_head", model.alignment_head)
-        self._check_adapter("prototypes of uncertainty", "uncertainty_prototypes", model.uncertainty_prototypes)
+        self._check_adapter()
         self._report_shared_captions()
         # Learned for the weights as they were.
-        model.config.uncertainty_reranking = None
+        if model.config.uncertainty_config is not None:
+            model.config.uncertainty_config.pop("reranking", None)
         self.construction = None if prototypes is None else PrototypeConstruction(prototypes, self.args)
         if self.construction is not None:
             pairs_per_step = self.get_total_train_batch_size(self.args)
@@ -294,17 +291,20 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
                 f"feedback={self.args.feedback!r} weighs prototypes by validation retrieval and needs an "
                 "`eval_dataset`. Give one, or choose feedback='constant'."
             )
-        self._check_adapter("style prototypes", "alignment_head", self._pico_model().alignment_head)
 
-    def _check_adapter(self, what: str, name: str, module: nn.Module | None) -> None:
+    def _check_adapter(self) -> None:
+        """An adapter holds what is learned beside the towers only where it is told to."""
         model = self._pico_model()
         # By `peft.get_peft_model`, or in place by `model.add_adapter`.
-        adapted = self._unwrapped_model() is not model or model._hf_peft_config_loaded
-        if adapted and module is not None and not hasattr(module, "modules_to_save"):
-            raise ValueError(
-                f"The adapter would be saved without the {what}, which lie in `{name}`; configure it with "
-                f'`modules_to_save=["{name}"]`.'
-            )
+        if self._unwrapped_model() is model and not model._hf_peft_config_loaded:
+            return
+        for name, module in model.beside_towers().items():
+            learned = {part.split(".")[0] for part in module.state_dict()} - {"visual_projection", "text_projection"}
+            if learned and not hasattr(module, "modules_to_save"):
+                raise ValueError(
+                    f"The adapter would be saved without {', '.join(sorted(learned))} of `{name}`; configure it with "
+                    f'`modules_to_save=["{name}"]`.'
+                )
 
     def compute_loss(
         self,

@@ -40,7 +40,6 @@ PACKAGES = (
     "colpali-engine",
     "maxsim-cpu",
     "late-interaction-kernels",
-    "triton",
 )
 
 Scorer = Callable[..., torch.Tensor]
@@ -434,15 +433,8 @@ def backend_scorer(backend: str) -> Scorer:
     return score
 
 
-def late_interaction_kernels_on_cuda(v, t, v_mask, t_mask):
-    from late_interaction_kernels import maxsim
-
-    by_image = maxsim(v, t, v_mask, t_mask) / v_mask.sum(dim=1)[:, None]
-    return by_image + maxsim(t, v, t_mask, v_mask).T / t_mask.sum(dim=1)
-
-
 def on_cuda(images: int, texts: int, dtype: torch.dtype, train: bool, repeats: int) -> dict:
-    """Our backends, late-interaction-kernels in both directions and the floor on the current CUDA device."""
+    """The backends and the floor on the current CUDA device."""
     inputs = make_data(images, texts)
     data = [
         *(values.to("cuda", dtype).requires_grad_(train) for values in inputs[:2]),
@@ -450,8 +442,7 @@ def on_cuda(images: int, texts: int, dtype: torch.dtype, train: bool, repeats: i
     ]
     patches, words = data[0].detach().flatten(0, 1), data[1].detach()[data[3]]
     upstream = torch.randn(images, texts, device="cuda")
-    scorers = {f"pair_scores, {name}": backend_scorer(name) for name in ("triton", "tiled", "reference")}
-    scorers["late-interaction-kernels `maxsim`, twice"] = late_interaction_kernels_on_cuda
+    scorers = {f"pair_scores, {name}": backend_scorer(name) for name in ("late_interaction", "tiled", "reference")}
 
     def measured(scorer: Scorer | None) -> None:
         if scorer is None:

@@ -64,11 +64,11 @@ TOWERS = {
 }
 
 METHODS: dict[str, tuple[type[PicoModel], dict[str, Any]]] = {
-    "fine_grained": (PicoModel, {"alignment_head": "fine_grained"}),
+    "fine_grained": (PicoModel, {"method": "fine_grained"}),
     "pico": (PicoModel, {}),
     "cdds": (CddsModel, {}),
     "pico + cdds": (CddsModel, {"semantic_probability": True}),
-    "pico + uncertainty": (PicoModel, {"num_uncertainty_prototypes": 8}),
+    "pico + uncertainty": (PicoModel, {"uncertainty_config": {"num_prototypes": 8}}),
 }
 SECTIONS = ("weights", "gradient_cache", "construction", "methods")
 # Towers, batch, and what the rounds are multiplied by: small towers take little time.

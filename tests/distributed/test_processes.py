@@ -2,53 +2,169 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import os
-import subprocess
-import sys
+import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
+import peft
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
+from processes import run_processes
+from tiny import CountedDataset, model, prototype_log, rows, trainer
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.tensor import DTensor
+from transformers import set_seed
 
-from modeling_pico import PicoModel
-from modeling_pico.evaluation import UncertaintyReranking, folded_retrieval_metrics
+from modeling_pico import CddsModel, PicoModel, RetrievalEvaluator
+from modeling_pico.data import CaptionedImageDataset
+from modeling_pico.evaluation import RetrievalUncertainty, UncertaintyReranking, folded_retrieval_metrics
+from modeling_pico.training import NonFiniteLossError, PicoTrainer
 
 
-WORKER = Path(__file__).with_name("worker.py")
 pytestmark = pytest.mark.distributed
+CONFIGURATION = Path(__file__).resolve().parents[2] / "examples" / "accelerate" / "fsdp.yaml"
+# Pairs of a step, of all processes together.
+GLOBAL_BATCH = 8
+PURITY = {"style_probability": "purity"}
+DECOUPLED = {
+    "model_class": CddsModel,
+    "unet_num_layers": 1,
+    "semantic_probability": True,
+    "uncertainty_config": {"num_prototypes": 3},
+}
+# Two steps an epoch.
+EPOCHS = {"num_train_epochs": 3, "prototype_update_start": 2}
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    """Results of one process, of both of two and of all of four, and how the death of a process ended the two."""
-    folder = tmp_path_factory.mktemp("processes")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    from worker import main
+def results_of(tmp_path_factory) -> Callable[..., list[Any]]:
+    """What a training returns in this process alone or in each of several; every one runs once."""
 
-    options = {"env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    four = subprocess.Popen([sys.executable, str(WORKER), str(folder), "4"], **options)
-    single = main(folder / "single")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    two = subprocess.run([*launch, str(WORKER), str(folder)], timeout=240, check=False, **options)
-    ended = time.time()
-    printed, _ = four.communicate(timeout=240)
-    assert four.returncode == 0, printed[-3000:]
-    results = {}
-    for processes in (2, 4):
-        for rank in range(processes):
-            file = folder / f"rank{rank}-of-{processes}.pt"
-            assert file.is_file(), two.stdout[-3000:]
-            results[rank, processes] = torch.load(file, weights_only=False)
-    return SimpleNamespace(folder=folder, single=single, results=results, two=two, ended=ended)
+    @functools.cache
+    def run(training: Callable[..., Any], processes: int = 1, *args: Any) -> list[Any]:
+        folder = tmp_path_factory.mktemp(training.__name__)
+        return [training(folder, *args)] if processes == 1 else run_processes(training, processes, folder, *args)
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def results(launched):
-    """Results of one process, and of both of two."""
-    return launched.single, launched.results[0, 2], launched.results[1, 2]
+def one_and_two(results_of) -> Callable[..., list[Any]]:
+    """What a training returns in this process alone, and in each of two."""
+    return lambda training, alone=None: [*results_of(alone or training), *results_of(training, 2)]
+
+
+class FirstGradients(PicoTrainer):
+    """Keeps the gradients of the first step, and losses, widths of texts and ids of all steps."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.ids, self.widths, self.losses = [], [], []
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        # Five meanings for eight pairs: ids repeat within processes and across them.
+        inputs["image_ids"] %= 5
+        inputs["caption_codes"] %= 7  # and so do captions
+        self.ids.append(inputs["image_ids"].tolist())
+        self.widths.append(inputs["input_ids"].shape[1])
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.losses.append(float(loss))
+        if not self.gradients:
+            self.gradients = {
+                name: torch.zeros_like(parameter) if parameter.grad is None else whole(parameter.grad).clone()
+                for name, parameter in self._pico_model().named_parameters()
+                if parameter.requires_grad
+            }
+        return loss
+
+    def _batch_loss(self, outputs, *args, **kwargs):
+        self.dtypes = {outputs["image_embeds"].dtype, outputs["text_embeds"].dtype, outputs["logit_scale"].dtype}
+        return super()._batch_loss(outputs, *args, **kwargs)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def train(folder: Path, net: PicoModel, checkpoint: Path | None = None, global_batch=GLOBAL_BATCH, **options):
+    """Trains with the same batch of all processes together, however many there are."""
+    made = trainer(
+        folder,
+        net=net,
+        # Not AdamW: it divides by the size of gradients and so makes rounding of tiny ones visible.
+        **{
+            "trainer_class": FirstGradients,
+            "optim": "sgd",
+            "learning_rate": 0.3,
+            "backbone_learning_rate": 0.3,
+            "save_strategy": "no",
+            **options,
+        },
+        per_device_train_batch_size=global_batch // PartialState().num_processes,
+    )
+    made.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return made
+
+
+def run(folder: Path, net: PicoModel, measure: bool = False, **options) -> dict[str, Any]:
+    """What there is to compare of a training, and with `measure` of evaluations after it."""
+    made = train(folder, net, **options)
+    result = {
+        "folder": folder,
+        "gradients": made.gradients,
+        "losses": made.losses,
+        "widths": made.widths,
+        "ids": made.ids,
+        # Under FSDP the first process alone gets it.
+        "state": {name: tensor.clone() for name, tensor in made.accelerator.get_state_dict(made.model).items()},
+        "log": prototype_log(made),
+        "losses_logged": [entry for entry in made.state.log_history if "loss" in entry],
+        "skipped": [entry["skipped_steps"] for entry in made.state.log_history if "skipped_steps" in entry],
+        "steps": made.state.global_step,
+        "dtypes": made.dtypes,
+        "find_unused": made.args.ddp_find_unused_parameters,
+    }
+    return {**result, **measured(made)} if measure else result
+
+
+def measured(made: PicoTrainer) -> dict[str, Any]:
+    config = made._pico_model().config
+    learned = reranking = None
+    if config.uncertainty_config is not None:
+        learned = made.learn_uncertainty_reranking()
+        reranking = config.uncertainty_config["reranking"]
+        reranking.update(image_weight=-20.0, text_weight=20.0)
+    evaluation = made.evaluate()
+    prediction = made.predict(made.eval_dataset)
+    made.eval_dataset.styles = ["ink", "oil", "oil"] * 3
+    styles = made.measure_styles(made.eval_dataset, ["ink"]).metrics()
+    # Folds, tiles and batches of the loss that end within a process's images; one process has none of the first fold.
+    made.evaluator = RetrievalEvaluator(num_folds=3, loss_batch_size=3, image_chunk=2, text_chunk=5)
+    encoded = made._encode(made.get_eval_dataloader())
+    uncertainty = RetrievalUncertainty.measure(made._pico_model(), encoded)
+    return {
+        "evaluation": {
+            name: evaluation[name] for name in evaluation if not name.endswith(("per_second", "eval_runtime"))
+        },
+        "folds": made.evaluator.metrics(made._pico_model(), encoded),
+        "eval_ids": (encoded.image_ids, encoded.text_ids),
+        "uncertainty": uncertainty and (uncertainty.images, uncertainty.texts),
+        "reranking": (learned, reranking),
+        "styles": styles,
+        "scores": torch.from_numpy(prediction.predictions),
+    }
 
 
 def assert_close(first: dict, second: dict, tolerance: float) -> None:
@@ -59,132 +175,193 @@ def assert_close(first: dict, second: dict, tolerance: float) -> None:
         )
 
 
-def test_batches_differ_in_width_and_repeat_ids_across_processes(results):
-    single, first, second = (result["infonce"] for result in results)
-    assert any(a != b for a, b in zip(first["widths"], second["widths"], strict=True))
-    assert any(set(a) & set(b) for a, b in zip(first["ids"], second["ids"], strict=True))
-    assert [a + b for a, b in zip(first["ids"], second["ids"], strict=True)] == single["ids"]
-
-
-RUNS = ["infonce", "hinge", "chunks", "pooled", "adapter", "sharded", "sharded_chunks", "sharded_adapter"]
-
-
-@pytest.mark.parametrize("run", RUNS)
-def test_gradient_and_loss_are_those_of_the_whole_batch(results, run):
-    single, first, second = (result[run] for result in results)
-    assert max(float(gradient.abs().max()) for gradient in single["gradients"].values()) > 0.1
-    assert_close(first["gradients"], single["gradients"], 1e-5)
+def assert_first_gradients_and_losses(alone: dict, first: dict, second: dict) -> None:
+    """Those of two processes are those of the whole batch, or of as many of its epochs as the two have trained."""
+    assert max(float(gradient.abs().max()) for gradient in alone["gradients"].values()) > 0.1
+    assert_close(first["gradients"], alone["gradients"], 1e-5)
     # As DDP is told: it looks for no parameters without a gradient, and none of these runs has any.
     assert not first["find_unused"]
     assert_close(first["gradients"], second["gradients"], 0.0)
     means = [(a + b) / 2 for a, b in zip(first["losses"], second["losses"], strict=True)]
-    assert means == pytest.approx(single["losses"], rel=1e-4)
+    assert means == pytest.approx(alone["losses"][: len(means)], rel=1e-4)
 
 
-def test_chunks_leave_the_gradient_as_it_is(results):
-    for result in results:
-        assert_close(result["chunks"]["gradients"], result["infonce"]["gradients"], 1e-5)
+def assert_same_log(mine: list[dict], other: list[dict]) -> None:
+    assert len(mine) == len(other)
+    for entry, expected in zip(mine, other, strict=True):
+        assert entry == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("run", ["infonce", "hinge", "subset", "adapter"])
-def test_training_ends_alike_on_both_and_as_with_one_process(results, run):
-    single, first, second = (result[run] for result in results)
-    assert single["steps"] == first["steps"] == second["steps"]
+# Two processes share a batch
+
+
+def infonce(folder: Path) -> dict[str, Any]:
+    return run(folder, model(**PURITY), measure=True, save_strategy="epoch", **EPOCHS)
+
+
+def hinge(folder: Path) -> dict[str, Any]:
+    """20 images and shorter batches at the end, which the processes share."""
+    options = {"num_train_epochs": 3, "prototype_update_start": 2, "hinge_warmup_epochs": 0.5, "feedback": "constant"}
+    return run(folder, model(loss_type="hinge"), measure=True, dataloader_drop_last=False, **options)
+
+
+def subset_feedback(folder: Path) -> dict[str, Any]:
+    return run(folder, model(**PURITY), feedback_images=4, **EPOCHS)
+
+
+def chunks(folder: Path) -> dict[str, Any]:
+    return run(folder, model(**PURITY), num_train_epochs=1, gradient_cache_chunk_size=3)
+
+
+def pooled(folder: Path) -> dict[str, Any]:
+    return run(folder, model(method="clip_style", pooling="class_token"), num_train_epochs=1)
+
+
+def with_adapter(**config: Any) -> PicoModel:
+    net = model(**config)
+    set_seed(0)
+    targets = ["q_proj", "v_proj", "query", "value"]
+    return peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=targets, modules_to_save=["alignment_head"]))
+
+
+def adapter(folder: Path) -> dict[str, Any]:
+    return run(folder, with_adapter(), measure=True, **EPOCHS)
+
+
+def test_batches_differ_in_width_and_repeat_ids_across_processes(one_and_two):
+    alone, first, second = one_and_two(infonce)
+    assert any(a != b for a, b in zip(first["widths"], second["widths"], strict=True))
+    assert any(set(a) & set(b) for a, b in zip(first["ids"], second["ids"], strict=True))
+    assert [a + b for a, b in zip(first["ids"], second["ids"], strict=True)] == alone["ids"]
+
+
+# Chunks leave the gradient as it is.
+@pytest.mark.parametrize(
+    ("training", "alone"),
+    [(infonce, infonce), (hinge, hinge), (chunks, infonce), (pooled, pooled), (adapter, adapter)],
+)
+def test_gradient_and_loss_are_those_of_the_whole_batch(one_and_two, training, alone):
+    assert_first_gradients_and_losses(*one_and_two(training, alone))
+
+
+@pytest.mark.parametrize("training", [infonce, hinge, subset_feedback, adapter])
+def test_training_ends_alike_on_both_and_as_with_one_process(one_and_two, training):
+    alone, first, second = one_and_two(training)
+    assert alone["steps"] == first["steps"] == second["steps"]
     assert_close(first["state"], second["state"], 0.0)
-    assert_close(first["state"], single["state"], 1e-4)
-    assert len(first["log"]) == len(single["log"]) == 2
-    assert [int(tensor) for name, tensor in first["state"].items() if name.endswith(".stage")][-2:] == [2, 2]
-    for mine, other in zip(first["log"], single["log"], strict=True):
-        assert mine == pytest.approx(other, abs=1e-4)
+    assert_close(first["state"], alone["state"], 1e-4)
+    stages = [int(tensor) for name, tensor in first["state"].items() if name.endswith(".stage")]
+    assert stages[-2:] == [2, 2] and len(alone["log"]) == 2
+    assert_same_log(first["log"], alone["log"])
 
 
-def test_auxiliary_losses_are_of_either_process_and_logged_as_their_mean(results):
-    single, first, second = (result["decoupled"] for result in results)
-    assert_close(first["gradients"], second["gradients"], 0.0)
-    assert_close(first["state"], second["state"], 0.0)
-    terms = ("semantic_loss", "modality_loss", "integrity_loss", "sampled_integrity_loss")
-    # Of two or three meanings that are no match, the mean closeness differs much between halves of a batch.
-    halves = ("uncertainty_loss", "loss")
-    assert len(single["losses_logged"]) == len(first["losses_logged"]) == single["steps"]
-    for term in (*terms, "uncertainty_diversity_loss", *halves):
-        assert [entry[term] for entry in first["losses_logged"]] == [entry[term] for entry in second["losses_logged"]]
-        # Distributions are over half the batch: alike, not the same.
-        if term not in halves:
-            assert first["losses_logged"][0][term] == pytest.approx(single["losses_logged"][0][term], rel=0.5)
-    means = [(a + b) / 2 for a, b in zip(first["losses"], second["losses"], strict=True)]
-    assert means == pytest.approx([entry["loss"] for entry in first["losses_logged"]], rel=1e-3)
+def test_feedback_of_a_part_of_the_images_is_a_different_one(results_of):
+    (part,), (whole_set,) = results_of(subset_feedback), results_of(infonce)
+    gains = [[entry["prototype_feedback_gain"] for entry in result["log"]] for result in (part, whole_set)]
+    assert gains[0] != gains[1]
 
 
-def test_auxiliary_losses_of_a_process_without_a_word_are_finite(results):
-    _, first, second = (result["masked_decoupled"] for result in results)
-    assert_close(first["gradients"], second["gradients"], 0.0)
-    assert_close(first["state"], second["state"], 0.0)
-    assert len(first["losses"]) == 2 and torch.tensor([first["losses"], second["losses"]]).isfinite().all()
-    assert all(tensor.isfinite().all() for tensor in first["gradients"].values())
-
-
-@pytest.mark.parametrize("processes", [2, 4])
-def test_all_processes_read_kept_embeddings_or_all_encode(launched, processes):
-    for rank in range(processes):
-        encoded, rsum = zip(*launched.results[rank, processes]["cached"], strict=True)
-        assert encoded == (True, False, True)
-        assert rsum == pytest.approx([launched.single["cached"][0][1]] * 3)
-
-
-@pytest.mark.parametrize("run", ["infonce", "hinge"])
-def test_evaluation_of_an_odd_set_is_that_of_one_process(results, run):
-    single, first, second = (result[run] for result in results)
-    assert first["scores"].shape == single["scores"].shape == (9, 18)
+@pytest.mark.parametrize("training", [infonce, hinge])
+def test_evaluation_of_an_odd_set_is_that_of_one_process(one_and_two, training):
+    alone, first, second = one_and_two(training)
+    assert first["scores"].shape == alone["scores"].shape == (9, 18)
     assert torch.equal(first["scores"], second["scores"])
-    torch.testing.assert_close(first["scores"], single["scores"], rtol=0, atol=1e-4)
-    for name in single["evaluation"]:
-        if name != "eval_runtime":
-            assert first["evaluation"][name] == second["evaluation"][name]
-            assert first["evaluation"][name] == pytest.approx(single["evaluation"][name], abs=1e-4)
-    assert first["styles"] == second["styles"] == pytest.approx(single["styles"], abs=1e-4)
+    torch.testing.assert_close(first["scores"], alone["scores"], rtol=0, atol=1e-4)
+    assert first["evaluation"] == second["evaluation"] == pytest.approx(alone["evaluation"], abs=1e-4)
+    assert first["styles"] == second["styles"] == pytest.approx(alone["styles"], abs=1e-4)
+    # Folds that the processes share are those of the full matrix.
+    assert first["folds"] == second["folds"] == pytest.approx(alone["folds"], abs=1e-4)
+    expected = folded_retrieval_metrics(alone["scores"], *alone["eval_ids"], num_folds=3)
+    assert {name: first["folds"][name] for name in expected} == expected
+    assert first["folds"]["rsum"] != first["evaluation"]["eval_rsum"]
+
+
+def local_negatives(folder: Path) -> dict[str, Any]:
+    return run(folder, model(**PURITY), num_train_epochs=1, gather_negatives=False)
+
+
+def test_without_gathered_negatives_processes_see_their_own_pairs(one_and_two):
+    alone, first, second = one_and_two(local_negatives, infonce)
+    assert_close(first["state"], second["state"], 0.0)
+    # Half the negatives make an easier task.
+    assert (first["losses"][0] + second["losses"][0]) / 2 < alone["losses"][0] - 0.1
+    assert first["losses"][0] != second["losses"][0]
+
+
+# Batches that do not divide evenly, and processes without a word
+
+
+class Masked(FirstGradients):
+    """The second half of each batch has no word, so that processes lack a valid pair; the second batch has none."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        size = len(inputs["input_ids"])
+        first = 0 if self.state.global_step == 1 else GLOBAL_BATCH // 2
+        inputs["attention_mask"][max(0, first - PartialState().process_index * size) :] = 0
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def uneven(folder: Path) -> dict[str, Any]:
+    """16 of 29 images, then the other 13: of four processes one has four of them, the others three."""
+    options = {"data": CountedDataset(rows(29, repeats=2)), "dataloader_drop_last": False, **EPOCHS}
+    return run(folder, model(**PURITY), measure=True, global_batch=16, **options)
+
+
+def masked(folder: Path) -> dict[str, Any]:
+    return run(folder, model(**PURITY), measure=True, trainer_class=Masked, **EPOCHS)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("run", ["uneven", "masked"])
-def test_one_two_and_four_processes_train_and_measure_alike(launched, run, processes):
-    single = launched.single[run]
-    ranks = [launched.results[rank, processes][run] for rank in range(processes)]
+@pytest.mark.parametrize("training", [uneven, masked])
+def test_one_two_and_four_processes_train_and_measure_alike(results_of, training, processes):
+    (alone,), ranks = results_of(training), results_of(training, processes)
     sizes = [[len(ids) for ids in batches] for batches in zip(*(rank["ids"] for rank in ranks), strict=True)]
-    if run == "uneven":
+    if training is uneven:
         # 13 images that are no multiple of any number of processes.
         assert sizes == [[16 // processes] * processes, {2: [7, 6], 4: [4, 3, 3, 3]}[processes]] * 3
     else:
         assert any(len({rank["widths"][step] for rank in ranks}) > 1 for step in range(len(sizes)))
     losses = [sum(step) / processes for step in zip(*(rank["losses"] for rank in ranks), strict=True)]
-    assert losses == pytest.approx(single["losses"], rel=1e-4)
+    assert losses == pytest.approx(alone["losses"], rel=1e-4)
     assert len(losses) == 6 and len(set(losses)) == 6
+    assert len(alone["log"]) == 2
     for rank in ranks:
         assert_close(rank["state"], ranks[0]["state"], 0.0)
-        assert_close(rank["state"], single["state"], 1e-4)
-        assert len(rank["log"]) == len(single["log"]) == 2
-        for mine, other in zip(rank["log"], single["log"], strict=True):
-            assert mine == pytest.approx(other, abs=1e-4)
+        assert_close(rank["state"], alone["state"], 1e-4)
+        assert_same_log(rank["log"], alone["log"])
         for numbers in ("evaluation", "folds", "styles"):
-            mine, other = ({**result[numbers], "eval_runtime": 0} for result in (rank, single))
-            assert mine == pytest.approx(other, abs=1e-4)
+            assert rank[numbers] == pytest.approx(alone[numbers], abs=1e-4)
     assert all(tensor.isfinite().all() for tensor in ranks[0]["state"].values())
 
 
-@pytest.mark.parametrize("run", ["infonce", "hinge"])
-def test_folds_that_processes_share_are_those_of_the_full_matrix(results, run):
-    single, first, second = (result[run] for result in results)
-    assert first["folds"] == second["folds"]
-    assert first["folds"] == pytest.approx(single["folds"], abs=1e-4)
-    expected = folded_retrieval_metrics(single["scores"], *single["eval_ids"], num_folds=3)
-    assert {name: first["folds"][name] for name in expected} == expected
-    assert first["folds"]["rsum"] != first["evaluation"]["eval_rsum"]
+# Auxiliary losses and uncertainty
 
 
-def test_reranking_is_learned_and_used_alike_on_both(results):
-    _, first, second = (result["decoupled"] for result in results)
-    assert first["reranking"] == second["reranking"] and first["evaluation"] == pytest.approx(
-        second["evaluation"] | {"eval_runtime": first["evaluation"]["eval_runtime"]}
-    )
+def decoupled(folder: Path) -> dict[str, Any]:
+    options = {"num_train_epochs": 2, "prototype_update_start": 2, "logging_steps": 1, "learning_rate": 1e-2}
+    return run(folder, model(**DECOUPLED), measure=True, dataloader_drop_last=False, **options)
+
+
+def test_auxiliary_losses_are_of_either_process_and_logged_as_their_mean(one_and_two):
+    alone, first, second = one_and_two(decoupled)
+    assert_close(first["gradients"], second["gradients"], 0.0)
+    assert_close(first["state"], second["state"], 0.0)
+    terms = ("semantic_loss", "modality_loss", "integrity_loss", "sampled_integrity_loss")
+    # Of two or three meanings that are no match, the mean closeness differs much between halves of a batch.
+    halves = ("uncertainty_loss", "loss")
+    assert len(alone["losses_logged"]) == len(first["losses_logged"]) == alone["steps"]
+    for term in (*terms, "uncertainty_diversity_loss", *halves):
+        assert [entry[term] for entry in first["losses_logged"]] == [entry[term] for entry in second["losses_logged"]]
+        # Distributions are over half the batch: alike, not the same.
+        if term not in halves:
+            assert first["losses_logged"][0][term] == pytest.approx(alone["losses_logged"][0][term], rel=0.5)
+    means = [(a + b) / 2 for a, b in zip(first["losses"], second["losses"], strict=True)]
+    assert means == pytest.approx([entry["loss"] for entry in first["losses_logged"]], rel=1e-3)
+
+
+def test_reranking_is_learned_and_used_alike_on_both(results_of):
+    first, second = results_of(decoupled, 2)
+    assert first["reranking"] == second["reranking"] and first["evaluation"] == pytest.approx(second["evaluation"])
     of_images, of_texts = first["uncertainty"]
     assert of_images.shape == (9,) and of_texts.shape == (18,)
     assert torch.equal(of_images, second["uncertainty"][0]) and torch.equal(of_texts, second["uncertainty"][1])
@@ -199,31 +376,83 @@ def test_reranking_is_learned_and_used_alike_on_both(results):
     assert first["evaluation"]["eval_reranked_rsum"] != first["evaluation"]["eval_rsum"]
 
 
-def test_feedback_of_a_part_of_the_images_is_a_different_one(results):
-    gains = [[entry["prototype_feedback_gain"] for entry in result["subset"]["log"]] for result in results]
-    assert gains[0] != [entry["prototype_feedback_gain"] for entry in results[0]["infonce"]["log"]]
+def masked_decoupled(folder: Path) -> dict[str, Any]:
+    return run(folder, model(**DECOUPLED), trainer_class=Masked, num_train_epochs=1)
 
 
-def test_two_processes_resume_bit_for_bit(results):
-    for result in results:
-        assert_close(result["resumed"]["state"], result["infonce"]["state"], 0.0)
-        assert result["resumed"]["log"] == result["infonce"]["log"]
+def test_auxiliary_losses_of_a_process_without_a_word_are_finite(results_of):
+    first, second = results_of(masked_decoupled, 2)
+    assert_close(first["gradients"], second["gradients"], 0.0)
+    assert_close(first["state"], second["state"], 0.0)
+    assert len(first["losses"]) == 2 and torch.tensor([first["losses"], second["losses"]]).isfinite().all()
+    assert all(tensor.isfinite().all() for tensor in first["gradients"].values())
 
 
-def test_two_processes_take_over_from_one(results):
-    single, first, second = results
-    for result in (first["taken over"], second["taken over"]):
-        assert_close(result["state"], single["infonce"]["state"], 1e-4)
-        assert len(result["losses"]) == len(single["infonce"]["losses"]) - 2
-    # 20 images in batches of 16: one step an epoch, and two of three steps were done.
-    for result in (first["widened"], second["widened"]):
-        assert result["steps"] == 3 and len(result["losses"]) == 1
-        assert_close(result["state"], first["widened"]["state"], 0.0)
+# Kept embeddings
 
 
-@pytest.mark.parametrize("run", ["skip", "infinite"])
-def test_a_loss_that_is_not_finite_on_one_process_is_skipped_on_both(results, run):
-    _, first, second = (result[run] for result in results)
+def cached_evaluations(folder: Path) -> list[tuple[bool, float]]:
+    """Whether each of three evaluations encoded, and its rSum; before the third one process loses its embeddings."""
+    data = CaptionedImageDataset(rows(9, seed=1, repeats=1))
+    made = trainer(folder, eval_data=data, eval_cache_dir=str(folder / "embeddings"))
+    state, encode, calls = PartialState(), made.evaluator.encode, []
+    made.evaluator.encode = lambda *args, **kwargs: calls.append(1) or encode(*args, **kwargs)
+    results = []
+    for evaluation in range(3):
+        state.wait_for_everyone()
+        if evaluation == 2 and state.is_last_process:
+            for file in (folder / "embeddings").glob(f"*-{state.process_index}-of-{state.num_processes}.safetensors"):
+                file.unlink()
+        state.wait_for_everyone()
+        before = len(calls)
+        rsum = made.evaluate()["eval_rsum"]
+        results.append((len(calls) > before, rsum))
+    return results
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_all_processes_read_kept_embeddings_or_all_encode(results_of, processes):
+    ((_, expected), *_), *_ = results_of(cached_evaluations)
+    for result in results_of(cached_evaluations, processes):
+        encoded, rsum = zip(*result, strict=True)
+        assert encoded == (True, False, True)
+        assert rsum == pytest.approx([expected] * 3)
+
+
+# Losses that are not finite
+
+
+class Poisoned(FirstGradients):
+    """An image of the last process is not finite in the second step."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        if self.state.global_step == 1 and PartialState().is_last_process:
+            inputs["pixel_values"][1, 0, 2, 2] = math.nan
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+class Infinite(FirstGradients):
+    """The loss of the last process is infinite in the second step, and its gradient is not."""
+
+    def _pair_loss(self, *args):
+        return super()._pair_loss(*args) + self.surplus()
+
+    def surplus(self) -> float:
+        return math.inf if self.state.global_step == 1 and PartialState().is_last_process else 0.0
+
+
+def poisoned_step_is_skipped(folder: Path) -> dict[str, Any]:
+    options = {"num_train_epochs": 2, "gather_negatives": False, "non_finite_loss": "skip"}
+    return run(folder, model(**PURITY), trainer_class=Poisoned, **options)
+
+
+def infinite_step_is_skipped(folder: Path) -> dict[str, Any]:
+    return run(folder, model(**PURITY), trainer_class=Infinite, num_train_epochs=2, non_finite_loss="skip")
+
+
+@pytest.mark.parametrize("training", [poisoned_step_is_skipped, infinite_step_is_skipped])
+def test_a_loss_that_is_not_finite_on_one_process_is_skipped_on_both(results_of, training):
+    first, second = results_of(training, 2)
     assert torch.tensor(first["losses"]).isfinite().all()
     assert torch.tensor(second["losses"]).isfinite().tolist() == [True, False, True, True]
     assert first["skipped"] == second["skipped"] == [1]
@@ -231,54 +460,150 @@ def test_a_loss_that_is_not_finite_on_one_process_is_skipped_on_both(results, ru
     assert all(tensor.isfinite().all() for tensor in first["state"].values())
 
 
-def test_a_loss_that_is_not_finite_stops_both_with_the_ids_of_all(results):
-    single, first, second = (result["stop"] for result in results)
+def message_of_a_poisoned_step(folder: Path) -> str:
+    with pytest.raises(NonFiniteLossError) as stopped:
+        train(folder, model(**PURITY), trainer_class=Poisoned, num_train_epochs=1)
+    return str(stopped.value)
+
+
+def test_a_loss_that_is_not_finite_stops_both_with_the_ids_of_all(one_and_two):
+    alone, first, second = one_and_two(message_of_a_poisoned_step)
     assert first == second
-    assert "loss (nan, nan) of step 2 is not finite" in first and "loss (nan) of step 2" in single
-    ids = [[message.split("by image_id: ")[1].split(". ")[0]] for message in (first, single)]
-    assert ids[0] == ids[1] and len(ids[0][0].split(", ")) == 8
+    assert "loss (nan, nan) of step 2 is not finite" in first and "loss (nan) of step 2" in alone
+    ids = [message.split("by image_id: ")[1].split(". ")[0] for message in (first, alone)]
+    assert ids[0] == ids[1] and len(ids[0].split(", ")) == 8
     assert "Not finite are the pixels of" in first
 
 
-def test_without_gathered_negatives_processes_see_their_own_pairs(results):
-    single, first, second = (result["local"] for result in results)
+# Resuming, also with another number of processes
+
+
+def resumed(folder: Path, checkpoint: Path, global_batch: int = GLOBAL_BATCH) -> dict[str, Any]:
+    return run(folder, model(**PURITY), checkpoint=checkpoint, global_batch=global_batch, **EPOCHS)
+
+
+def test_two_processes_resume_bit_for_bit(results_of):
+    uninterrupted = results_of(infonce, 2)
+    again = results_of(resumed, 2, uninterrupted[0]["folder"] / "checkpoint-2")
+    for result, expected in zip(again, uninterrupted, strict=True):
+        assert_close(result["state"], expected["state"], 0.0)
+        assert result["log"] == expected["log"]
+
+
+def test_two_processes_take_over_from_one(results_of):
+    (alone,) = results_of(infonce)
+    for result in results_of(resumed, 2, alone["folder"] / "checkpoint-2"):
+        assert_close(result["state"], alone["state"], 1e-4)
+        assert len(result["losses"]) == len(alone["losses"]) - 2
+    # The batch of each process stays as it was, so that all together see twice as many pairs a step: 20 images in
+    # batches of 16 are one step an epoch, and two of three steps were done.
+    first, second = results_of(resumed, 2, alone["folder"] / "checkpoint-2", 2 * GLOBAL_BATCH)
+    assert [(result["steps"], len(result["losses"])) for result in (first, second)] == [(3, 1)] * 2
     assert_close(first["state"], second["state"], 0.0)
-    # Half the negatives make an easier task.
-    assert (first["losses"][0] + second["losses"][0]) / 2 < single["losses"][0] - 0.1
-    assert first["losses"][0] != second["losses"][0]
 
 
-def test_a_killed_process_ends_the_run_with_its_name_and_leaves_a_checkpoint_for_one(launched, tmp_path):
-    assert launched.two.returncode != 0
-    assert "Signal 9 (SIGKILL) received by PID" in launched.two.stdout
-    checkpoints = sorted(path.name for path in (launched.folder / "mortal").glob("checkpoint-*"))
-    assert checkpoints == ["checkpoint-2"]
+class Mortal(FirstGradients):
+    """The last process is killed in the middle of the third step."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        if self.state.global_step == 2 and PartialState().is_last_process:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss
+
+
+def killed(folder: Path) -> None:
+    train(folder, model(**PURITY), trainer_class=Mortal, save_strategy="epoch", **EPOCHS)
+
+
+def test_a_killed_process_ends_the_run_with_its_name_and_leaves_a_checkpoint_for_one(results_of, tmp_path):
+    with pytest.raises(ChildFailedError, match=r"Signal 9 \(SIGKILL\) received by PID"):
+        run_processes(killed, 2, tmp_path)
+    ended = time.time()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]
     # The other one did not wait for a timeout, which is half an hour.
-    written = (launched.folder / "mortal" / "checkpoint-2" / "trainer_state.json").stat().st_mtime
-    assert launched.ended - written < 60
-    from worker import EPOCHS, PURITY, train
-
-    checkpoint = str(launched.folder / "mortal" / "checkpoint-2")
-    resumed = train(tmp_path, PURITY, checkpoint=checkpoint, **EPOCHS)
-    assert_close(resumed.model.state_dict(), launched.single["infonce"]["state"], 1e-4)
+    assert ended - (tmp_path / "checkpoint-2" / "trainer_state.json").stat().st_mtime < 60
+    (result,), (alone,) = results_of(resumed, 1, tmp_path / "checkpoint-2"), results_of(infonce)
+    assert_close(result["state"], alone["state"], 1e-4)
 
 
 # Fully sharded (FSDP2)
 
 
-@pytest.mark.parametrize("run", ["sharded", "sharded_adapter"])
-def test_sharded_towers_train_as_whole_ones_do(results, run):
-    single, first, second = (result[run] for result in results)
-    assert_close(first["state"], single["state"], 1e-4)
+@contextmanager
+def fsdp() -> Iterator[None]:
+    """
+    What `accelerate launch` makes of examples/accelerate/fsdp.yaml. Accelerate takes FSDP for devices only, so it is
+    told that these processes have some.
+    """
+    if PartialState().num_processes == 1:
+        yield
+        return
+    args = launch_command_parser().parse_args(["--config_file", str(CONFIGURATION), "train_pico.py"])
+    environment = prepare_multi_gpu_env(_validate_launch_command(args)[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", environment["ACCELERATE_USE_FSDP"])
+        for name in environment:
+            if name.startswith("FSDP_"):
+                patch.setenv(name, environment[name])
+        patch.setattr(PartialState, "_prepare_backend", lambda *args: ("gloo", DistributedType.MULTI_GPU))
+        patch.setattr(PartialState, "set_device", lambda state: setattr(state, "device", torch.device("cpu")))
+        yield
+
+
+@fsdp()
+def sharded(folder: Path) -> dict[str, Any]:
+    return run(folder, model(**PURITY), measure=True, **EPOCHS)
+
+
+@fsdp()
+def sharded_chunks(folder: Path) -> dict[str, Any]:
+    """The last five pairs are three and two, that is two chunks and one if each process cut them for itself."""
+    options = {"num_train_epochs": 1, "dataloader_drop_last": False, "gradient_cache_chunk_size": 2}
+    return run(folder, model(**PURITY), data=CountedDataset(rows(29)), **options)
+
+
+@fsdp()
+def sharded_adapter(folder: Path) -> dict[str, Any]:
+    return run(folder, with_adapter(), measure=True, **EPOCHS)
+
+
+@fsdp()
+def sharded_bf16(folder: Path) -> dict[str, Any]:
+    return run(folder, model(**PURITY), bf16=True, num_train_epochs=1)
+
+
+@fsdp()
+def sharded_decoupled(folder: Path) -> dict[str, Any]:
+    return run(folder, model(**DECOUPLED), measure=True, num_train_epochs=1)
+
+
+@fsdp()
+def sharded_adamw(folder: Path, checkpoint: Path | None = None) -> dict[str, Any]:
+    """With SGD there would be no state of the optimizer to save."""
+    adamw = {"optim": "adamw_torch", "learning_rate": 1e-2, "backbone_learning_rate": 1e-2, "save_strategy": "epoch"}
+    return run(folder, model(), checkpoint=checkpoint, **adamw, **EPOCHS)
+
+
+@pytest.mark.parametrize(
+    ("training", "alone"), [(sharded, infonce), (sharded_chunks, sharded_chunks), (sharded_adapter, adapter)]
+)
+def test_gradient_and_loss_of_sharded_towers_are_those_of_the_whole_batch(one_and_two, training, alone):
+    assert_first_gradients_and_losses(*one_and_two(training, alone))
+
+
+@pytest.mark.parametrize(("training", "alone"), [(sharded, infonce), (sharded_adapter, adapter)])
+def test_sharded_towers_train_as_whole_ones_do(one_and_two, training, alone):
+    expected, first, second = one_and_two(training, alone)
+    assert_close(first["state"], expected["state"], 1e-4)
     assert not second["state"]  # collected on the first process alone
-    for mine, other in zip(first["log"], single["log"], strict=True):
-        assert mine == pytest.approx(other, abs=1e-4)
+    assert_same_log(first["log"], expected["log"])
     assert torch.equal(first["scores"], second["scores"])
-    torch.testing.assert_close(first["scores"], single["scores"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(first["scores"], expected["scores"], rtol=0, atol=1e-4)
 
 
-def test_sharded_towers_train_beside_a_network_and_uncertainty(results):
-    _, first, second = (result["sharded_decoupled"] for result in results)
+def test_sharded_towers_train_beside_a_network_and_uncertainty(results_of):
+    first, second = results_of(sharded_decoupled, 2)
     state = first["state"]
     assert {"uncertainty_prototypes.image", "alignment_head.component_weights"} <= state.keys()
     assert all(tensor.isfinite().all() for tensor in state.values())
@@ -288,11 +613,12 @@ def test_sharded_towers_train_beside_a_network_and_uncertainty(results):
     assert first["reranking"] == second["reranking"]
 
 
-def test_a_sharded_checkpoint_loads_as_any_other(launched, results):
-    checkpoint = launched.folder / "adamw" / "checkpoint-6"
+def test_a_sharded_checkpoint_loads_as_any_other(results_of):
+    first, _ = results_of(sharded_adamw, 2)
+    checkpoint = first["folder"] / "checkpoint-6"
     loaded, info = PicoModel.from_pretrained(checkpoint, output_loading_info=True)
     assert not any(info.values())
-    assert_close(dict(loaded.state_dict()), results[1]["adamw"]["state"], 0.0)
+    assert_close(dict(loaded.state_dict()), first["state"], 0.0)
     assert all(side.stage == 2 and side.prototypes.any() for side in loaded.style_prototypes.values())
     # FSDP makes a class of its own of the model; what is saved names ours, and its code.
     named = json.loads((checkpoint / "config.json").read_text())["auto_map"]
@@ -301,18 +627,19 @@ def test_a_sharded_checkpoint_loads_as_any_other(launched, results):
     assert not list(checkpoint.glob("_fsdp*"))
 
 
-def test_half_precision_of_sharded_towers_is_that_of_whole_ones(results):
-    single, first, second = (result["sharded_bf16"] for result in results)
+def test_a_sharded_training_resumes_bit_for_bit(results_of):
+    first, _ = results_of(sharded_adamw, 2)
+    again, _ = results_of(sharded_adamw, 2, first["folder"] / "checkpoint-2")
+    assert_close(again["state"], first["state"], 0.0)
+    assert again["log"] == first["log"]
+
+
+def test_half_precision_of_sharded_towers_is_that_of_whole_ones(results_of, one_and_two):
+    alone, first, second = one_and_two(sharded_bf16)
     means = [(a + b) / 2 for a, b in zip(first["losses"], second["losses"], strict=True)]
-    exact = results[0]["sharded"]["losses"][:2]
+    exact = results_of(infonce)[0]["losses"][:2]
     assert means != pytest.approx(exact, rel=1e-4)
-    assert means == pytest.approx(exact, rel=0.02) and means == pytest.approx(single["losses"], rel=0.02)
+    assert means == pytest.approx(exact, rel=0.02) and means == pytest.approx(alone["losses"], rel=0.02)
     assert {tensor.dtype for tensor in first["state"].values() if tensor.is_floating_point()} == {torch.float32}
     # Embeddings leave the model as they do under autocast alone; FSDP by itself would round them.
-    assert single["dtypes"] == first["dtypes"] == second["dtypes"] == {torch.float32}
-
-
-def test_a_sharded_training_resumes_bit_for_bit(results):
-    first = results[1]
-    assert_close(first["adamw_resumed"]["state"], first["adamw"]["state"], 0.0)
-    assert first["adamw_resumed"]["log"] == first["adamw"]["log"]
+    assert alone["dtypes"] == first["dtypes"] == second["dtypes"] == {torch.float32}

@@ -74,7 +74,7 @@ def test_a_second_evaluation_reads_the_embeddings_and_gives_the_same_numbers(tmp
 
 
 def test_half_precision_embeddings_score_like_the_full_ones(tmp_path):
-    first = made(tmp_path, model_options={"num_uncertainty_prototypes": 2})
+    first = made(tmp_path, model_options={"uncertainty_config": {"num_prototypes": 2}})
     loader = first.get_eval_dataloader()
     full = first.evaluator.encode(first.model, loader)
     half = cached_embeddings(tmp_path / "cache", first.model, loader, lambda: full)
@@ -269,7 +269,7 @@ def test_whatever_changes_embeddings_is_encoded_anew(tmp_path, monkeypatch, chan
 
 
 def test_what_embeddings_do_not_depend_on_leaves_them_as_they_are(tmp_path, monkeypatch):
-    options = {"num_uncertainty_prototypes": 2}
+    options = {"uncertainty_config": {"num_prototypes": 2}}
     first = made(tmp_path, model_options=options)
     first.evaluate()
     first.save_model(tmp_path / "saved")
@@ -278,12 +278,12 @@ def test_what_embeddings_do_not_depend_on_leaves_them_as_they_are(tmp_path, monk
     second = made(tmp_path, net=PicoModel.from_pretrained(tmp_path / "saved"))
     second.data_collator = PicoDataCollator(own)
     second.model.style_prototypes["image"].prototypes.add_(1)
-    second.model.config.uncertainty_reranking = {"text_weight": 1.0}
+    second.model.config.uncertainty_config["reranking"] = {"text_weight": 1.0}
     with torch.no_grad():
         second.model.uncertainty_prototypes.image.add_(1)
     calls = encodings(second, monkeypatch)
     second._encode(second.get_eval_dataloader())
-    assert not calls and second.model.config.uncertainty_reranking is not None
+    assert not calls and "reranking" in second.model.config.uncertainty_config
 
 
 def test_other_code_has_another_key(tmp_path, monkeypatch):

@@ -224,9 +224,9 @@ def loader(data) -> DataLoader:
 @pytest.mark.parametrize("folds", [1, 3])
 @pytest.mark.parametrize("head", ["pico", "clip_style"])
 def test_streamed_reranking_equals_that_of_the_matrix(data, head, folds):
-    net = tiny.model(num_uncertainty_prototypes=4, alignment_head=head).eval()
+    net = tiny.model(uncertainty_config={"num_prototypes": 4}, method=head).eval()
     reranking = UncertaintyReranking(image_weight=40.0, text_weight=-30.0, floor=0.2)
-    net.config.uncertainty_reranking = reranking.to_dict()
+    net.config.uncertainty_config["reranking"] = reranking.to_dict()
     evaluator = RetrievalEvaluator(num_folds=folds, image_chunk=5, text_chunk=7)
     encoded = evaluator.encode(net, loader(data))
     scores = evaluator.score(net, encoded)
@@ -257,7 +257,7 @@ def test_streamed_reranking_equals_that_of_the_matrix(data, head, folds):
 
 
 def test_uncertainty_of_a_set_is_that_of_the_outputs(data):
-    net = tiny.model(num_uncertainty_prototypes=4).eval()
+    net = tiny.model(uncertainty_config={"num_prototypes": 4}).eval()
     measured = RetrievalUncertainty.measure(net, RetrievalEvaluator().encode(net, loader(data)))
     inputs = tiny.processor()(
         images=[data[row]["image"] for row in range(12)], text=data[11]["captions"], return_tensors="pt", padding=True
@@ -280,33 +280,35 @@ def test_without_uncertainty_nothing_is_added(data):
 
 
 def test_the_trainer_learns_keeps_and_uses_the_weights(tmp_path):
-    made = tiny.trainer(tmp_path / "run", model_options={"num_uncertainty_prototypes": 4}, num_train_epochs=1)
+    made = tiny.trainer(
+        tmp_path / "run", model_options={"uncertainty_config": {"num_prototypes": 4}}, num_train_epochs=1
+    )
     made.train()
     assert "eval_reranked_rsum" not in made.evaluate()
     learned = made.learn_uncertainty_reranking()
     assert set(learned) == {f"uncertainty_reranking_{name}" for name in UncertaintyReranking().to_dict()}
-    made.model.config.uncertainty_reranking["text_weight"] = 25.0
+    made.model.config.uncertainty_config["reranking"]["text_weight"] = 25.0
     made.save_model()
     metrics = made.evaluate()
     assert "eval_rsum" in metrics and "eval_reranked_rsum" in metrics
     loaded = PicoModel.from_pretrained(tmp_path / "run")
-    assert loaded.config.uncertainty_reranking["text_weight"] == 25.0
+    assert loaded.config.uncertainty_config["reranking"]["text_weight"] == 25.0
     made.create_model_card()
     card = (tmp_path / "run" / "README.md").read_text()
     assert "eval, re-ranked by uncertainty" in card and "texts 25 (learned on validation)" in card
     # New training makes new weights, for which nothing is learned yet.
     again = tiny.trainer(tmp_path / "again", net=loaded, num_train_epochs=1)
     again.train()
-    assert loaded.config.uncertainty_reranking is None
+    assert "reranking" not in loaded.config.uncertainty_config
 
 
 def test_nothing_to_learn_without_uncertainty(tmp_path):
-    with pytest.raises(ValueError, match="no uncertainty to re-rank by.*num_uncertainty_prototypes"):
+    with pytest.raises(ValueError, match="no uncertainty to re-rank by.*uncertainty_config"):
         tiny.trainer(tmp_path).learn_uncertainty_reranking()
 
 
 def test_uncertainty_alone_is_trained_without_dropout():
-    net = tiny.model(dropout=0.5, num_uncertainty_prototypes=4)
+    net = tiny.model(dropout=0.5, uncertainty_config={"num_prototypes": 4})
     inputs = tiny.processor()(
         images=[torch.zeros(3, 16, 16), torch.ones(3, 16, 16)],
         text=["red up here", "green left"],
@@ -317,7 +319,7 @@ def test_uncertainty_alone_is_trained_without_dropout():
     losses = [net.train()(**inputs).auxiliary_loss.item() for _ in range(2)]
     assert losses[0] != losses[1]
     net.train_uncertainty_only()
-    assert net.train().training and net.trains_uncertainty_only
+    assert net.train().training and not net.trains_embeddings
     losses = [net(**inputs).auxiliary_loss for _ in range(2)]
     assert losses[0].item() == losses[1].item() and losses[0].requires_grad
     net.requires_grad_(True)
@@ -328,7 +330,7 @@ def test_uncertainty_alone_leaves_the_trained_model_as_it_is(tmp_path):
     first = tiny.trainer(tmp_path / "first", num_train_epochs=2)
     first.train()
     first.save_model()
-    net = PicoModel.from_pretrained(tmp_path / "first", num_uncertainty_prototypes=4)
+    net = PicoModel.from_pretrained(tmp_path / "first", uncertainty_config={"num_prototypes": 4})
     net.train_uncertainty_only()
     start = net.uncertainty_prototypes.text.detach().clone()
     # Evaluated and built on the way: prototypes of style would move if they were.

@@ -286,7 +286,7 @@ def test_flickr30k_recipe(towers, tmp_path, monkeypatch):
     results = train_pico.main([str(EXAMPLES / "flickr30k.yaml"), *towers, *SMALL])
     assert {"eval_rsum", "test_rsum"} <= results.keys()
     config = PicoModel.from_pretrained("outputs/flickr30k").config
-    assert (config.loss_type, config.margin, config.alignment_head) == ("hinge", 0.2, "pico")
+    assert (config.loss_type, config.margin, config.method) == ("hinge", 0.2, "pico")
     # Every caption once an epoch: 40 pairs, four a step, in three epochs.
     state = json.loads(Path("outputs/flickr30k/trainer_state.json").read_text())
     assert state["max_steps"] == 30

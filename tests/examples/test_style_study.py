@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import io
 import json
+import subprocess
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import bound
@@ -30,6 +34,25 @@ def threads_as_found():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch) -> None:
+    """Trainings that the study would start as processes of their own, with imports of their own, run here."""
+
+    def run(command: list[str], **options) -> subprocess.CompletedProcess:
+        if command[0] != sys.executable:
+            return start(command, **options)
+        printed, failure = io.StringIO(), ""
+        with redirect_stdout(printed):
+            try:
+                study.main(command[2:])
+            except (SystemExit, Exception) as error:
+                failure = str(error)
+        return subprocess.CompletedProcess(command, bool(failure), printed.getvalue(), failure)
+
+    start = subprocess.run
+    monkeypatch.setattr(study.subprocess, "run", run)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +135,7 @@ def test_every_variant_is_a_model_of_its_method(setting, tmp_path):
         model = study.build_model(setting, options, data, tmp_path)
         method = options.get("method", "pico")
         head = {"pico_literal": "pico", "free_gate": "fine_grained"}.get(method, method)
-        assert model.config.alignment_head == head, name
+        assert model.config.method == head, name
         assert (model.style_prototypes is not None) == (head == "pico" or name.startswith("pico_cdds")), name
         literal = (model.config.column_mode, model.config.style_probability) == ("quantile", "purity")
         assert literal == (method == "pico_literal"), name
@@ -161,7 +184,7 @@ def test_pretrained_text_tower_is_frozen_but_for_its_last_layers(setting, tmp_pa
 
 def test_uncertainty_makes_a_second_row(setting, tmp_path):
     splits = ["seen", "validation"]
-    options = {"method": "fine_grained", "num_uncertainty_prototypes": 3, "uncertainty_gradient": False}
+    options = {"method": "fine_grained", "uncertainty_config": {"num_prototypes": 3, "gradient": False}}
     result = study.train(setting, options, 3, splits, tmp_path, tmp_path / "kept.safetensors")
     assert set(result["reranked"]) == set(result["aurc"]) == set(splits)
     assert all(0 <= area <= 100 for areas in result["aurc"]["seen"].values() for area in areas)
@@ -173,12 +196,13 @@ def test_uncertainty_makes_a_second_row(setting, tmp_path):
     assert f"| pau, re-ranked | 1 | {result['reranked']['seen'][0]:.1f} (+2.0) |" in text
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_uncertainty_is_added_to_kept_models_that_stay_as_they_are(setting, tmp_path, capsys):
     file, variants, table = tmp_path / "tiny.yaml", tmp_path / "variants.yaml", tmp_path / "table.jsonl"
     file.write_text(yaml.safe_dump({**setting, "num_train_epochs": 1}))
     variants.write_text(
         "plain: {method: fine_grained}\n"
-        "plain_pau: {base: plain, num_uncertainty_prototypes: 3, args: {num_train_epochs: 2}}\n"
+        "plain_pau: {base: plain, uncertainty_config: {num_prototypes: 3}, args: {num_train_epochs: 2}}\n"
     )
     with pytest.raises(SystemExit, match="lost starts from 'nothing', which the file of variants lacks"):
         study._describe_job("tiny", setting, {"lost": {"base": "nothing"}}, "lost", 0)
@@ -233,6 +257,27 @@ def test_a_batch_holds_the_captions_of_its_images(setting, tmp_path):
     assert whole["pixel_values"].abs().max() <= 1
 
 
+def test_every_training_is_a_process_of_its_own(setting, tmp_path, capsys):
+    file, table = tmp_path / "tiny.yaml", tmp_path / "table.jsonl"
+    file.write_text(yaml.safe_dump({**setting, "num_train_epochs": 1}))
+    study.main(
+        [
+            "run",
+            str(file),
+            "--output",
+            str(table),
+            "--cache",
+            str(tmp_path),
+            "--variants",
+            "fine_grained",
+            "--seeds",
+            "0",
+        ]
+    )
+    assert "fine_grained, seed 0: {'seen': [" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_trains_what_the_table_lacks_and_reports_it(setting, tmp_path, capsys):
     file, variants, table = tmp_path / "tiny.yaml", tmp_path / "variants.yaml", tmp_path / "table.jsonl"
     file.write_text(yaml.safe_dump({**setting, "num_train_epochs": 1}))

@@ -14,7 +14,7 @@ from modeling_pico.training.gradient_cache import cached_backward, split_inputs
 @pytest.fixture
 def net():
     """A model whose head has two auxiliary losses: mean squares of the projected tokens, tripled for the texts."""
-    model = tiny.model(alignment_head="fine_grained").train()
+    model = tiny.model(method="fine_grained").train()
     head = model.alignment_head
     embed = head.embed
 

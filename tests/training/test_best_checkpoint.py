@@ -84,7 +84,7 @@ def test_a_resumed_run_does_not_compare_one_metric_with_another(tmp_path, course
 
 
 def test_a_metric_that_training_cannot_change_is_refused(tmp_path):
-    net = model(alignment_head="fine_grained", num_uncertainty_prototypes=4)
+    net = model(method="fine_grained", uncertainty_config={"num_prototypes": 4})
     net.train_uncertainty_only()
     options = {**SHORT, "num_train_epochs": 1, "load_best_model_at_end": True}
     with pytest.raises(ValueError, match="'rsum' cannot tell .* Choose 'image_to_text_aurc'"):

@@ -84,7 +84,7 @@ def test_training_in_chunks_runs(tmp_path):
 
 
 def test_uncertainty_alone_costs_nothing_of_the_decoupling(monkeypatch):
-    net = tiny.model(num_uncertainty_prototypes=2, **CDDS)
+    net = tiny.model(uncertainty_config={"num_prototypes": 2}, **CDDS)
     net.train_uncertainty_only()
     monkeypatch.setattr(type(net.alignment_head), "auxiliary_losses", lambda *sides: pytest.fail("asked for"))
     inputs = {"pixel_values": torch.rand(3, 3, 16, 16), "input_ids": torch.tensor([[2, 5, 3], [2, 6, 3], [2, 7, 3]])}
@@ -160,7 +160,7 @@ def test_options_of_another_method_are_refused():
     arguments.method = "cdds"
     plan = plan_model(arguments, None, training=True)
     assert plan.model_class is CddsModel and plan.config.noise_groups == 3
-    assert arguments.config_options(CddsModel) == {"alignment_head": "cdds", "noise_groups": 3}
+    assert arguments.config_options(CddsModel) == {"method": "cdds", "noise_groups": 3}
 
 
 # ONNX

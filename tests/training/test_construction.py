@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_pico.model.alignment_heads_pico import PicoHead
-from modeling_pico.model.outputs_pico import PicoOutput
+from modeling_pico.model.modeling_pico import PicoOutput
 from modeling_pico.model.prototypes_pico import StylePrototypes
 from modeling_pico.training import PicoTrainingArguments, PrototypeConstruction
 from modeling_pico.training import construction as construction_module

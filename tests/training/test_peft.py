@@ -131,10 +131,10 @@ def test_best_adapter_is_loaded(tmp_path):
 
 @pytest.mark.parametrize("adapt", [adapted, adapted_in_place])
 def test_an_adapter_that_loses_the_prototypes_is_refused(tmp_path, adapt):
-    with pytest.raises(ValueError, match=r"without the style prototypes.*modules_to_save=\[\"alignment_head\"\]"):
+    with pytest.raises(ValueError, match=r"without .*style_prototypes of .*modules_to_save=\[\"alignment_head\"\]"):
         trainer(tmp_path, net=adapt(modules_to_save=None)).train()
     # Heads without prototypes need not be trained.
-    made = trainer(tmp_path, net=adapt(modules_to_save=None, alignment_head="fine_grained"), max_steps=1)
+    made = trainer(tmp_path, net=adapt(modules_to_save=None, method="fine_grained"), max_steps=1)
     made.train()
     assert made.construction is None
 
@@ -157,14 +157,14 @@ def test_an_adapter_added_in_place_is_saved_and_resumed(tmp_path):
 
 def test_an_adapter_that_loses_a_network_of_the_head_is_refused(tmp_path):
     options = {"model_class": CddsModel, "unet_num_layers": 1}
-    with pytest.raises(ValueError, match=r"other learned parts of the head.*modules_to_save=\[\"alignment_head\"\]"):
+    with pytest.raises(ValueError, match=r"without component_weights.*modules_to_save=\[\"alignment_head\"\]"):
         trainer(tmp_path, net=adapted(modules_to_save=None, **options), max_steps=1).train()
     trainer(tmp_path, net=adapted(**options), max_steps=1).train()
 
 
 def test_an_adapter_keeps_the_uncertainty(tmp_path):
-    options = {"alignment_head": "fine_grained", "num_uncertainty_prototypes": 4}
-    with pytest.raises(ValueError, match=r"without the prototypes of uncertainty.*\[\"uncertainty_prototypes\"\]"):
+    options = {"method": "fine_grained", "uncertainty_config": {"num_prototypes": 4}}
+    with pytest.raises(ValueError, match=r"without image, text of `uncertainty_prototypes`"):
         trainer(tmp_path, net=adapted(**options), max_steps=1).train()
     net = adapted(("alignment_head", "uncertainty_prototypes"), **options)
     made = trainer(tmp_path, net=net, max_steps=2)

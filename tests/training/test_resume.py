@@ -51,7 +51,7 @@ SETTINGS = {
         "feedback": "constant",
     },
     "steps that end epochs": {
-        "model_options": {**PURITY, "dropout": 0.2, "num_uncertainty_prototypes": 2},
+        "model_options": {**PURITY, "dropout": 0.2, "uncertainty_config": {"num_prototypes": 2}},
         "logging_steps": 5,
         "prototype_update_start": 2,
         "eval_strategy": "steps",

@@ -382,17 +382,17 @@ def test_model_init_makes_a_model_for_each_training(tmp_path):
 
 @pytest.mark.parametrize("head", ["fine_grained", "clip_style"])
 def test_heads_without_prototypes_use_the_same_trainer(tmp_path, head):
-    made = trainer(tmp_path, model_options={"alignment_head": head}, num_train_epochs=2)
+    made = trainer(tmp_path, model_options={"method": head}, num_train_epochs=2)
     made.train()
     assert made.construction is None and prototype_log(made) == []
     assert not (tmp_path / "checkpoint-6" / "prototype_construction.safetensors").exists()
     losses = [entry["eval_loss"] for entry in made.state.log_history if "eval_loss" in entry]
     assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
-    resumed = trainer(tmp_path, model_options={"alignment_head": head}, num_train_epochs=2)
+    resumed = trainer(tmp_path, model_options={"method": head}, num_train_epochs=2)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert_same_state(resumed.model, made.model)
     # No validation is needed where nothing is fed back.
-    trainer(tmp_path, model_options={"alignment_head": head}, eval_data=None, eval_strategy="no", max_steps=1).train()
+    trainer(tmp_path, model_options={"method": head}, eval_data=None, eval_strategy="no", max_steps=1).train()
 
 
 # Wrong use
@@ -464,7 +464,7 @@ def shared_captions(count: int, seed: int = 0):
 
 @pytest.mark.parametrize("loss_type", ["infonce", "hinge"])
 def test_equal_captions_of_different_images_are_no_negatives(tmp_path, loss_type):
-    options = {"loss_type": loss_type, "num_uncertainty_prototypes": 3}
+    options = {"loss_type": loss_type, "uncertainty_config": {"num_prototypes": 3}}
     made = trainer(tmp_path, data=CaptionedImageDataset(shared_captions(6)), model_options=options)
     batch = next(iter(made.get_train_dataloader()))
     # As if the images of one caption were of one id.

@@ -48,7 +48,7 @@ class PicoModelTester:
             text_config=CLIPTextConfig(**text, eos_token_id=98) if self.clip else BertConfig(**text),
             embedding_dim=16,
             num_style_prototypes=3,
-            num_uncertainty_prototypes=2,
+            uncertainty_config={"num_prototypes": 2},
         )
 
     def prepare_config_and_inputs_for_common(self) -> tuple[PicoConfig, dict]:

@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from modeling_pico.model import decoupling_cdds
-from modeling_pico.model.decoupling_cdds import (
+from modeling_pico.model import modeling_cdds
+from modeling_pico.model.modeling_cdds import (
     column_divergence,
     column_moments,
     gaussian_divergence,
@@ -29,7 +29,7 @@ def close(found: torch.Tensor, expected, tolerance: float = 1e-5) -> None:
 @pytest.fixture
 def exact(monkeypatch):
     """Variances without the floor, for values by hand."""
-    monkeypatch.setattr(decoupling_cdds, "VARIANCE_FLOOR", 0.0)
+    monkeypatch.setattr(modeling_cdds, "VARIANCE_FLOOR", 0.0)
 
 
 # Eq. 5
@@ -209,7 +209,7 @@ def test_the_printed_semantic_loss_pushes_tokens_from_their_own_components():
 
 
 def test_modality_loss_by_hand(monkeypatch):
-    monkeypatch.setattr(decoupling_cdds, "VARIANCE_FLOOR", 1.0)
+    monkeypatch.setattr(modeling_cdds, "VARIANCE_FLOOR", 1.0)
     # One token each: variance 1. The means differ by 1 in one of two columns, so KL = (1/2 + 0) / 2.
     modality = torch.tensor([[[0.0, 3.0], [7.0, 7.0]], [[1.0, 3.0], [9.0, 9.0]], [[5.0, 5.0], [5.0, 5.0]]])
     mask = torch.tensor([[True, False], [True, False], [False, False]])
