@@ -21,12 +21,11 @@ from pathlib import Path
 from transformers import TrainerCallback, set_seed
 
 from modeling_pico.data import PicoDataCollator
+from modeling_pico.durable import sole_run, write_text
 from modeling_pico.model.backbones_pico import limit_text_length
 from modeling_pico.plots import has_matplotlib, require_matplotlib, save_run_plots
 from modeling_pico.training import PicoTrainer, PicoTrainingArguments
-from modeling_pico.training.checkpoint_files import write_text
 from modeling_pico.training.run_data import Data, check_data_arguments, load_data, report_truncation
-from modeling_pico.training.run_lock import sole_run
 from modeling_pico.training.run_model import find_checkpoint, plan_model
 from modeling_pico.training.run_output import (
     OneLineErrors,

@@ -25,7 +25,8 @@ from .model.scoring_pico import pair_scores
 
 if TYPE_CHECKING:
     from .data import CaptionedImageDataset, PicoDataCollator, load_captioned_images, styled_shapes
-    from .evaluation import ImageTextRecall, RetrievalEvaluator, StyleReport, match_moments, measure_styles
+    from .evaluation import RetrievalEvaluator, StyleReport, match_moments, measure_styles
+    from .evaluation.recall_metric import ImageTextRecall
     from .plots import save_plots
     from .training import PicoTrainer, PicoTrainingArguments
 
@@ -37,7 +38,7 @@ _LAZY = {
     "PicoDataCollator": "data",
     "load_captioned_images": "data",
     "styled_shapes": "data",
-    "ImageTextRecall": "evaluation",
+    "ImageTextRecall": "evaluation.recall_metric",
     "RetrievalEvaluator": "evaluation",
     "StyleReport": "evaluation",
     "match_moments": "evaluation",

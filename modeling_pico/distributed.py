@@ -6,11 +6,13 @@ the same order. Those of Accelerate that do what is needed are imported from her
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, gather, gather_object, reduce
 from torch import distributed
+from torch.distributed.tensor import DTensor
 
 
 @dataclass
@@ -127,6 +129,11 @@ def wait_for_everyone() -> None:
     PartialState().wait_for_everyone()
 
 
+def whole(tensor: Any) -> Any:
+    """All of a tensor of which every process holds a part; anything else as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def average_(tensor: torch.Tensor) -> None:
     """Replaces a tensor by its mean over the processes."""
     distributed.all_reduce(tensor)
@@ -151,4 +158,5 @@ __all__ = [
     "own_rows",
     "reduce",
     "wait_for_everyone",
+    "whole",
 ]

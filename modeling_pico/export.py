@@ -34,30 +34,22 @@ IMAGE_ENCODER, TEXT_ENCODER = "image_encoder.onnx", "text_encoder.onnx"
 _LARGEST_FILE = 1_900_000_000
 
 
-class ImageEncoder(nn.Module):
-    """
-    A [`PicoModel`]'s image side with tensors in and out, as exporters want it: pixel values
-    `(batch, channels, height, width)` to score-ready embeddings `(batch, patches, dim)` and their mask.
-    """
-
+class _Encoder(nn.Module):
     def __init__(self, model: PicoModel):
         super().__init__()
         self.model = model
+
+
+class ImageEncoder(_Encoder):
+    """A [`PicoModel`]'s image side with tensors in and out, as exporters want it: score-ready embeddings and mask."""
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         features = self.model.get_image_features(pixel_values=pixel_values)
         return features.embeds, features.mask
 
 
-class TextEncoder(nn.Module):
-    """
-    A [`PicoModel`]'s text side: token ids and attention mask `(batch, words)` to score-ready embeddings
-    `(batch, words, dim)` and their mask.
-    """
-
-    def __init__(self, model: PicoModel):
-        super().__init__()
-        self.model = model
+class TextEncoder(_Encoder):
+    """Its text side, likewise."""
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         features = self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)

@@ -30,7 +30,6 @@ from .markdown import signed_number
 from .model.backbones_pico import num_prefix_tokens
 from .model.modeling_pico import PicoModel
 from .model.prototypes_pico import squared_distances
-from .model.scoring_pico import pair_scores
 
 
 if TYPE_CHECKING:
@@ -226,8 +225,6 @@ def plot_pair_scores(scores: Mapping[str, Tensor], matches: Tensor) -> Figure:
 
     Raises [`NothingToDrawError`] without a matched or without an unmatched pair.
     """
-    from sklearn.metrics import roc_auc_score
-
     matched = matches.cpu().numpy().astype(bool)
     if matched.all() or not matched.any():
         raise NothingToDrawError("scores need matched and unmatched pairs")
@@ -244,7 +241,9 @@ def plot_pair_scores(scores: Mapping[str, Tensor], matches: Tensor) -> Figure:
             axes.hist(values[chosen], edges, weights=share, color=color, histtype="step", linewidth=1.5)
             axes.axvline(values[chosen].mean(), color=color, linestyle="--", linewidth=1.5)
             handles.append(bars[0])
-        area = 100 * roc_auc_score(matched.ravel(), values.ravel())
+        lower = np.sort(values[~matched])
+        places = np.searchsorted(lower, values[matched], "left") + np.searchsorted(lower, values[matched], "right")
+        area = 50 * places.mean() / len(lower)
         beats = f"a matched pair beats an unmatched one in {area:.1f} % of cases"
         _finish(
             axes, f"{title}: {beats}", "pair score (dashed: means)" if axes is grid[-1] else None, "share of pairs (%)"
@@ -482,7 +481,7 @@ def _draw_pair_scores(model: PicoModel, encoded: EncodedRetrieval) -> Figure:
     panels = {"Scores": RetrievalEvaluator().score(model, encoded)}
     if _prototypes_in_use(model) is not None:
         masks = encoded.image_mask, encoded.text_mask
-        unweighted = pair_scores(encoded.image_tokens, encoded.text_tokens, *masks)
+        unweighted = model.score(encoded.image_tokens, encoded.text_tokens, *masks)
         panels = {"Without weights": unweighted, "With semantic weights": panels["Scores"]}
     return plot_pair_scores(panels, encoded.image_ids[:, None] == encoded.text_ids)
 
@@ -671,7 +670,7 @@ def save_run_plots(
         paths = save_plots(folder, log_history=trainer.state.log_history, **subjects)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
-            # It closes its writer at the end of training and opens one when something is logged, be it nothing.
+            # It closes its writer at the end of training and opens one again when something is logged.
             callback.on_log(trainer.args, trainer.state, trainer.control, logs={})
             for path in paths:
                 pixels = np.asarray(Image.open(path).convert("RGB"))

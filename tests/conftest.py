@@ -40,7 +40,17 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
 settings.load_profile("repeatable")
 
 # Imported once, by the server from which tests fork processes, and not by each process.
-multiprocessing.set_forkserver_preload(["modeling_pico.training", "peft", "pytest"])
+multiprocessing.set_forkserver_preload(
+    [
+        "modeling_pico.training",
+        "peft",
+        "pytest",
+        "sklearn.linear_model",
+        "torch.distributed.fsdp",
+        "transformers.models.bert.modeling_bert",
+        "transformers.models.vit.modeling_vit",
+    ]
+)
 
 
 def pytest_collection_finish() -> None:

@@ -16,7 +16,6 @@ from modeling_pico.model.backbones_pico import (
     image_token_states,
     limit_text_length,
     load_backbone,
-    load_model,
     max_text_length,
     num_prefix_tokens,
     run_text_tower,
@@ -25,9 +24,6 @@ from modeling_pico.model.backbones_pico import (
 
 
 OPTIONS = {"num_style_prototypes": 3}
-# What a checkpoint may hold beside the towers: heads for other tasks.
-LEFT_OUT = {"blip": "crossattention", "blip_retrieval": "crossattention", "bert": "pooler", "roberta": "pooler"}
-LEFT_OUT |= {"vit": "pooler", "deit": "pooler"}
 
 
 def towers_of(name: str, model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -51,9 +47,6 @@ def assert_holds(tower: torch.nn.Module, source: torch.nn.Module) -> None:
 @pytest.mark.parametrize("name", JOINT)
 def test_joint_checkpoint(name, tmp_path):
     source = save(name, tmp_path / "source")
-    _, info = load_model(str(tmp_path / "source"))
-    assert not info["missing_keys"]
-    assert all(LEFT_OUT.get(name, "nothing") in key for key in info["unexpected_keys"])
     model = PicoModel.from_backbones(str(tmp_path / "source"), **OPTIONS)
     for tower, source_tower in zip((model.vision_model, model.text_model), towers_of(name, source), strict=True):
         assert_holds(tower, source_tower)
@@ -185,10 +178,6 @@ def test_a_model_without_two_encoders_is_refused():
 def test_single_towers(vision, text, tmp_path):
     folders = str(tmp_path / "vision"), str(tmp_path / "text")
     sources = save(vision, tmp_path / "vision"), save(text, tmp_path / "text")
-    for name, folder, modality in zip((vision, text), folders, ("image", "text"), strict=True):
-        _, info = load_backbone(folder, modality, output_loading_info=True)
-        assert not info["missing_keys"]
-        assert all(LEFT_OUT.get(name, "nothing") in key for key in info["unexpected_keys"])
     model = PicoModel.from_backbones(*folders, embedding_dim=12, **OPTIONS)
     for tower, source in zip((model.vision_model, model.text_model), sources, strict=True):
         assert_holds(tower, source)
@@ -224,9 +213,8 @@ def test_towers_of_joint_families_saved_alone(name, modality, tower_class, tmp_p
     vision, text = towers_of(name, family(name).build())
     source = vision if modality == "image" else text
     source.save_pretrained(tmp_path)
-    tower, info = load_backbone(str(tmp_path), modality, output_loading_info=True)
+    tower = load_backbone(str(tmp_path), modality)
     assert isinstance(tower, tower_class)
-    assert not info["missing_keys"]
     assert_holds(tower, source)
 
 

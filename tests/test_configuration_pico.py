@@ -46,12 +46,6 @@ def test_sub_configs_survive_json_and_disk(vision, text, tiny_vision_config, tin
         assert (again.embedding_dim, again.margin) == (7, 2)
 
 
-def test_a_slope_that_a_model_was_trained_with_is_not_left_out():
-    assert "negative_slope" not in PicoConfig(negative_slope=1.0).to_dict()  # as older versions wrote it
-    with pytest.raises(ValueError, match="`negative_slope` is no longer an option, but is 0.1"):
-        PicoConfig(negative_slope=0.1)
-
-
 def test_every_option_survives_disk(tmp_path):
     options = {
         "method": "clip_style",

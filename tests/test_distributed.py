@@ -15,6 +15,7 @@ COLLECTIVES = "gather|gather_object|gather_for_metrics|reduce|broadcast|broadcas
 ELSEWHERE = re.compile(
     r"torch\.distributed(?!\.fsdp)|from torch import .*\bdistributed\b"
     rf"|from accelerate.*import .*\b({COLLECTIVES})\b"
+    r"|\.full_tensor\("
     rf"|(accelerator|state|State\(\))\.({COLLECTIVES}|wait_for_everyone)\("
 )
 
@@ -27,6 +28,7 @@ ELSEWHERE = re.compile(
         "from accelerate.utils import gather",
         "self.accelerator.reduce(means, 'mean')",
         "PartialState().wait_for_everyone()",
+        "norm.full_tensor()",
     ],
 )
 def test_a_collective_is_recognised(line):

@@ -80,31 +80,36 @@ def test_examples_fit_a_tower_for_short_texts(tiny_processor):
 
 
 @needs_onnx
-def test_learned_weights_of_vit_and_bert(learned, tiny_processor, tmp_path):
-    learned.train()
-    paths = export_onnx(learned, tiny_processor, tmp_path / "new" / "folder")
-    assert learned.training and learned.text_model.training
-    assert [path.name for path in paths] == ["image_encoder.onnx", "text_encoder.onnx"]
-    assert_same_as(learned.eval(), paths[0].parent)
+def test_learned_weights_of_vit_and_bert_from_the_command_line(
+    learned, tiny_processor, tmp_path, capfd, no_progress_bars
+):
+    folder = tmp_path / "new" / "folder"
+    copy.deepcopy(learned).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    capfd.readouterr()
+    export.main([str(tmp_path / "model"), str(folder)])
+    # One line of what was written, and nothing of the exporter.
+    said = capfd.readouterr()
+    written = "image_encoder.onnx and text_encoder.onnx are written, with their preprocessing."
+    assert said.out == f"{folder}: {written}\n" and said.err == ""
+    assert {path.name for path in folder.glob("*.onnx")} == {"image_encoder.onnx", "text_encoder.onnx"}
+    assert_same_as(PicoModel.from_pretrained(tmp_path / "model", dtype=torch.float32), folder)
     # The preprocessing lies beside the encoders, and needs nothing of this package.
-    assert not list(paths[0].parent.glob("*.py"))
-    image_processor = AutoImageProcessor.from_pretrained(paths[0].parent)
+    assert not list(folder.glob("*.py"))
+    image_processor = AutoImageProcessor.from_pretrained(folder)
     assert image_processor.to_dict()["size"] == tiny_processor.image_processor.to_dict()["size"]
-    tokens = AutoTokenizer.from_pretrained(paths[0].parent)(["a red circle"], return_tensors="np")
+    tokens = AutoTokenizer.from_pretrained(folder)(["a red circle"], return_tensors="np")
     assert tokens["input_ids"].tolist() == tiny_processor.tokenizer(["a red circle"])["input_ids"]
 
 
 @needs_onnx
-def test_fixed_weights_of_clip_from_the_command_line(fixed, tiny_processor, tmp_path, capfd, no_progress_bars):
-    fixed.to(torch.bfloat16).save_pretrained(tmp_path / "model")
-    tiny_processor.save_pretrained(tmp_path / "model")
-    capfd.readouterr()
-    export.main([str(tmp_path / "model"), str(tmp_path / "onnx")])
-    # One line of what was written, and nothing of the exporter.
-    said = capfd.readouterr()
-    written = "image_encoder.onnx and text_encoder.onnx are written, with their preprocessing."
-    assert said.out == f"{tmp_path / 'onnx'}: {written}\n" and said.err == ""
-    assert_same_as(PicoModel.from_pretrained(tmp_path / "model", dtype=torch.float32), tmp_path / "onnx")
+@pytest.mark.slow
+def test_fixed_weights_of_clip(fixed, tiny_processor, tmp_path):
+    fixed.train()
+    paths = export_onnx(fixed, tiny_processor, tmp_path)
+    assert fixed.training and fixed.text_model.training
+    assert [path.name for path in paths] == ["image_encoder.onnx", "text_encoder.onnx"]
+    assert_same_as(fixed.eval(), tmp_path)
 
 
 @needs_onnx

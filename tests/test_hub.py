@@ -184,7 +184,7 @@ def test_only_the_main_process_uploads(hub, tmp_path, monkeypatch):
     assert not hub.repositories and not hub.uploads and not (tmp_path / "run" / "README.md").exists()
 
 
-def test_model_and_processor_are_pushed_by_hand_with_their_code(tmp_path, monkeypatch, run_without_package):
+def test_model_and_processor_are_pushed_by_hand_with_their_code(tmp_path, monkeypatch):
     folder = tmp_path / "repository"
 
     def commit(repo_id, operations, **kwargs):
@@ -201,5 +201,9 @@ def test_model_and_processor_are_pushed_by_hand_with_their_code(tmp_path, monkey
     net.push_to_hub("someone/pico")
     tiny.processor().push_to_hub("someone/pico")
     assert set(os.listdir(folder)) >= NEEDED
-    assert_loads_alone(folder, tmp_path, run_without_package)
     tiny.assert_same_state(PicoModel.from_pretrained(folder), net)
+    # Thereby it loads alone as every saved model does.
+    net.save_pretrained(tmp_path / "saved")
+    tiny.processor().save_pretrained(tmp_path / "saved")
+    saved = {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir()}
+    assert {name: (folder / name).read_bytes() for name in saved} == saved

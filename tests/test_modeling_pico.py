@@ -119,11 +119,6 @@ def test_single_tower_checkpoints_keep_every_weight(
     folders = str(tmp_path / "vision"), str(tmp_path / "text")
     for source, folder in zip(sources, folders, strict=True):
         source.save_pretrained(folder)
-    for folder, modality in zip(folders, ("image", "text"), strict=True):
-        _, info = load_backbone(folder, modality, output_loading_info=True)
-        assert not info["missing_keys"]
-        heads = ("classifier", "cls.predictions", "lm_head", "pooler")
-        assert all(any(head in key for head in heads) for key in info["unexpected_keys"])
     model = PicoModel.from_backbones(*folders, embedding_dim=12)
     for tower, source in zip((model.vision_model, model.text_model), sources, strict=True):
         base = source.base_model.state_dict()

@@ -249,12 +249,12 @@ def test_retrieve_from_a_gallery_in_main_memory(tiny_processor):
         (([torch.ones(1, 3)], []), {}, "gallery is empty"),
         ((torch.ones(2, 1, 3), torch.ones(2, 1, 3)), {"k": 0}, "k=0 and batch_size=256"),
         ((torch.ones(2, 1, 3), torch.ones(2, 1, 3)), {"batch_size": 0}, "k=10 and batch_size=0"),
-        ((torch.ones(2, 1, 3), torch.ones(2, 1, 4)), {}, "query_embeds has dim 3 and gallery_embeds has dim 4"),
-        ((torch.ones(2, 3), torch.ones(2, 1, 3)), {}, r"query_embeds has shape \(2, 3\); expected \(samples, tokens"),
+        ((torch.ones(2, 1, 3), torch.ones(2, 1, 4)), {}, "has dim 3 and text_embeds has dim 4"),
+        ((torch.ones(2, 3), torch.ones(2, 1, 3)), {}, r"embeds has shape \(2, 3\); expected"),
         (
             (torch.ones(2, 1, 3), torch.ones(2, 1, 3), None, torch.ones(3, 1, dtype=torch.bool)),
             {},
-            r"gallery_mask has shape \(3, 1\); gallery_embeds of shape \(2, 1, 3\) needs \(2, 1\)",
+            r"mask has shape \(3, 1\); text_embeds of shape \(2, 1, 3\) needs \(2, 1\)",
         ),
         (
             ([torch.ones(1, 3)], torch.ones(2, 1, 3), torch.ones(1, 1, dtype=torch.bool)),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_pico.model import scoring_pico, scoring_tiled_pico
+from modeling_pico.model import scoring_pico
 from modeling_pico.model.scoring_pico import ScoresBackendError, pair_scores, reference_pair_scores
 from modeling_pico.model.scoring_tiled_pico import tiled_pair_scores
 
@@ -135,19 +135,6 @@ def test_gradient_of_one_side_alone(side):
     scores.backward(upstream)
     assert torch.equal(embeds[side].grad, both[side])
     assert embeds[1 - side].grad is None
-
-
-@pytest.mark.parametrize("chunk_elements", [1, 16 * 10])
-def test_chunks_do_not_change_the_result(monkeypatch, chunk_elements):
-    arguments = ragged()
-    expected, expected_gradients = (
-        reference_pair_scores(*arguments),
-        gradients(reference_pair_scores, *arguments),
-    )
-    monkeypatch.setattr(scoring_tiled_pico, "CHUNK_ELEMENTS", chunk_elements)
-    torch.testing.assert_close(tiled_pair_scores(*arguments, 20), expected, rtol=1e-5, atol=1e-5)
-    for ours, reference in zip(gradients(tiled_pair_scores, *arguments, 20), expected_gradients, strict=True):
-        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=30, deadline=None)
@@ -297,8 +284,7 @@ class _LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_no_intermediate_grows_with_the_number_of_pairs(monkeypatch):
-    monkeypatch.setattr(scoring_tiled_pico, "CHUNK_ELEMENTS", 2000)
+def test_no_intermediate_grows_with_the_number_of_pairs():
     arguments = ragged(60, 70, 20, 10, 2)
     with _LargestTensor() as largest:
         tiled_pair_scores(*arguments, tile_elements=2000)
@@ -432,12 +418,9 @@ def test_late_interaction_equals_reference_on_cuda(sizes, dtype):
         ({"image_embeds": torch.zeros(2, 4)}, r"image_embeds has shape \(2, 4\); expected \(images, patches, dim\)"),
         ({"text_embeds": torch.zeros(3, 2, 4, 1)}, r"text_embeds has shape .* expected \(texts, words, dim\)"),
         ({"text_embeds": torch.zeros(3, 2, 5)}, "image_embeds has dim 4 and text_embeds has dim 5"),
-        ({"image_embeds": torch.zeros(2, 3, 4, dtype=torch.long)}, "image_embeds has type torch.int64"),
-        ({"image_embeds": torch.zeros(2, 3, 4, device="meta")}, "image_embeds is on meta and text_embeds on cpu"),
         ({"image_mask": torch.ones(2, 4) > 0}, r"image_mask has shape \(2, 4\); .* needs \(2, 3\)"),
         ({"text_mask": torch.ones(3) > 0}, r"text_mask has shape \(3,\); .* needs \(3, 2\)"),
         ({"text_mask": torch.ones(3, 2)}, "text_mask has type torch.float32; expected a boolean or integer"),
-        ({"text_mask": torch.ones(3, 2, device="meta") > 0}, "text_mask is on meta and text_embeds on cpu"),
     ],
 )
 def test_wrong_input_is_named(change, message):

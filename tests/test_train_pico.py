@@ -85,7 +85,8 @@ def flags(**options) -> list[str]:
     words = []
     for name, value in options.items():
         if value is not None:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in values)]
     return words
 
 
@@ -139,21 +140,8 @@ def test_pictures_that_cannot_be_drawn_are_refused(monkeypatch):
     assert not train_pico.wants_plots("auto") and not train_pico.wants_plots("false")
 
 
-def test_saved_model_gives_the_same_results_in_a_new_process(finished, data, tmp_path):
-    command = [sys.executable, str(ROOT / "train_pico.py")] + flags(
-        model_name_or_path=finished.folder,
-        dataset_name=data,
-        output_dir=tmp_path,
-        do_eval=True,
-        do_predict=True,
-        use_cpu=True,
-        report_to="none",
-        plots="false",
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    results = json.loads((tmp_path / "all_results.json").read_text())
+def test_saved_model_gives_the_same_results(finished, data, tmp_path):
+    results = evaluate(tmp_path, data, model_name_or_path=finished.folder, do_predict=True)
     for name, value in results.items():
         if "rsum" in name or "recall" in name or "rank" in name:
             assert value == finished.results[name], name
@@ -225,13 +213,17 @@ def times_aside(results: dict[str, float]) -> dict[str, float]:
 
 
 def test_seed_and_command_decide_all_results(finished, data, tmp_path):
-    """In another process, with another order of hash tables, and with workers that load the images."""
+    """
+    In another process, with another order of hash tables, with workers that load the images, and with a full disk for
+    what it prints.
+    """
     options = {**TOWERS, **TRAINING, "do_train": True, "do_eval": True, "do_predict": True, "dataset_name": data}
     command = [sys.executable, str(ROOT / "train_pico.py")]
     command += flags(**options, output_dir=tmp_path / "run", dataloader_num_workers=2)
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT), "HF_TOKEN": "hf_of_the_environment"}
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=240)
+    with open("/dev/full", "w") as full:
+        subprocess.run(command, check=True, env=environment, stdout=full, stderr=full, timeout=240)
     first, second = (Path(folder, "all_results.json") for folder in (finished.folder, tmp_path / "run"))
     mine, other = (
         json.dumps(times_aside(json.loads(path.read_text())), indent=4, sort_keys=True) for path in (first, second)
@@ -445,12 +437,11 @@ class FakeHub:
         pass
 
 
-@pytest.mark.parametrize("sink", ["| head -n 1", "> /dev/full"])
-def test_nobody_reading_the_output_costs_nothing(data, tmp_path, sink):
+def test_nobody_reading_the_output_costs_nothing(data, tmp_path):
     options = {**TOWERS, **TRAINING, "do_train": True, "do_eval": True, "dataset_name": data, "output_dir": tmp_path}
     command = shlex.join([sys.executable, str(ROOT / "train_pico.py"), *flags(**options)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}
-    words = ["bash", "-o", "pipefail", "-c", f"({command}) 2>&1 {sink}"]
+    words = ["bash", "-o", "pipefail", "-c", f"({command}) 2>&1 | head -n 1"]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     results = json.loads((tmp_path / "all_results.json").read_text())
@@ -570,7 +561,7 @@ def reported(tmp_path_factory, styled) -> SimpleNamespace:
 def test_style_report_of_a_run(reported):
     results = json.loads((reported.folder / "all_results.json").read_text())
     assert results == pytest.approx(reported.results)
-    assert {"style_ink_rsum", "style_neon_gap", "style_gap", "style_probe_weighted_accuracy"} <= set(results)
+    assert {"style_ink_rsum", "style_neon_gap", "style_gap"} <= set(results)
     report = json.loads((reported.folder / "style_report.json").read_text())
     assert {name: style["seen"] for name, style in report["styles"].items()} == {
         "ink": True,
@@ -579,7 +570,6 @@ def test_style_report_of_a_run(reported):
     }
     # The split `test` holds this style and no other.
     assert report["styles"]["neon"]["retrieval"]["rsum"] == results["test_rsum"] == results["style_neon_rsum"]
-    assert report["styles"]["neon"]["first_right_expected"] == pytest.approx(50)  # ids are those of a column
     assert (reported.folder / "style_report.md").read_text().count("| neon |") == 2
     assert "By style" in (reported.folder / "README.md").read_text()
 
@@ -587,13 +577,11 @@ def test_style_report_of_a_run(reported):
 def test_style_report_of_a_checkpoint(reported, styled, tmp_path):
     options = {"do_eval": None, "model_name_or_path": reported.folder, **REPORT}
     results = evaluate(tmp_path / "a", styled, **options, id_column="image_id")
-    for name in ("style_neon_gap", "style_probe_accuracy", "style_ink_rsum"):
+    for name in ("style_neon_gap", "style_ink_rsum"):
         assert results[name] == pytest.approx(reported.results[name])
-    # Without ids of their own, images of two splits never mean the same.
     evaluate(tmp_path / "b", styled, **options, seen_styles="oil")
     styles = json.loads((tmp_path / "b" / "style_report.json").read_text())["styles"]
     assert [name for name, style in styles.items() if style["seen"]] == ["oil"]
-    assert {style["first_right_share"] for style in styles.values()} == {None}
 
 
 def test_style_report_when_the_seen_styles_are_unknown(reported, styled, tmp_path, messages):

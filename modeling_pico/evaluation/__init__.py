@@ -1,9 +1,5 @@
 """Evaluation of image-text retrieval."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
 from .evaluator import EncodedRetrieval, RetrievalEvaluator
 from .retrieval_metrics import (
     RetrievalRanks,
@@ -14,6 +10,7 @@ from .retrieval_metrics import (
     retrieval_ranks,
 )
 from .style_alignment import match_moments
+from .style_report import StyleReport, measure_styles
 from .uncertainty_reranking import (
     RetrievalUncertainty,
     RiskCoverage,
@@ -23,14 +20,8 @@ from .uncertainty_reranking import (
 )
 
 
-if TYPE_CHECKING:
-    from .recall_metric import ImageTextRecall
-    from .style_report import StyleReport, measure_styles
-
-
 __all__ = [
     "EncodedRetrieval",
-    "ImageTextRecall",
     "RetrievalEvaluator",
     "RetrievalRanks",
     "RetrievalUncertainty",
@@ -47,16 +38,3 @@ __all__ = [
     "retrieval_ranks",
     "risk_coverage",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    # On first use only: `evaluate` and `datasets` take seconds to import and nothing above needs them.
-    if name == "ImageTextRecall":
-        from .recall_metric import ImageTextRecall
-
-        return ImageTextRecall
-    if name in ("StyleReport", "measure_styles"):
-        from . import style_report
-
-        return getattr(style_report, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

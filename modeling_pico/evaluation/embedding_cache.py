@@ -44,16 +44,14 @@ def cached_embeddings(
     precision: str = "no",
 ) -> EncodedRetrieval:
     r"""
-    Reads an encoded retrieval set from `folder`, or encodes it and keeps it there.
-
-    Whatever becomes of the files, the evaluation goes on: what cannot be read is encoded again, and what cannot be
-    written or must not be kept is a warning. All processes read, or all encode.
+    Reads an encoded retrieval set from `folder`, or encodes it and keeps it there: all processes read, or all encode.
+    What cannot be read is encoded again, and what cannot be written or must not be kept is a warning.
 
     Args:
         folder (`str` or `os.PathLike`): Folder of the cache, made if need be.
         model ([`PicoModel`]): The model, unwrapped.
         loader (`DataLoader`): Batches of a [`CaptionedImageDataset`] made by a [`PicoDataCollator`].
-        encode (`Callable`): Encodes what `loader` gives; called on all processes or on none.
+        encode (`Callable`): Encodes what `loader` gives.
         precision (`str`, *optional*, defaults to `"no"`): Names the mixed precision that `encode` uses.
 
     Returns:
@@ -77,13 +75,7 @@ def cache_key(model: PicoModel, loader: DataLoader, precision: str = "no") -> st
     r"""
     Names an encoded retrieval set by all that its embeddings depend on: the weights of backbones and projections, the
     options, the precision, images (by their bytes or by name, size and times of their files), captions as they are
-    tokenized, preprocessing, and the code. Prototypes of style and of uncertainty are not among it, since embeddings
-    are kept unweighted, and neither are the weights of a re-ranking.
-
-    Args:
-        model ([`PicoModel`]): The model, unwrapped.
-        loader (`DataLoader`): Batches of a [`CaptionedImageDataset`] made by a [`PicoDataCollator`].
-        precision (`str`, *optional*, defaults to `"no"`): Names the mixed precision of the forward pass.
+    tokenized, preprocessing, and the code. Prototypes are not among it, since embeddings are kept unweighted.
     """
     digest = hashlib.blake2b(digest_size=16)
     for part in _described(model, loader, precision):
@@ -155,10 +147,7 @@ def _why_not_cached(model: PicoModel, loader: DataLoader) -> str | None:
 
 
 def load_embeddings(folder: str | os.PathLike, key: str, device: torch.device) -> EncodedRetrieval | None:
-    """
-    Reads what [`save_embeddings`] wrote under this key for as many processes as there are now; None if there is
-    nothing, or nothing that can be read.
-    """
+    """What [`save_embeddings`] wrote for as many processes as there are now; None if nothing can be read."""
     path = _path(folder, key)
     try:
         encoded = EncodedRetrieval(**safetensors.torch.load_file(path, device=str(device)))
@@ -174,9 +163,6 @@ def load_embeddings(folder: str | os.PathLike, key: str, device: torch.device) -
 def save_embeddings(encoded: EncodedRetrieval, folder: str | os.PathLike, key: str) -> None:
     """Writes an encoded retrieval set, with its embeddings in float16, complete or not at all; the latter warns."""
     tensors = {name: tensor.contiguous().cpu() for name, tensor in vars(_halved(encoded)).items()}
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        logger.warning(f"Embeddings are not kept in {str(folder)!r}: some are NaN or infinite.")
-        return
     path = _path(folder, key)
     # A name of its own: another evaluation may be writing the same embeddings.
     unfinished = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.part")

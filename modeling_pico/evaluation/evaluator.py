@@ -21,7 +21,6 @@ from .retrieval_metrics import (
     fold_members,
     mean_metrics,
     retrieval_metrics,
-    retrieval_ranks,
 )
 from .uncertainty_reranking import RetrievalUncertainty, TileView
 
@@ -100,15 +99,9 @@ class EncodedRetrieval:
 
 @dataclass
 class _Block:
-    """
-    Images or texts that are scored together.
+    """Images or texts that are scored together."""
 
-    Attributes:
-        tokens (`slice` or `torch.Tensor`): Where their tokens are.
-        positions (`torch.Tensor`): Where their scores belong.
-        ids (`tuple(int, int)`): Lowest and highest identity.
-    """
-
+    # Where their tokens are, where their scores belong, and their lowest and highest identity.
     tokens: slice | torch.Tensor
     positions: torch.Tensor
     ids: tuple[int, int]
@@ -122,16 +115,14 @@ class RetrievalEvaluator:
     r"""
     Evaluates image-text retrieval.
 
-    Knows nothing of the alignment head: it keeps token embeddings before weighting and asks the head for score-ready
-    ones when it scores.
-
-    Scores that differ by no more than `TIE_TOLERANCE` tie, and a tie never counts in favour of the right answer.
+    It keeps token embeddings before weighting and asks the alignment head for score-ready ones when it scores. Scores
+    that differ by no more than `TIE_TOLERANCE` tie, and a tie never counts in favour of the right answer.
 
     Metrics need ranks alone, so no score matrix is held. Images and texts are scored in tiles, in the order of their
     identities, where only the tiles along the diagonal hold right pairs. These come first and are kept until all
     processes know what each query's best right answer scores; every other tile is counted and dropped. So every pair
     is scored once (a second time, in another tile, it might be rounded differently), and memory grows with the number
-    of images and texts, not with their product. Pairs that no fold ranks are not scored.
+    of images and texts, not with their product.
 
     Args:
         num_folds (`int`, *optional*, defaults to 1):
@@ -209,32 +200,29 @@ class RetrievalEvaluator:
         text_rows = torch.arange(len(encoded.text_tokens))
         text_blocks = _blocks(encoded.text_ids, text_rows, text_rows, self.text_chunk)
         scores = encoded.image_tokens.new_empty(own, len(encoded.text_tokens), dtype=torch.float32)
-        for rows, columns, tile in self._tiles(model, encoded, [(block, text_blocks) for block in image_blocks]):
-            scores[rows[:, None], columns] = tile
+        for block in image_blocks:
+            for rows, columns, tile in self._tiles(model, encoded, block, text_blocks):
+                scores[rows[:, None], columns] = tile
         return scores if encoded.is_whole else gather_rows(scores)
 
     @torch.no_grad()
-    def metrics(
-        self, model: PicoModel, encoded: EncodedRetrieval, scores: torch.Tensor | None = None
-    ) -> dict[str, float]:
+    def metrics(self, model: PicoModel, encoded: EncodedRetrieval) -> dict[str, float]:
         """
         Recalls at 1, 5 and 10 in both directions in percent, median ranks, rSum, the rSum of a random ranking
         (`chance_rsum`), and the in-batch loss over consecutive images with their first caption (`loss`: that of the
-        pairs alone, without auxiliary losses and the weights beside them). Give the `scores` of [`score`] where they
-        are there for another reason. For a model with uncertainty also [`RetrievalUncertainty.metrics`].
+        pairs alone, without auxiliary losses and the weights beside them). For a model with uncertainty also
+        [`RetrievalUncertainty.metrics`].
         """
         _warn_of_shared_captions(encoded)
-        metrics = self._measure(model, encoded, scores, RetrievalUncertainty.measure(model, encoded))
+        metrics = self._measure(model, encoded, RetrievalUncertainty.measure(model, encoded))
         metrics["chance_rsum"] = chance_rsum(encoded.image_ids, encoded.text_ids, self.num_folds)
         metrics["loss"] = self._loss(model, encoded)
         return metrics
 
     @torch.no_grad()
-    def retrieval_metrics(
-        self, model: PicoModel, encoded: EncodedRetrieval, scores: torch.Tensor | None = None
-    ) -> dict[str, float]:
+    def retrieval_metrics(self, model: PicoModel, encoded: EncodedRetrieval) -> dict[str, float]:
         """Recalls, median ranks and rSum under the prototypes the model holds now; see [`metrics`]."""
-        return self._measure(model, encoded, scores, None)
+        return self._measure(model, encoded, None)
 
     @torch.no_grad()
     def ranks(self, model: PicoModel, encoded: EncodedRetrieval) -> tuple[torch.Tensor, torch.Tensor]:
@@ -244,27 +232,14 @@ class RetrievalEvaluator:
         return ranks
 
     def _measure(
-        self,
-        model: PicoModel,
-        encoded: EncodedRetrieval,
-        scores: torch.Tensor | None,
-        uncertainty: RetrievalUncertainty | None,
+        self, model: PicoModel, encoded: EncodedRetrieval, uncertainty: RetrievalUncertainty | None
     ) -> dict[str, float]:
         """Metrics of the ranks, averaged over folds; with `uncertainty`, those that need it as well."""
         folds = []
         for images, texts in fold_members(encoded.image_ids, encoded.text_ids, self.num_folds):
             of_fold = None if uncertainty is None else uncertainty.subset(images, texts)
             views = [_as_it_is, *([] if of_fold is None else of_fold.views())]
-            if scores is None:
-                plain, *others = self._ranks(model, encoded, images, texts, views)
-            else:
-                # Without the copy of the matrix that a choice of columns makes, where there is nothing to choose.
-                tile = scores if self.num_folds == 1 else scores[images].index_select(1, texts.to(scores.device))
-                ids = encoded.image_ids[images], encoded.text_ids[texts]
-                everything = slice(None), slice(None)
-                plain, *others = [
-                    retrieval_ranks(see(*everything, tile), *ids, tie_tolerance=TIE_TOLERANCE) for see in views
-                ]
+            plain, *others = self._ranks(model, encoded, images, texts, views)
             metrics = retrieval_metrics(*plain)
             if of_fold is not None:
                 metrics.update(of_fold.metrics(plain, others))
@@ -287,44 +262,45 @@ class RetrievalEvaluator:
         text_blocks = _blocks(text_ids, texts, torch.arange(len(texts)), self.text_chunk)
         ranks = [RetrievalRanks(image_ids, text_ids, tie_tolerance=TIE_TOLERANCE) for _ in views]
 
-        def parts(right: bool) -> list[tuple[_Block, list[_Block]]]:
-            return [
-                (block, [other for other in text_blocks if block.may_match(other) == right]) for block in image_blocks
-            ]
-
-        kept = []
-        for rows, columns, tile in self._tiles(model, encoded, parts(True)):
-            for of_view, see in zip(ranks, views, strict=True):
-                of_view.observe(rows, columns, see(rows, columns, tile))
-            kept.append((rows, columns, tile))
+        def tiles(right: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+            """Those that may hold right pairs, or the others."""
+            for block in image_blocks:
+                chosen = [other for other in text_blocks if block.may_match(other) == right]
+                yield from self._tiles(model, encoded, block, chosen)
 
         def count(rows: torch.Tensor, columns: torch.Tensor, tile: torch.Tensor) -> None:
             for of_view, see in zip(ranks, views, strict=True):
                 of_view.count(rows, columns, see(rows, columns, tile))
 
-        for of_view in ranks if not encoded.is_whole else ():
-            of_view.best.copy_(gather(of_view.best[None]).amax(dim=0))
+        kept = []
+        for rows, columns, tile in tiles(right=True):
+            for of_view, see in zip(ranks, views, strict=True):
+                of_view.observe(rows, columns, see(rows, columns, tile))
+            kept.append((rows, columns, tile))
+        if not encoded.is_whole:
+            for of_view in ranks:
+                of_view.best.copy_(gather(of_view.best[None]).amax(dim=0))
         while kept:
             count(*kept.pop())
-        for scored in self._tiles(model, encoded, parts(False)):
+        for scored in tiles(right=False):
             count(*scored)
-        for of_view in ranks if not encoded.is_whole else ():
-            of_view.counts.copy_(gather(of_view.counts[None]).sum(dim=0))
+        if not encoded.is_whole:
+            for of_view in ranks:
+                of_view.counts.copy_(gather(of_view.counts[None]).sum(dim=0))
         return [of_view.compute() for of_view in ranks]
 
     def _tiles(
-        self, model: PicoModel, encoded: EncodedRetrieval, parts: Iterable[tuple[_Block, list[_Block]]]
+        self, model: PicoModel, encoded: EncodedRetrieval, image_block: _Block, text_blocks: list[_Block]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Scores each block of images with its blocks of texts; gives positions of both and scores in float32."""
-        for image_block, text_blocks in parts:
-            if not text_blocks:
-                continue
-            images, image_mask = score_ready(model, encoded, "image", image_block.tokens)
-            # Texts are weighted tile by tile as well: a weighted copy of a large gallery would double its memory.
-            for text_block in text_blocks:
-                texts, text_mask = score_ready(model, encoded, "text", text_block.tokens)
-                tile = model.score(images, texts, image_mask, text_mask)
-                yield image_block.positions, text_block.positions, tile.float()
+        """Scores a block of images with blocks of texts; gives positions of both and scores in float32."""
+        if not text_blocks:
+            return
+        images, image_mask = score_ready(model, encoded, "image", image_block.tokens)
+        # Texts are weighted tile by tile as well: a weighted copy of a large gallery would double its memory.
+        for text_block in text_blocks:
+            texts, text_mask = score_ready(model, encoded, "text", text_block.tokens)
+            tile = model.score(images, texts, image_mask, text_mask)
+            yield image_block.positions, text_block.positions, tile.float()
 
     def _loss(self, model: PicoModel, encoded: EncodedRetrieval) -> float:
         size, first = self.loss_batch_size, encoded.first_image()
@@ -337,8 +313,7 @@ class RetrievalEvaluator:
             own = slice(max(start, first) - first, min(start + size, end) - first)
             images, image_mask = score_ready(model, encoded, "image", own)
             texts, text_mask = score_ready(model, encoded, "text", captions[start : start + size])
-            block = model.score(images, texts, image_mask, text_mask)
-            rows.append(block.float())
+            rows.append(model.score(images, texts, image_mask, text_mask).float())
         scores = gather_rows(concatenate_padded(rows))
         total = 0.0
         for start in range(0, len(scores), size):

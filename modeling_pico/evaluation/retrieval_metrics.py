@@ -1,4 +1,9 @@
-"""Recall of image-text retrieval from scores and identities. Pure functions; tensors of any device or numpy arrays."""
+"""
+Recall of image-text retrieval from scores and identities: pure functions of tensors of any device or numpy arrays.
+
+Text `j` is a right answer to image `i`, and the other way round, if and only if `text_ids[j] == image_ids[i]`.
+Identities that leave a query without a right answer are a ValueError everywhere.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +15,23 @@ import torch
 from torch import Tensor
 
 
+Scores = Tensor | np.ndarray
+# Identity of each image `(images,)` or text `(texts,)`.
+Ids = Tensor | np.ndarray | Sequence[int]
+
 RECALL_LEVELS = (1, 5, 10)
 # Scores of a model that are closer than this tie. Equal inputs get scores that differ in the last bits, since kernels
 # round by the place in a batch or tile: by less than 1e-6 in float32, where scores lie between -2 and 2.
 TIE_TOLERANCE = 2e-6
+# Rows of a score matrix that are looked at together.
+_CHUNK = 64
 
 
 class RetrievalRanks:
     """
     Exact ranks of both directions from tiles of the score matrix, in any order and without ever holding the matrix.
 
-    Text `j` is a right answer to image `i`, and the other way round, if and only if `text_ids[j] == image_ids[i]`. A
-    query's rank is the number of wrong items that score at least as high as its best right one less `tie_tolerance`:
+    A query's rank is the number of wrong items that score at least as high as its best right one less `tie_tolerance`:
     a tie never counts in favour of the right answer, and no sorting is involved.
 
     What a wrong item is compared with has to be known before it is counted. Therefore every tile that holds right
@@ -32,8 +42,8 @@ class RetrievalRanks:
     after the second one the sum of all `counts`.
 
     Args:
-        image_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each image, shape `(images,)`.
-        text_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each text, shape `(texts,)`.
+        image_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each image.
+        text_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each text.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Type of the tiles.
         device (`torch.device`, *optional*): Device of the tiles; that of `image_ids` by default.
         tie_tolerance (`float`, *optional*, defaults to 0.0):
@@ -44,15 +54,12 @@ class RetrievalRanks:
         counts (`torch.Tensor` of shape `(images + texts + 3,)`, int64):
             Wrong items so far that score at least as high as `best`, of each image, then of each text; then counted
             pairs, scores that are NaN or infinite, and right pairs that were not observed.
-
-    Raises:
-        `ValueError`: If a query has no right answer.
     """
 
     def __init__(
         self,
-        image_ids: Tensor | np.ndarray | Sequence[int],
-        text_ids: Tensor | np.ndarray | Sequence[int],
+        image_ids: Ids,
+        text_ids: Ids,
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
@@ -75,9 +82,6 @@ class RetrievalRanks:
             rows (`torch.Tensor` or `slice`): Which images the tile holds, each once.
             columns (`torch.Tensor` or `slice`): Which texts the tile holds, each once.
             tile (`torch.Tensor`): Scores of shape `(rows, columns)`.
-
-        Raises:
-            `ValueError`: If the tile's shape or type does not fit.
         """
         right_scores = tile.masked_fill(~self._right(rows, columns, tile), -math.inf)
         self._image_best[rows] = torch.maximum(self._image_best[rows], right_scores.amax(dim=1))
@@ -85,8 +89,8 @@ class RetrievalRanks:
 
     def count(self, rows: Tensor | slice, columns: Tensor | slice, tile: Tensor) -> None:
         """
-        Counts the wrong pairs of a tile, once all right pairs were observed. Arguments and errors as in [`observe`];
-        every pair must come once, and a score that was observed must come again bit for bit.
+        Counts the wrong pairs of a tile, once all right pairs were observed. Arguments as in [`observe`]; every
+        pair must come once, and a score that was observed must come again bit for bit.
         """
         right = self._right(rows, columns, tile)
         reaches_image = tile >= self._image_best[rows, None] - self.tie_tolerance
@@ -130,21 +134,15 @@ class RetrievalRanks:
 
 
 def retrieval_ranks(
-    scores: Tensor | np.ndarray,
-    image_ids: Tensor | np.ndarray | Sequence[int],
-    text_ids: Tensor | np.ndarray | Sequence[int],
-    *,
-    chunk_size: int = 64,
-    tie_tolerance: float = 0.0,
+    scores: Scores, image_ids: Ids, text_ids: Ids, *, tie_tolerance: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """
     Ranks of the best right answers, as [`RetrievalRanks`] defines them, from a full score matrix.
 
     Args:
         scores (`torch.Tensor` or `numpy.ndarray`): Scores of shape `(images, texts)`, higher is better.
-        image_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each image, shape `(images,)`.
-        text_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each text, shape `(texts,)`.
-        chunk_size (`int`, *optional*, defaults to 64): Rows looked at together; memory is `O(chunk_size * texts)`.
+        image_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each image.
+        text_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each text.
         tie_tolerance (`float`, *optional*, defaults to 0.0): Scores that differ by no more than this tie.
 
     Returns:
@@ -155,32 +153,21 @@ def retrieval_ranks(
         `ValueError`: If a query has no right answer, a score is NaN or infinite, or shapes do not fit.
     """
     images, texts = _as_ids(image_ids, text_ids)
-    scores = _as_tensor(scores, "scores")
+    scores = torch.as_tensor(scores).detach()
     if scores.shape != (len(images), len(texts)):
         raise ValueError(f"scores must be (images, texts) = ({len(images)}, {len(texts)}), got {tuple(scores.shape)}.")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
-    dtype = _score_dtype(scores)
+    dtype = torch.promote_types(scores.dtype, torch.float32) if scores.is_floating_point() else torch.float64
     ranks = RetrievalRanks(images, texts, dtype=dtype, device=scores.device, tie_tolerance=tie_tolerance)
     for phase in (ranks.observe, ranks.count):
-        for start in range(0, len(images), chunk_size):
-            rows = slice(start, start + chunk_size)
+        for start in range(0, len(images), _CHUNK):
+            rows = slice(start, start + _CHUNK)
             phase(rows, slice(None), scores[rows].to(ranks.best.dtype))
     return ranks.compute()
 
 
-def recall_at_k(ranks: Tensor | np.ndarray, k: int) -> float:
-    """
-    Share of queries whose best right answer is among the first `k`, in percent.
-
-    Args:
-        ranks (`torch.Tensor` or `numpy.ndarray`): 0-based ranks of shape `(queries,)`.
-        k (`int`): Length of the result list, at least 1.
-
-    Returns:
-        `float`: Recall in percent.
-    """
-    ranks = _as_tensor(ranks, "ranks")
+def recall_at_k(ranks: Scores, k: int) -> float:
+    """Share of queries whose best right answer is among the first `k`, in percent, from their 0-based ranks."""
+    ranks = torch.as_tensor(ranks)
     if ranks.ndim != 1 or len(ranks) == 0:
         raise ValueError(f"ranks must be (queries,) with at least one query, got the shape {tuple(ranks.shape)}.")
     if k < 1:
@@ -188,15 +175,13 @@ def recall_at_k(ranks: Tensor | np.ndarray, k: int) -> float:
     return 100.0 * int((ranks < k).sum()) / len(ranks)
 
 
-def retrieval_metrics(
-    image_to_text_ranks: Tensor | np.ndarray, text_to_image_ranks: Tensor | np.ndarray
-) -> dict[str, float]:
+def retrieval_metrics(image_to_text_ranks: Scores, text_to_image_ranks: Scores) -> dict[str, float]:
     """
     The usual numbers of image-text retrieval.
 
     Args:
-        image_to_text_ranks (`torch.Tensor` or `numpy.ndarray`): 0-based ranks of shape `(images,)`.
-        text_to_image_ranks (`torch.Tensor` or `numpy.ndarray`): 0-based ranks of shape `(texts,)`.
+        image_to_text_ranks (`torch.Tensor` or `numpy.ndarray` of shape `(images,)`): 0-based ranks.
+        text_to_image_ranks (`torch.Tensor` or `numpy.ndarray` of shape `(texts,)`): 0-based ranks.
 
     Returns:
         `dict[str, float]`: `image_to_text_recall_at_1`, `_5`, `_10`, the same of `text_to_image`, and their sum
@@ -210,14 +195,14 @@ def retrieval_metrics(
     }
     metrics["rsum"] = sum(metrics.values())
     for direction, ranks in directions.items():
-        metrics[f"{direction}_median_rank"] = 1.0 + float(np.median(_as_tensor(ranks, "ranks").cpu().numpy()))
+        metrics[f"{direction}_median_rank"] = 1.0 + float(np.median(torch.as_tensor(ranks).cpu().numpy()))
     return metrics
 
 
 def folded_retrieval_metrics(
-    scores: Tensor | np.ndarray,
-    image_ids: Tensor | np.ndarray | Sequence[int],
-    text_ids: Tensor | np.ndarray | Sequence[int],
+    scores: Scores,
+    image_ids: Ids,
+    text_ids: Ids,
     num_folds: int = 5,
     *,
     tie_tolerance: float = 0.0,
@@ -228,8 +213,8 @@ def folded_retrieval_metrics(
 
     Args:
         scores (`torch.Tensor` or `numpy.ndarray`): Scores of shape `(images, texts)`, higher is better.
-        image_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each image, shape `(images,)`.
-        text_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each text, shape `(texts,)`.
+        image_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each image.
+        text_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each text.
         num_folds (`int`, *optional*, defaults to 5): Number of folds; must divide the number of images.
         tie_tolerance (`float`, *optional*, defaults to 0.0): Scores that differ by no more than this tie.
 
@@ -240,37 +225,23 @@ def folded_retrieval_metrics(
         `ValueError`: If the folds would differ in size, and as in [`retrieval_ranks`].
     """
     images, texts = _as_ids(image_ids, text_ids)
-    scores = _as_tensor(scores, "scores")
+    scores = torch.as_tensor(scores).detach()
     blocks = fold_members(images, texts, num_folds)
     if scores.shape != (len(images), len(texts)):
         raise ValueError(f"scores must be (images, texts) = ({len(images)}, {len(texts)}), got {tuple(scores.shape)}.")
-    if num_folds == 1:
-        # Without the copy of the matrix that a choice of columns makes.
-        return retrieval_metrics(*retrieval_ranks(scores, images, texts, tie_tolerance=tie_tolerance))
     folds = []
     for rows, columns in blocks:
-        fold_scores = scores[rows].index_select(1, columns.to(scores.device))
-        ranks = retrieval_ranks(fold_scores, images[rows], texts[columns], tie_tolerance=tie_tolerance)
+        # Without the copy of the matrix that a choice of columns makes, where there is nothing to choose.
+        of_fold = scores if num_folds == 1 else scores[rows].index_select(1, columns.to(scores.device))
+        ranks = retrieval_ranks(of_fold, images[rows], texts[columns], tie_tolerance=tie_tolerance)
         folds.append(retrieval_metrics(*ranks))
     return mean_metrics(folds)
 
 
-def fold_members(
-    image_ids: Tensor | np.ndarray | Sequence[int], text_ids: Tensor | np.ndarray | Sequence[int], num_folds: int
-) -> list[tuple[slice, Tensor]]:
+def fold_members(image_ids: Ids, text_ids: Ids, num_folds: int) -> list[tuple[slice, Tensor]]:
     """
-    Which images and texts each fold of [`folded_retrieval_metrics`] has.
-
-    Args:
-        image_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each image, shape `(images,)`.
-        text_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each text, shape `(texts,)`.
-        num_folds (`int`): Number of folds; must divide the number of images.
-
-    Returns:
-        `list(tuple(slice, torch.Tensor))`: By fold, its consecutive images and the indices of their texts.
-
-    Raises:
-        `ValueError`: If the folds would differ in size, or a query has no right answer.
+    By fold of [`folded_retrieval_metrics`], its consecutive images and the indices of their texts; ValueError if the
+    folds would differ in size.
     """
     images, texts = _as_ids(image_ids, text_ids)
     if num_folds < 1 or len(images) % num_folds:
@@ -286,8 +257,8 @@ def mean_metrics(folds: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def chance_rsum(
-    image_ids: Tensor | np.ndarray | Sequence[int],
-    text_ids: Tensor | np.ndarray | Sequence[int],
+    image_ids: Ids,
+    text_ids: Ids,
     num_folds: int = 1,
 ) -> float:
     """
@@ -295,8 +266,8 @@ def chance_rsum(
     among the first `k` with the probability `1 - C(n - r, k) / C(n, k)` (hypergeometric).
 
     Args:
-        image_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each image, shape `(images,)`.
-        text_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each text, shape `(texts,)`.
+        image_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each image.
+        text_ids (`torch.Tensor`, `numpy.ndarray` or sequence of `int`): Identity of each text.
         num_folds (`int`, *optional*, defaults to 1): Folds to average over, see [`folded_retrieval_metrics`].
 
     Returns:
@@ -324,27 +295,12 @@ def num_right_answers(queries: Tensor, gallery: Tensor) -> Tensor:
     return counts[torch.searchsorted(ids, queries)]
 
 
-def _as_tensor(values: Tensor | np.ndarray | Sequence[int], name: str) -> Tensor:
-    try:
-        return torch.as_tensor(values).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} must be a tensor, an array or a sequence of numbers: {error}") from None
-
-
-def _score_dtype(scores: Tensor) -> torch.dtype:
-    return torch.promote_types(scores.dtype, torch.float32) if scores.is_floating_point() else torch.float64
-
-
-def _as_ids(
-    image_ids: Tensor | np.ndarray | Sequence[int], text_ids: Tensor | np.ndarray | Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def _as_ids(image_ids: Ids, text_ids: Ids) -> tuple[Tensor, Tensor]:
     """Identities as int64 on one device, each of which occurs on both sides."""
-    images, texts = _as_tensor(image_ids, "image_ids"), _as_tensor(text_ids, "text_ids")
+    images, texts = torch.as_tensor(image_ids), torch.as_tensor(text_ids)
     for name, ids in (("image_ids", images), ("text_ids", texts)):
-        if ids.ndim != 1 or len(ids) == 0:
-            raise ValueError(f"{name} must be one-dimensional and not empty, got the shape {tuple(ids.shape)}.")
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise ValueError(f"{name} must be integers, got {ids.dtype}.")
+        if ids.ndim != 1 or len(ids) == 0 or ids.is_floating_point():
+            raise ValueError(f"{name} must be one integer for each, at least one, got {ids.dtype} {tuple(ids.shape)}.")
     images = images.long()
     texts = texts.to(images)
     lonely_images = int((~torch.isin(images, texts)).sum())

@@ -20,7 +20,6 @@ from ..model.processing_pico import PicoProcessor
 from .evaluator import EncodedRetrieval, RetrievalEvaluator
 from .retrieval_metrics import RECALL_LEVELS, TIE_TOLERANCE, chance_rsum, num_right_answers, retrieval_metrics
 from .style_alignment import match_moments
-from .style_probe import StyleProbe, probe_styles
 
 
 logger = logging.get_logger(__name__)
@@ -45,10 +44,6 @@ class StyleRetrieval:
             rSum after [`match_moments`] has moved the images to the features of the seen styles, for a style not seen.
         gallery_share (`float`): Share of the style in the gallery that mixes all styles.
         top_shares (`dict[str, float]`): Its share of the first place (`"1"`) and of the first ten (`"10"`) there.
-        first_right_share (`float`, *optional*):
-            How often its image comes first among the right images of a caption, over captions whose meaning is shown
-            in more than one style; None if there are none.
-        first_right_expected (`float`, *optional*): The same for a random choice among the right images.
     """
 
     images: int
@@ -61,15 +56,11 @@ class StyleRetrieval:
     aligned_rsum: float | None
     gallery_share: float
     top_shares: dict[str, float]
-    first_right_share: float | None
-    first_right_expected: float | None
 
     def table_row(self) -> dict[str, float]:
         """What a model card shows: recalls, the size of the gallery, and what they are to be judged by."""
-        return {
-            **self.retrieval,
-            **{name: getattr(self, name) for name in ("images", "texts", "chance_rsum", "equal_rsum")},
-        }
+        compared = {name: getattr(self, name) for name in ("images", "texts", "chance_rsum", "equal_rsum")}
+        return {**self.retrieval, **compared}
 
 
 @dataclass
@@ -90,13 +81,11 @@ class StyleReport:
         styles (`dict[str, StyleRetrieval]`): By style; seen ones first, then by name.
         equal_wrong_images (`int`): Wrong images that each caption is left with for `equal_rsum`.
         equal_wrong_texts (`int`): Wrong captions that each image is left with for `equal_rsum`.
-        probe ([`StyleProbe`], *optional*): How well the style is read from embeddings; None with a single meaning.
     """
 
     styles: dict[str, StyleRetrieval]
     equal_wrong_images: int
     equal_wrong_texts: int
-    probe: StyleProbe | None
 
     @classmethod
     @torch.no_grad()
@@ -139,59 +128,46 @@ class StyleReport:
                 f"num_captions adds up to {int(num_captions.sum())}, not to {len(encoded.text_ids)} texts."
             )
         encoded = encoded.gather_images()
-        rows = [(image_styles == code).nonzero().squeeze(1) for code in range(len(names))]
         text_styles = image_styles.repeat_interleave(num_captions)
-        text_rows = [(text_styles == code).nonzero().squeeze(1) for code in range(len(names))]
-        evaluator = RetrievalEvaluator()
-        # Of each style's images, then of their captions: ranks within the style, and how many answers are wrong.
-        ranks = [evaluator.ranks(model, encoded.subset(*own)) for own in zip(rows, text_rows, strict=True)]
-        wrong = []
-        for images, texts in zip(rows, text_rows, strict=True):
-            ids, of_texts = encoded.image_ids[images], encoded.text_ids[texts]
-            wrong.append(
-                (len(texts) - num_right_answers(ids, of_texts), len(images) - num_right_answers(of_texts, ids))
-            )
-        left_texts, left_images = (min(int(of_style[side].min()) for of_style in wrong) for side in (0, 1))
+        galleries = [
+            _rank_style(model, encoded, image_styles == code, text_styles == code) for code in range(len(names))
+        ]
+        left_texts, left_images = (min(int(wrong[side].min()) for *_, wrong in galleries) for side in (0, 1))
         # The captions of an image count as one query.
         weights = (1 / (num_captions * len(num_captions))).repeat_interleave(num_captions)
         mixed = _shares_of_styles(model, encoded, nn.functional.one_hot(image_styles).float(), weights)
-        report = cls({}, left_images, left_texts, probe_styles(model, encoded, image_styles))
-        for code, name in enumerate(names):
-            images, texts = rows[code], text_rows[code]
+        report = cls({}, left_images, left_texts)
+        for name, (images, texts, ranks, wrong), shares in zip(names, galleries, mixed, strict=True):
             report.styles[name] = StyleRetrieval(
                 images=len(images),
                 texts=len(texts),
                 seen=None if seen_styles is None else name in seen_styles,
-                retrieval=retrieval_metrics(*ranks[code]),
+                retrieval=retrieval_metrics(*ranks),
                 chance_rsum=chance_rsum(encoded.image_ids[images], encoded.text_ids[texts]),
                 equal_rsum=sum(
-                    thinned_recall(ranks[code][0], wrong[code][0], left_texts, k)
-                    + thinned_recall(ranks[code][1], wrong[code][1], left_images, k)
+                    thinned_recall(ranks[0], wrong[0], left_texts, k)
+                    + thinned_recall(ranks[1], wrong[1], left_images, k)
                     for k in RECALL_LEVELS
                 ),
                 gap=None,
                 aligned_rsum=None,
                 gallery_share=100 * len(images) / len(image_styles),
-                **mixed[code],
+                top_shares=shares,
             )
-        seen = [code for code, result in enumerate(report.styles.values()) if result.seen]
+        seen = [result for result in report.styles.values() if result.seen]
         if seen:
-            report._measure_gaps()
-            known = torch.isin(image_styles, torch.tensor(seen, device=device))
+            known = torch.cat([images for images, *_ in galleries[: len(seen)]]).sort().values
             reference = encoded.image_tokens[known], encoded.image_mask[known]
-            for code, result in enumerate(report.styles.values()):
-                if not result.seen:
-                    gallery = encoded.subset(rows[code], text_rows[code])
-                    tokens = match_moments(gallery.image_tokens, gallery.image_mask, *reference)
-                    aligned = replace(gallery, image_tokens=tokens.to(gallery.image_tokens.dtype))
-                    result.aligned_rsum = evaluator.retrieval_metrics(model, aligned)["rsum"]
+            for (images, texts, *_), result in list(zip(galleries, report.styles.values(), strict=True))[len(seen) :]:
+                result.gap = sum(other.equal_rsum for other in seen) / len(seen) - result.equal_rsum
+                gallery = encoded.subset(images, texts)
+                tokens = match_moments(gallery.image_tokens, gallery.image_mask, *reference)
+                aligned = replace(gallery, image_tokens=tokens.to(gallery.image_tokens.dtype))
+                result.aligned_rsum = RetrievalEvaluator().retrieval_metrics(model, aligned)["rsum"]
+            report._warn_of_small_galleries()
         return report
 
-    def _measure_gaps(self) -> None:
-        seen = [result.equal_rsum for result in self.styles.values() if result.seen]
-        for result in self.styles.values():
-            if not result.seen:
-                result.gap = sum(seen) / len(seen) - result.equal_rsum
+    def _warn_of_small_galleries(self) -> None:
         rarest = min(self.styles, key=lambda name: self.styles[name].images)
         if self.styles[rarest].images <= max(RECALL_LEVELS):
             logger.warning(
@@ -203,20 +179,12 @@ class StyleReport:
         """The main numbers under flat names: `style_{name}_rsum`, `style_{name}_gap`, `style_gap` (the mean), ..."""
         metrics = {}
         for name, result in self.styles.items():
-            metrics[f"style_{name}_rsum"] = result.retrieval["rsum"]
-            metrics[f"style_{name}_chance_rsum"] = result.chance_rsum
-            if result.gap is not None:
-                metrics[f"style_{name}_gap"] = result.gap
-            if result.aligned_rsum is not None:
-                metrics[f"style_{name}_aligned_rsum"] = result.aligned_rsum
+            values = {"rsum": result.retrieval["rsum"]}
+            values |= {key: getattr(result, key) for key in ("chance_rsum", "gap", "aligned_rsum")}
+            metrics.update({f"style_{name}_{key}": value for key, value in values.items() if value is not None})
         gaps = [result.gap for result in self.styles.values() if result.gap is not None]
         if gaps:
             metrics["style_gap"] = sum(gaps) / len(gaps)
-        if self.probe is not None:
-            metrics["style_probe_accuracy"] = self.probe.accuracy
-            if self.probe.weighted_accuracy is not None:
-                metrics["style_probe_weighted_accuracy"] = self.probe.weighted_accuracy
-            metrics["style_probe_chance"] = self.probe.chance
         return metrics
 
     def to_dict(self) -> dict[str, Any]:
@@ -224,7 +192,7 @@ class StyleReport:
         return asdict(self)
 
     def to_markdown(self) -> str:
-        """Two tables and a sentence."""
+        """Two tables and what their columns mean."""
         recalls = {
             f"{arrow} R@{k}": f"{direction}_recall_at_{k}"
             for arrow, direction in (("i→t", "image_to_text"), ("t→i", "text_to_image"))
@@ -248,8 +216,6 @@ class StyleReport:
                 "Of the gallery": _number(result.gallery_share),
                 "Of the first places": _number(result.top_shares["1"]),
                 "Of the first 10": _number(result.top_shares["10"]),
-                "First of the right images": _number(result.first_right_share),
-                "The same at random": _number(result.first_right_expected),
             }
             for name, result in self.styles.items()
         }
@@ -263,8 +229,6 @@ class StyleReport:
             "Share of each style in percent when captions are ranked against the images of all styles:",
             _table(mixed),
         ]
-        if self.probe is not None:
-            parts.append(self.probe.sentence())
         return "\n\n".join(parts) + "\n"
 
 
@@ -334,6 +298,20 @@ def order_styles(styles: Sequence[str] | None, seen_styles: Sequence[str] | None
     return sorted(found, key=lambda style: (style not in (seen_styles or ()), style))
 
 
+def _rank_style(
+    model: PicoModel, encoded: EncodedRetrieval, images: Tensor, texts: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """
+    Rows of a style's images and of their captions, the ranks of both among each other, and how many wrong captions
+    each of the images has and how many wrong images each of the captions.
+    """
+    images, texts = images.nonzero().squeeze(1), texts.nonzero().squeeze(1)
+    ranks = RetrievalEvaluator().ranks(model, encoded.subset(images, texts))
+    ids, of_texts = encoded.image_ids[images], encoded.text_ids[texts]
+    wrong = len(texts) - num_right_answers(ids, of_texts), len(images) - num_right_answers(of_texts, ids)
+    return images, texts, ranks, wrong
+
+
 def thinned_recall(ranks: Tensor, wrong: Tensor, left: int, k: int) -> float:
     """
     Expected recall at `k` in percent when only `left` of each query's wrong answers remain, chosen at random: how many
@@ -361,34 +339,19 @@ def _log_choose(n: Tensor, k: Tensor) -> Tensor:
 
 def _shares_of_styles(
     model: PicoModel, encoded: EncodedRetrieval, styles: Tensor, weights: Tensor
-) -> list[dict[str, Any]]:
+) -> list[dict[str, float]]:
     """
-    What captions find in the gallery of all images, by style; `styles` is `(images, styles)`, one-hot, and `weights`
-    `(texts,)` what each caption counts.
+    By style, its share in percent of the first place (`"1"`) and the first ten (`"10"`) that captions find in the
+    gallery of all images; `styles` is `(images, styles)`, one-hot, and `weights` `(texts,)` what each caption counts.
     """
-    tops = {"1": torch.zeros(styles.shape[1], dtype=torch.float64)}
-    tops["10"], first, expected = (torch.zeros_like(tops["1"]) for _ in range(3))
+    tops = {k: torch.zeros(styles.shape[1], dtype=torch.float64) for k in (1, 10)}
     for start in range(0, len(weights), _TEXT_CHUNK):
         some = slice(start, start + _TEXT_CHUNK)
         captions = {name: getattr(encoded, name)[some] for name in ("text_tokens", "text_mask", "text_ids")}
         scores = RetrievalEvaluator().score(model, replace(encoded, **captions)).T
         for k, total in tops.items():
-            total += (weights[some] @ _places(scores, int(k)) @ styles).cpu()
-        right = captions["text_ids"][:, None] == encoded.image_ids
-        random_choice = right / right.sum(dim=1, keepdim=True)
-        # Only captions whose meaning is shown in more than one style.
-        choice = weights[some] * ((random_choice @ styles > 0).sum(dim=1) > 1)
-        first += (choice @ _places(scores.masked_fill(~right, -torch.inf), 1) @ styles).cpu()
-        expected += (choice @ random_choice @ styles).cpu()
-    asked = float(expected.sum())
-    return [
-        {
-            "top_shares": {k: 100 * float(share[code]) for k, share in tops.items()},
-            "first_right_share": 100 * float(first[code]) / asked if asked else None,
-            "first_right_expected": 100 * float(expected[code]) / asked if asked else None,
-        }
-        for code in range(styles.shape[1])
-    ]
+            total += (weights[some] @ _places(scores, k) @ styles).cpu()
+    return [{str(k): 100 * float(share[code]) for k, share in tops.items()} for code in range(styles.shape[1])]
 
 
 def _places(scores: Tensor, k: int) -> Tensor:

@@ -129,20 +129,11 @@ def learn_reranking(
         `ValueError`: If uncertainties or identities do not fit the scores, or a value is NaN or infinite.
     """
     scores, image_uncertainty, text_uncertainty = scores.float(), image_uncertainty.float(), text_uncertainty.float()
-    for name, values, ids in (
-        ("image_uncertainty", image_uncertainty, image_ids),
-        ("text_uncertainty", text_uncertainty, text_ids),
-    ):
-        if values.shape != ids.shape:
-            raise ValueError(f"{name} must be {tuple(ids.shape)}, one for each id, got {tuple(values.shape)}.")
-        if not torch.isfinite(values).all():
-            raise ValueError(f"{name} holds {int((~torch.isfinite(values)).sum())} values that are NaN or infinite.")
     plain = UncertaintyReranking(
         floor=float(scores.min()),
         image_center=float(image_uncertainty.mean()),
         text_center=float(text_uncertainty.mean()),
     )
-    retrieval_ranks(scores, image_ids, text_ids)  # refuses what does not fit
     weights = {}
     for direction, side, uncertainty, query_ids in (
         (1, "image", image_uncertainty, text_ids),
@@ -165,10 +156,8 @@ def _best_weight(hits: Callable[[float], Tensor], uncertainty: Tensor, groups: T
     """
     The weight of the most hits; 0 where it does not gain on held-out queries, see [`learn_reranking`].
 
-    Args:
-        hits (`Callable`): From a weight, the hits of each query.
-        uncertainty (`torch.Tensor` of shape `(items,)`): Uncertainty of what is searched.
-        groups (`torch.Tensor` of shape `(queries,)`): Number of each query's identity, from 0 without a gap.
+    `hits` gives those of each query with a weight, `uncertainty` `(items,)` is that of what is searched, and `groups`
+    `(queries,)` numbers the queries' identities.
     """
     spread = float(uncertainty.double().std(correction=0))
     # Below this the uncertainties differ by rounding alone.
@@ -290,9 +279,7 @@ class RiskCoverage:
 
     @property
     def aurc(self) -> float:
-        """
-        Area under the risk-coverage curve in percent (risk is 100 minus recall; arXiv 1805.08206); lower is better.
-        """
+        """Area under the risk-coverage curve in percent (risk: 100 - recall; arXiv 1805.08206); lower is better."""
         return 100 - float(self.recall.mean())
 
     @property
@@ -315,9 +302,6 @@ def risk_coverage(ranks: Tensor, uncertainty: Tensor, k: int = 1) -> RiskCoverag
         uncertainty (`torch.Tensor` of shape `(queries,)`): Uncertainty of each query. Queries of equal uncertainty
             share what they reach, so that their order does not matter.
         k (`int`, *optional*, defaults to 1): Length of the result list.
-
-    Returns:
-        [`RiskCoverage`]
 
     Raises:
         `ValueError`: If there is no query, shapes differ, or an uncertainty is NaN or infinite.

@@ -123,14 +123,3 @@ HEADS: dict[str, type[FineGrainedHead]] = {
     "instance_norm": InstanceNormHead,
     "clip_style": ClipStyleHead,
 }
-
-
-__all__ = [
-    "HEADS",
-    "MIN_NORM",
-    "ClipStyleHead",
-    "FineGrainedHead",
-    "InstanceNormHead",
-    "PicoHead",
-    "TokenProjection",
-]

@@ -19,7 +19,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from .configuration_pico import check_backbone_options
 from .untrusted_pico import HUB_OPTIONS, read_config
 
 
@@ -162,7 +161,7 @@ def is_joint(config: PreTrainedConfig) -> bool:
     return "vision_config" in config.sub_configs
 
 
-def load_model(name_or_path: str, **kwargs) -> tuple[PreTrainedModel, dict]:
+def load_model(name_or_path: str, **kwargs) -> PreTrainedModel:
     """
     Loads the checkpoint of a tower or of a joint vision-language model.
 
@@ -172,9 +171,6 @@ def load_model(name_or_path: str, **kwargs) -> tuple[PreTrainedModel, dict]:
         name_or_path (`str`): Hub id or folder.
         kwargs: Passed to `from_pretrained` (`revision`, `token`, `dtype`, ...).
 
-    Returns:
-        The model, and the loading information of `from_pretrained(..., output_loading_info=True)`.
-
     Raises:
         ValueError: if the checkpoint lacks weights of the model, which `from_pretrained` would make up, or names code
             that is to be run.
@@ -182,10 +178,7 @@ def load_model(name_or_path: str, **kwargs) -> tuple[PreTrainedModel, dict]:
     """
     if kwargs.get("use_safetensors") is None:
         kwargs["use_safetensors"] = True
-    stated = read_config(name_or_path, kwargs)
-    for part in ("vision_config", "text_config"):
-        check_backbone_options(stated.get(part) or {}, part)
-    check_backbone_options(stated, "config")
+    read_config(name_or_path, kwargs)
     config = load_config(name_or_path, kwargs)
     check_vision_family(config.vision_config if is_joint(config) else config)
     model_class: Any = AutoModel
@@ -209,7 +202,7 @@ def load_model(name_or_path: str, **kwargs) -> tuple[PreTrainedModel, dict]:
             f"{len(missing)} tensors of {type(model).__name__}, such as {', '.join(missing[:3])}. It is a checkpoint "
             "of another kind of model; towers and models of two encoders (CLIP, SigLIP, BLIP for retrieval) work."
         )
-    return model, info
+    return model
 
 
 def plain_tower(tower: PreTrainedModel) -> PreTrainedModel:
@@ -239,19 +232,17 @@ def tower_of(joint: PreTrainedModel, modality: str) -> PreTrainedModel:
     )
 
 
-def load_backbone(name_or_path: str, modality: str, *, output_loading_info: bool = False, **kwargs) -> Any:
+def load_backbone(name_or_path: str, modality: str, **kwargs) -> PreTrainedModel:
     """
     Loads one tower from a checkpoint of its own, or out of a joint vision-language checkpoint such as CLIP.
 
     Args:
         name_or_path (`str`): Hub id or folder.
         modality (`str`): `"image"` or `"text"`.
-        output_loading_info (`bool`, *optional*, defaults to `False`): Whether to return loading information as well.
         kwargs: Passed to `from_pretrained` (`revision`, `token`, `dtype`, ...).
     """
-    model, info = load_model(name_or_path, **kwargs)
-    tower = tower_of(model, modality) if is_joint(model.config) else model
-    return (tower, info) if output_loading_info else tower
+    model = load_model(name_or_path, **kwargs)
+    return tower_of(model, modality) if is_joint(model.config) else model
 
 
 def joint_projections(joint: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -416,27 +407,3 @@ def class_token_state(
     if modality == "image":
         return token_states[:, 0] if num_prefix_tokens(model.config) else None
     return token_states[:, 0]
-
-
-__all__ = [
-    "build_backbone",
-    "check_vision_family",
-    "class_token_state",
-    "freeze_unused",
-    "hidden_size",
-    "image_token_states",
-    "is_joint",
-    "joint_logit_scale",
-    "joint_projections",
-    "left_aligned",
-    "limit_text_length",
-    "load_backbone",
-    "load_config",
-    "load_model",
-    "max_text_length",
-    "num_prefix_tokens",
-    "plain_tower",
-    "run_text_tower",
-    "text_token_mask",
-    "tower_of",
-]

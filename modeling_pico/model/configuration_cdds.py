@@ -105,6 +105,3 @@ class CddsConfig(PicoConfig):
     def uses_prototypes(self) -> bool:
         """Whether the model has style prototypes."""
         return self.semantic_probability
-
-
-__all__ = ["CddsConfig"]

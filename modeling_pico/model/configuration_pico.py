@@ -1,7 +1,5 @@
 """Configuration of PICO: two backbone configurations and every switch of the alignment head."""
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -44,21 +42,6 @@ _UNCERTAINTY_BOUNDS = {
     "weight": (0, 1e30),
     "diversity_weight": (0, 1e30),
 }
-# Names by which backbones state sizes that cannot be 0.
-_BACKBONE_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "image_size",
-    "patch_size",
-    "num_attention_heads",
-    "vocab_size",
-    "max_position_embeddings",
-    "num_hidden_layers",
-    "depths",
-)
-# How the names of numbers of layers end, and the largest: towers are built layer by layer.
-_DEPTH = re.compile(r"(layers|n_layer|depths?|blocks)$")
-_LARGEST_DEPTH = 256
 
 
 @strict
@@ -208,12 +191,6 @@ class PicoConfig(PreTrainedConfig):
         # Any other name becomes an attribute; this would shadow what the type of model says.
         if "ranking_weight" in kwargs:
             raise ValueError(f"`ranking_weight` is no option of {type(self).__name__}.")
-        # Configurations of older versions state it; at 1 it did nothing.
-        if (slope := kwargs.pop("negative_slope", 1.0)) != 1.0:
-            raise ValueError(
-                f"`negative_slope` is no longer an option, but is {slope!r}: scores would not be those that the model "
-                "was trained with. Train it again without."
-            )
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -235,10 +212,6 @@ class PicoConfig(PreTrainedConfig):
                 UncertaintyConfig(**self.uncertainty_config)
             except (TypeError, StrictDataclassError) as error:
                 raise ValueError(f"`uncertainty_config` is wrong: {error.__cause__ or error}") from error
-        for name in ("vision_config", "text_config"):
-            check_backbone_options(getattr(self, name).to_dict(), name)
-        if callable(self.dtype):  # a file may name anything that torch has
-            raise ValueError(f"`dtype` must name a data type of torch, but got {self.dtype!r}.")
 
     @property
     def uses_prototypes(self) -> bool:
@@ -263,45 +236,6 @@ def _backbone_config(config: PreTrainedConfig | dict | None, name: str, default_
         return AutoConfig.for_model(default_type)
     if isinstance(config, PreTrainedConfig):
         return config
-    check_backbone_options(config, name)
     if "model_type" not in config:
         raise ValueError(f"`{name}` must contain `model_type` (such as {default_type!r}), but has {sorted(config)}.")
     return AutoConfig.for_model(**config)
-
-
-def check_backbone_options(config: dict, name: str) -> None:
-    """
-    ValueError for numbers that no backbone has: they are mistakes, or meant to exhaust memory or to make scores NaN.
-
-    Args:
-        config (`dict`): Options of a backbone, of any family; dictionaries among them are looked into.
-        name (`str`): What the message calls it.
-    """
-    for option, value in config.items():
-        if isinstance(value, dict):
-            check_backbone_options(value, f"{name}.{option}")
-            continue
-        for number in value if isinstance(value, (list, tuple)) else [value]:
-            # Others are refused by the backbone's own configuration, or mean something else.
-            is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-            if is_number and (allowed := _violated(str(option), number)):
-                raise ValueError(f"`{name}.{option}` must be {allowed}, but got {value!r}.")
-
-
-def _violated(option: str, number: int | float) -> str | None:
-    """What a number of this name must be and is not."""
-    if isinstance(number, float) and not math.isfinite(number):
-        return "finite"
-    if option.endswith(("eps", "epsilon", "rope_theta")) and number <= 0:
-        return "greater than 0"
-    if "drop" in option and not 0 <= number <= 1:
-        return "from 0 to 1"
-    smallest = 1 if option in _BACKBONE_SIZES else 0
-    if _DEPTH.search(option) and not smallest <= number <= _LARGEST_DEPTH:
-        return f"from {smallest} to {_LARGEST_DEPTH}"
-    if option in _BACKBONE_SIZES and number < 1:
-        return "at least 1"
-    return None
-
-
-__all__ = ["PICO_LITERAL", "PicoConfig", "UncertaintyConfig", "check_backbone_options", "check_bounds"]

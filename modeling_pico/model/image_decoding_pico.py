@@ -45,7 +45,7 @@ class BadImageError(ValueError):
     """An image is missing, truncated, or not an image."""
 
 
-def decode_image(value: Mapping[str, Any] | str | os.PathLike | bytes | Image.Image | np.ndarray) -> Image.Image:
+def decode_image(value: Mapping[str, Any] | str | os.PathLike | bytes | Image.Image) -> Image.Image:
     """
     Decodes an image to RGB with 8 bits a channel.
 
@@ -59,10 +59,9 @@ def decode_image(value: Mapping[str, Any] | str | os.PathLike | bytes | Image.Im
     bits, floats that are neither shares in [0, 1] nor levels in [0, 255]).
 
     Args:
-        value (`Mapping`, `str`, `os.PathLike`, `bytes`, `PIL.Image.Image` or `numpy.ndarray`):
-            `{"path", "bytes"}` as `datasets.Image(decode=False)` gives it (bytes win), a path, the bytes of a file, a
-            PIL image, or an array of `uint8`, `uint16` or `bool` of shape `(height, width)` or
-            `(height, width, 1 | 3 | 4)`.
+        value (`Mapping`, `str`, `os.PathLike`, `bytes` or `PIL.Image.Image`):
+            `{"path", "bytes"}` as `datasets.Image(decode=False)` gives it (bytes win), a path, the bytes of a file, or
+            a PIL image.
 
     Returns:
         `PIL.Image.Image`: in mode RGB.
@@ -70,8 +69,6 @@ def decode_image(value: Mapping[str, Any] | str | os.PathLike | bytes | Image.Im
     Raises:
         BadImageError: if the image is missing, truncated, refused or not an image; the message names its source.
     """
-    if isinstance(value, np.ndarray):
-        value = _from_array(value)
     if isinstance(value, Image.Image):
         _check_size(value, describe_image(value))
         return to_rgb(value, describe_image(value))
@@ -93,8 +90,6 @@ def describe_image(value: Any) -> str:
         return _shortened(value)
     if isinstance(value, Image.Image):
         return f"a PIL image of size {value.size} and mode {value.mode}"
-    if isinstance(value, np.ndarray):
-        return f"an array of shape {value.shape} and type {value.dtype}"
     return f"an object of type {type(value).__name__}"
 
 
@@ -223,22 +218,3 @@ def _to_levels(image: Image.Image) -> Image.Image:
     if isinstance(image.info.get("transparency"), int):
         levels[values == image.info["transparency"]] = 255
     return Image.fromarray(levels)
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    shape_fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
-    if not shape_fits or array.dtype not in (np.uint8, np.uint16, np.bool_) or not array.size:
-        raise BadImageError(
-            "An image array has shape (height, width) or (height, width, 1 | 3 | 4) and type uint8, uint16 or bool; "
-            f"got {describe_image(array)}."
-        )
-    if array.dtype == np.bool_:
-        array = array.astype(np.uint8) * 255
-    elif array.dtype == np.uint16:
-        array = np.rint(array / 257.0).astype(np.uint8)
-    return Image.fromarray(array)
-
-
-__all__ = ["BadImageError", "decode_image", "describe_image", "open_image", "to_rgb"]

@@ -12,42 +12,29 @@ LOSS_TYPES = ("infonce", "hinge")
 
 def exclusion_mask(row_ids: Tensor, column_ids: Tensor, targets: Tensor) -> Tensor:
     """
-    Marks the columns that mean the same as a row without being its partner: five captions of one image, one meaning
-    drawn in several styles, or one sentence about several images. They are neither pulled nor pushed.
+    Marks the columns `(rows, columns)` that mean the same as a row without being its partner: five captions of one
+    image, one meaning drawn in several styles, or one sentence about several images. They are neither pulled nor
+    pushed.
 
     Args:
-        row_ids (`torch.Tensor`): Identity of each row's meaning (or wording), integers of shape `(rows,)`.
-        column_ids (`torch.Tensor`): Identity of each column's meaning (or wording), integers of shape `(columns,)`.
-        targets (`torch.Tensor`): Column of each row's partner, int64 of shape `(rows,)`.
-
-    Returns:
-        `torch.Tensor`: Boolean of shape `(rows, columns)`, `True` where the column is never a negative of the row.
+        row_ids (`torch.Tensor` of shape `(rows,)`): Identity of each row's meaning (or wording), integers.
+        column_ids (`torch.Tensor` of shape `(columns,)`): Likewise of each column.
+        targets (`torch.Tensor` of shape `(rows,)`): Column of each row's partner, int64.
     """
-    if row_ids.ndim != 1 or column_ids.ndim != 1 or targets.shape != row_ids.shape:
-        raise ValueError(
-            "exclusion_mask needs row_ids (rows,), column_ids (columns,) and targets (rows,), got shapes "
-            f"{tuple(row_ids.shape)}, {tuple(column_ids.shape)} and {tuple(targets.shape)}."
-        )
     same_meaning = row_ids[:, None] == column_ids[None, :]
     return same_meaning.scatter(1, targets[:, None], False)
 
 
 def infonce_loss(logits: Tensor, targets: Tensor, exclude: Tensor | None = None) -> Tensor:
     """
-    InfoNCE in one direction: cross entropy of each row's partner against all columns that are not excluded
-    (CLIP, arXiv 2103.00020). A row without negatives contributes zero.
+    InfoNCE in one direction, a mean over rows: cross entropy of each row's partner against all columns that are not
+    excluded (CLIP, arXiv 2103.00020). A row without negatives contributes zero.
 
     Args:
-        logits (`torch.Tensor`):
-            Scores times the inverse temperature, shape `(rows, columns)`: local queries, gallery of all processes.
-        targets (`torch.Tensor`): Column of each row's partner, int64 of shape `(rows,)`.
-        exclude (`torch.Tensor`, *optional*):
-            Boolean of shape `(rows, columns)`, `True` where a column takes no part; a row's partner always does.
-
-    Returns:
-        `torch.Tensor`: Scalar, the mean over rows, in float32 (float64 for float64 input).
+        logits (`torch.Tensor` of shape `(rows, columns)`): Scores times the inverse temperature.
+        targets (`torch.Tensor` of shape `(rows,)`): Column of each row's partner, int64.
+        exclude (`torch.Tensor` of shape `(rows, columns)`, *optional*): True where a column is no negative.
     """
-    _check_rows_and_columns(logits, targets, exclude)
     logits = _at_least_float32(logits)
     if exclude is not None:
         logits = logits.masked_fill(exclude.scatter(1, targets[:, None], False), float("-inf"))
@@ -58,24 +45,17 @@ def hinge_loss(
     scores: Tensor, targets: Tensor, exclude: Tensor | None = None, *, margin: float = 0.2, hardest: bool = True
 ) -> Tensor:
     """
-    Triplet hinge in one direction, `max(0, margin + negative - positive)` (VSE++, arXiv 1707.05612). A row without
-    negatives contributes zero.
+    Triplet hinge in one direction, a mean over rows: `max(0, margin + negative - positive)` (VSE++, arXiv 1707.05612).
+    A row without negatives contributes zero.
 
     Args:
-        scores (`torch.Tensor`): Scores of shape `(rows, columns)`: local queries, gallery of all processes.
-        targets (`torch.Tensor`): Column of each row's partner, int64 of shape `(rows,)`.
-        exclude (`torch.Tensor`, *optional*):
-            Boolean of shape `(rows, columns)`, `True` where a column takes no part; a row's partner always does.
+        scores (`torch.Tensor` of shape `(rows, columns)`): Scores.
+        targets (`torch.Tensor` of shape `(rows,)`): Column of each row's partner, int64.
+        exclude (`torch.Tensor` of shape `(rows, columns)`, *optional*): True where a column is no negative.
         margin (`float`, *optional*, defaults to 0.2): Wanted distance to a negative, in units of the score.
         hardest (`bool`, *optional*, defaults to `True`):
             Whether a row counts its hardest negative only, or the sum over all its negatives.
-
-    Returns:
-        `torch.Tensor`: Scalar, the mean over rows, in float32 (float64 for float64 input).
     """
-    _check_rows_and_columns(scores, targets, exclude)
-    if not margin >= 0:
-        raise ValueError(f"margin must be at least 0, got {margin}.")
     scores = _at_least_float32(scores)
     columns = targets[:, None]
     positives = scores.gather(1, columns)
@@ -102,13 +82,11 @@ def image_text_loss(
 ) -> Tensor:
     """
     Loss of matched image-text pairs in both directions. Row `r` of either matrix belongs to pair `offset + r` of the
-    whole batch, and so does column `offset + r`. The PICO paper (arXiv 2510.11175) does not state its loss; both types
-    are those of its field: the directions are averaged for InfoNCE, as CLIP does, and summed for the hinge, as VSE++
-    and its successors do.
+    whole batch, and so does column `offset + r`. The paper does not state its loss; both types are those of its field:
+    the directions are averaged for InfoNCE, as CLIP does, and summed for the hinge, as VSE++ does.
 
     Each direction is a mean over the local rows. With equally many rows in each process and galleries gathered *with*
-    gradient, the mean over processes of the gradients (what data parallelism computes) is therefore the gradient of
-    the loss of the whole batch, with no factor of the number of processes.
+    gradient, the mean of the gradients over processes is that of the loss of the whole batch.
 
     Args:
         scores_per_image (`torch.Tensor`): Local images against all texts, shape `(local, all)`.
@@ -161,18 +139,6 @@ def image_text_loss(
     per_image = infonce_loss(_at_least_float32(scores_per_image) * scale, targets, exclude)
     per_text = infonce_loss(_at_least_float32(scores_per_text) * scale, targets, exclude)
     return (per_image + per_text) / 2
-
-
-def _check_rows_and_columns(scores: Tensor, targets: Tensor, exclude: Tensor | None) -> None:
-    if scores.ndim != 2 or scores.numel() == 0:
-        raise ValueError(f"Scores must be a non-empty matrix (rows, columns), got the shape {tuple(scores.shape)}.")
-    if targets.shape != scores.shape[:1]:
-        raise ValueError(f"targets must be ({scores.shape[0]},), one per row of scores, got {tuple(targets.shape)}.")
-    if exclude is not None and (exclude.shape != scores.shape or exclude.dtype != torch.bool):
-        raise ValueError(
-            f"exclude must be a boolean mask of shape {tuple(scores.shape)}, got {exclude.dtype} of shape "
-            f"{tuple(exclude.shape)}."
-        )
 
 
 def _at_least_float32(scores: Tensor) -> Tensor:

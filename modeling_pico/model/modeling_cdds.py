@@ -26,15 +26,9 @@ VARIANCE_FLOOR = 1e-3
 
 
 def column_moments(tokens: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""
-    Mean and variance of each feature column, the latter raised by `VARIANCE_FLOOR`.
-
-    Args:
-        tokens (`torch.Tensor` of shape `(..., tokens, dim)`): Values.
-        mask (`torch.Tensor` of shape `(..., tokens)`, *optional*, defaults to all): True at tokens that count.
-
-    Returns:
-        Mean and variance, each `(..., dim)`.
+    """
+    Mean and variance `(..., dim)` of each feature column of tokens `(..., tokens, dim)`, the latter raised by
+    `VARIANCE_FLOOR`; `mask` `(..., tokens)` is True at tokens that count, all by default.
     """
     if mask is None:
         mask = torch.ones(tokens.shape[:-1], dtype=torch.bool, device=tokens.device)
@@ -102,10 +96,9 @@ def sample_distribution(own: torch.Tensor, other: torch.Tensor, weights: torch.T
     Distribution sampling (Eq. 10): `C_i^x = sum_j w_ij M(C_j | C_i)`, where `M` replaces each value of column `i` by
     the value of the other modality's column `j` at which as large a share of that column lies above.
 
-    This is quantile mapping. The value of rank `r` among `n` has the share `(n - r - 1/2) / n` above it; between the
-    sorted values of the other column it is interpolated linearly. Equal values are ordered by position. Since `M`
-    reads no more of `C_i` than ranks, the sum over `j` is one matrix product. The gradient reaches the values of the
-    other side and the weights; ranks have none.
+    This is quantile mapping, linear between the sorted values of the other column. Since `M` reads no more of `C_i`
+    than ranks, the sum over `j` is one matrix product. The gradient reaches the values of the other side and the
+    weights; ranks have none.
 
     Args:
         own (`torch.Tensor` of shape `(tokens, dim)`): Values of this side, which only give the order.
@@ -432,6 +425,3 @@ class CddsModel(PicoModel):
             PreTrainedModel._init_weights(self, module)
         else:
             super()._init_weights(module)
-
-
-__all__ = ["CddsModel"]

@@ -418,7 +418,7 @@ class PicoModel(PicoPreTrainedModel):
             )
         check_vision_family(joint_config.vision_config)
         if isinstance(joint, str):
-            joint, _ = load_model(joint, **kwargs)
+            joint = load_model(joint, **kwargs)
         projections = joint_projections(joint)
         if projections:
             config_kwargs = {
@@ -452,12 +452,12 @@ class PicoModel(PicoPreTrainedModel):
         tokens, mask, state = head.embed(token_states, mask, class_state, modality)
         embeds, probability = head.weight(tokens, mask, modality) if weighted else (tokens, None)
         return {
-            "tokens": tokens,
             "embeds": embeds,
             "mask": mask,
-            "probability": probability,
-            "state": state,
+            "tokens": tokens,
+            "semantic_probability": probability,
             "uncertainty": self.uncertainty(tokens, mask, modality),
+            "state": state,
         }
 
     def uncertainty(self, tokens: torch.Tensor, mask: torch.Tensor, modality: str) -> torch.Tensor | None:
@@ -480,17 +480,19 @@ class PicoModel(PicoPreTrainedModel):
 
     def _features_output(self, outputs, features: dict[str, Any], modality: str) -> PicoFeatures:
         # Pooled here and not in `_features`: training never asks for it.
-        pooled = self.alignment_head.pool(features["embeds"], features["mask"], None, modality)
         return PicoFeatures(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=pooled,
+            pooler_output=self.alignment_head.pool(features["embeds"], features["mask"], None, modality),
             hidden_states=outputs.hidden_states,
             attentions=getattr(outputs, "attentions", None),
-            embeds=features["embeds"],
-            mask=features["mask"],
-            semantic_probability=features["probability"],
-            uncertainty=features["uncertainty"],
+            **{name: features[name] for name in ("embeds", "mask", "semantic_probability", "uncertainty")},
         )
+
+    @staticmethod
+    def _output_of(modality: str, outputs, features: dict[str, Any]) -> dict[str, Any]:
+        """What the output holds of one side."""
+        named = {f"{modality}_{name}": value for name, value in features.items() if name != "state"}
+        return {**named, "vision_model_output" if modality == "image" else "text_model_output": outputs}
 
     def _encode_images(self, pixel_values: torch.Tensor, weighted: bool, **kwargs):
         config = self.config
@@ -611,10 +613,7 @@ class PicoModel(PicoPreTrainedModel):
         image_mask: torch.Tensor | None = None,
         text_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """
-        Scores `(images, texts)` of every image with every text, from score-ready embeddings and masks; the arguments
-        are those of [`pair_scores`].
-        """
+        """Scores `(images, texts)` of score-ready embeddings; arguments are those of [`pair_scores`]."""
         return pair_scores(image_embeds, text_embeds, image_mask, text_mask)
 
     def loss_of_scores(
@@ -650,8 +649,8 @@ class PicoModel(PicoPreTrainedModel):
         self,
         image_embeds: torch.Tensor,
         text_embeds: torch.Tensor,
-        image_mask: torch.Tensor | None = None,
-        text_mask: torch.Tensor | None = None,
+        image_mask: torch.Tensor,
+        text_mask: torch.Tensor,
         *,
         own: slice | None = None,
         auxiliary_loss: torch.Tensor | None = None,
@@ -664,8 +663,8 @@ class PicoModel(PicoPreTrainedModel):
         Args:
             image_embeds (`torch.Tensor` of shape `(pairs, patches, dim)`): Images, of all processes with `own`.
             text_embeds (`torch.Tensor` of shape `(pairs, words, dim)`): Their texts.
-            image_mask (`torch.Tensor` of shape `(pairs, patches)`, *optional*): True at tokens that take part.
-            text_mask (`torch.Tensor` of shape `(pairs, words)`, *optional*): Likewise for the texts.
+            image_mask (`torch.Tensor` of shape `(pairs, patches)`): True at tokens that take part.
+            text_mask (`torch.Tensor` of shape `(pairs, words)`): Likewise for the texts.
             own (`slice`, *optional*): This process's pairs, whose rows and columns alone are scored; all by default.
             auxiliary_loss (`torch.Tensor`, *optional*): What [`PicoOutput`] holds.
             kwargs: `image_ids`, `caption_codes` and `hardest` of [`image_text_loss`], and `logit_scale`.
@@ -676,27 +675,13 @@ class PicoModel(PicoPreTrainedModel):
         if own is None or (own.start, own.stop) == (0, len(image_embeds)):
             scores = self.score(image_embeds, text_embeds, image_mask, text_mask)
             return self._total_loss(self.loss_of_scores(scores, scores.T, **kwargs), auxiliary_loss)
-        own_images = None if image_mask is None else image_mask[own]
-        own_texts = None if text_mask is None else text_mask[own]
-        per_image = self.score(image_embeds[own], text_embeds, own_images, text_mask)
-        per_text = self.score(image_embeds, text_embeds[own], image_mask, own_texts).T
+        per_image = self.score(image_embeds[own], text_embeds, image_mask[own], text_mask)
+        per_text = self.score(image_embeds, text_embeds[own], image_mask, text_mask[own]).T
         return self._total_loss(self.loss_of_scores(per_image, per_text, offset=own.start, **kwargs), auxiliary_loss)
 
     def _total_loss(self, pair_loss: torch.Tensor, auxiliary_loss: torch.Tensor | None) -> torch.Tensor:
         loss = self.config.ranking_weight * pair_loss
         return loss if auxiliary_loss is None else loss + auxiliary_loss
-
-    def _one_side_output(self, modality: str, outputs, features: dict[str, Any]) -> PicoOutput:
-        named = {
-            f"{modality}_embeds": features["embeds"],
-            f"{modality}_mask": features["mask"],
-            f"{modality}_tokens": features["tokens"],
-            f"{modality}_semantic_probability": features["probability"],
-            f"{modality}_uncertainty": features["uncertainty"],
-            "vision_model_output" if modality == "image" else "text_model_output": outputs,
-        }
-        pooled = self.alignment_head.pool(features["embeds"], features["mask"], None, modality)
-        return PicoOutput(**named, pooler_output=pooled)
 
     @can_return_tuple
     def forward(
@@ -751,13 +736,19 @@ class PicoModel(PicoPreTrainedModel):
         # Only where it is asked for, because not every vision backbone knows it.
         image_kwargs = {**kwargs, "interpolate_pos_encoding": True} if interpolate_pos_encoding else kwargs
         text_kwargs = {"position_ids": position_ids, "token_type_ids": token_type_ids, **kwargs}
-        if pixel_values is None:
-            assert input_ids is not None  # else both are missing, which was refused above
-            return self._one_side_output("text", *self._encode_texts(input_ids, attention_mask, True, **text_kwargs))
-        vision_outputs, image = self._encode_images(pixel_values, True, **image_kwargs)
-        if input_ids is None:
-            return self._one_side_output("image", vision_outputs, image)
-        text_outputs, text = self._encode_texts(input_ids, attention_mask, True, **text_kwargs)
+        sides = {}
+        if pixel_values is not None:
+            sides["image"] = self._encode_images(pixel_values, True, **image_kwargs)
+        if input_ids is not None:
+            sides["text"] = self._encode_texts(input_ids, attention_mask, True, **text_kwargs)
+        encoded: dict[str, Any] = {}
+        for modality, side in sides.items():
+            encoded |= self._output_of(modality, *side)
+        if missing:
+            modality, (_, features) = next(iter(sides.items()))
+            pooled = self.alignment_head.pool(features["embeds"], features["mask"], None, modality)
+            return PicoOutput(**encoded, pooler_output=pooled)
+        image, text = sides["image"][1], sides["text"][1]
         logit_scale = self.logit_scale.float().exp().squeeze()
         auxiliary = {}
         if self.training or return_loss:
@@ -776,22 +767,8 @@ class PicoModel(PicoPreTrainedModel):
             loss=loss,
             logits_per_image=logits,
             logits_per_text=logits.T if logits is not None else None,
-            image_embeds=image["embeds"],
-            text_embeds=text["embeds"],
-            image_mask=image["mask"],
-            text_mask=text["mask"],
-            image_tokens=image["tokens"],
-            text_tokens=text["tokens"],
-            image_semantic_probability=image["probability"],
-            text_semantic_probability=text["probability"],
-            image_uncertainty=image["uncertainty"],
-            text_uncertainty=text["uncertainty"],
             logit_scale=logit_scale,
             auxiliary_loss=auxiliary_loss,
             auxiliary_losses=auxiliary or None,
-            vision_model_output=vision_outputs,
-            text_model_output=text_outputs,
+            **encoded,
         )
-
-
-__all__ = ["PicoFeatures", "PicoModel", "PicoOutput", "PicoPreTrainedModel"]

@@ -107,15 +107,11 @@ class PicoProcessor(ProcessorMixin):
             images (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, or a sequence of them):
                 Paths, encoded images or PIL images. Paths are opened when their batch is encoded.
             batch_size (`int`, *optional*, defaults to 32): Images encoded at a time.
-            convert_to_numpy (`bool`, *optional*, defaults to `False`):
-                Whether to return arrays in main memory instead of tensors on the device of the model.
+            convert_to_numpy (`bool`, *optional*, defaults to `False`): Whether to return arrays in main memory.
 
         Returns:
             `list[torch.Tensor]` or `list[numpy.ndarray]`: for each image its score-ready token embeddings
             `(tokens, dim)` in float32, without padding.
-
-        Raises:
-            `ValueError`: If an image cannot be decoded, or `batch_size` is below 1.
         """
 
         def encode(batch: Any):
@@ -128,17 +124,13 @@ class PicoProcessor(ProcessorMixin):
         self, model: Any, texts: Any, *, batch_size: int = 32, convert_to_numpy: bool = False
     ) -> list[torch.Tensor] | list[np.ndarray]:
         r"""
-        Encodes texts like [`encode_images`] encodes images; they are cut to the tokenizer's `model_max_length`.
+        Encodes texts as [`encode_images`] encodes images; they are cut to the tokenizer's `model_max_length`.
 
         Args:
-            model ([`PicoModel`]): The model, which is left in the mode that it is in.
+            model ([`PicoModel`]): The model.
             texts (`str` or a sequence of `str`): Texts.
             batch_size (`int`, *optional*, defaults to 32): Texts encoded at a time.
             convert_to_numpy (`bool`, *optional*, defaults to `False`): As for images.
-
-        Returns:
-            `list[torch.Tensor]` or `list[numpy.ndarray]`: for each text its score-ready token embeddings
-            `(tokens, dim)` in float32, without padding.
         """
 
         def encode(batch: Any):
@@ -222,7 +214,8 @@ class PicoProcessor(ProcessorMixin):
         queries, items, query_masks, item_masks = map(
             _as_tensors, (query_embeds, gallery_embeds, query_mask, gallery_mask)
         )
-        _check_query_and_gallery(queries, items, query_masks, item_masks)
+        if len(items) == 0:
+            raise ValueError("The gallery is empty.")
         size = (len(queries), min(k, len(items)))
         scores = torch.empty(size, device=output_device)
         indices = torch.empty(size, dtype=torch.int64, device=output_device)
@@ -291,29 +284,6 @@ def _check_image_sizes(image_processor) -> None:
                 )
 
 
-def _check_query_and_gallery(
-    query_embeds: torch.Tensor | list[torch.Tensor],
-    gallery_embeds: torch.Tensor | list[torch.Tensor],
-    query_mask: torch.Tensor | None,
-    gallery_mask: torch.Tensor | None,
-) -> None:
-    if len(gallery_embeds) == 0:
-        raise ValueError("The gallery is empty.")
-    for side, embeds, mask in (("query", query_embeds, query_mask), ("gallery", gallery_embeds, gallery_mask)):
-        if not isinstance(embeds, torch.Tensor):
-            continue
-        if embeds.ndim != 3:
-            raise ValueError(f"{side}_embeds has shape {tuple(embeds.shape)}; expected (samples, tokens, dim).")
-        if mask is not None and mask.shape != embeds.shape[:2]:
-            raise ValueError(
-                f"{side}_mask has shape {tuple(mask.shape)}; {side}_embeds of shape {tuple(embeds.shape)} needs "
-                f"{tuple(embeds.shape[:2])}."
-            )
-    dims = [embeds[0].shape[-1] for embeds in (query_embeds, gallery_embeds) if len(embeds)]
-    if dims[0] != dims[-1]:
-        raise ValueError(f"query_embeds has dim {dims[0]} and gallery_embeds has dim {dims[-1]}; they must be equal.")
-
-
 _Batches = Iterator[tuple[int, torch.Tensor, torch.Tensor]]
 
 
@@ -331,25 +301,17 @@ def _best_of_gallery(
     indices = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
     for start, items, mask in gallery:
         items, mask = items.to(query.device), mask.to(query.device)
-        new_scores = _symmetric_scores(query, items, query_mask, mask)
+        # The score is symmetric; it is computed faster with the longer samples in the place of images.
+        if query.shape[1] < items.shape[1]:
+            new_scores = pair_scores(items, query, mask, query_mask).T
+        else:
+            new_scores = pair_scores(query, items, query_mask, mask)
         new_indices = torch.arange(start, start + len(items), device=query.device).expand_as(new_scores)
         # The sort is stable and what was found earlier stands first, so that of equal scores the lower index wins.
         scores, order = torch.cat([scores, new_scores], dim=1).sort(dim=1, descending=True, stable=True)
         scores, order = scores[:, :k], order[:, :k]
         indices = torch.cat([indices, new_indices], dim=1).gather(1, order)
     return scores, indices
-
-
-def _symmetric_scores(
-    query: torch.Tensor,
-    items: torch.Tensor,
-    query_mask: torch.Tensor,
-    item_mask: torch.Tensor,
-) -> torch.Tensor:
-    # The score is symmetric; it is computed faster with the longer samples in the place of images.
-    if query.shape[1] < items.shape[1]:
-        return pair_scores(items, query, item_mask, query_mask).T
-    return pair_scores(query, items, query_mask, item_mask)
 
 
 def _padded(embeds: torch.Tensor | list[torch.Tensor], mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -361,6 +323,3 @@ def _padded(embeds: torch.Tensor | list[torch.Tensor], mask: torch.Tensor | None
         embeds = torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True)
     # A token has unit length before it is weighted. Zeros are padding, of the list or of the model.
     return embeds, (embeds != 0).any(dim=-1) if mask is None else mask
-
-
-__all__ = ["PicoProcessor"]

@@ -81,7 +81,7 @@ def pair_scores(
         whatever the input type and autocast.
 
     Raises:
-        `ValueError`: if shapes, types or devices do not fit together, or `PICO_SCORES_BACKEND` has an unknown value.
+        `ValueError`: if shapes do not fit together, or `PICO_SCORES_BACKEND` has an unknown value.
         `ScoresBackendError`: if `PICO_SCORES_BACKEND` names a backend that cannot serve the call.
     """
     _check_embeds(image_embeds, text_embeds)
@@ -153,17 +153,10 @@ def _check_embeds(image_embeds: Tensor, text_embeds: Tensor) -> None:
     ):
         if embeds.ndim != 3:
             raise ValueError(f"{name} has shape {tuple(embeds.shape)}; expected {layout}")
-        if not embeds.is_floating_point():
-            raise ValueError(f"{name} has type {embeds.dtype}; expected a floating-point type")
     if image_embeds.shape[2] != text_embeds.shape[2]:
         raise ValueError(
             f"image_embeds has dim {image_embeds.shape[2]} and text_embeds has dim {text_embeds.shape[2]}; "
             "they must be equal"
-        )
-    if image_embeds.device != text_embeds.device:
-        raise ValueError(
-            f"image_embeds is on {image_embeds.device} and text_embeds on {text_embeds.device}; "
-            "both must be on one device"
         )
 
 
@@ -175,8 +168,6 @@ def _boolean_mask(side: str, mask: Tensor | None, embeds: Tensor) -> Tensor:
             f"{side}_mask has shape {tuple(mask.shape)}; {side}_embeds of shape {tuple(embeds.shape)} "
             f"needs {tuple(embeds.shape[:2])}"
         )
-    if mask.device != embeds.device:
-        raise ValueError(f"{side}_mask is on {mask.device} and {side}_embeds on {embeds.device}; both must be on one")
     if mask.is_floating_point() or mask.is_complex():
         raise ValueError(f"{side}_mask has type {mask.dtype}; expected a boolean or integer type")
     return mask.bool()

@@ -8,7 +8,6 @@ similarities: the backward pass turns them into a sparse tile of weights and two
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
@@ -18,11 +17,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import max_pool2d
 
 
-# Elements (4 bytes each in float32). A tile of similarities should stay in the cache of a CPU core and is larger on
-# accelerators, which hide small tiles badly. A chunk holds the packed real tokens of one side.
+# Elements of a tile of similarities (4 bytes each in float32). It should stay in the cache of a CPU core and is larger
+# on accelerators, which hide small tiles badly.
 CPU_TILE_ELEMENTS = 2**21
 DEVICE_TILE_ELEMENTS = 2**24
-CHUNK_ELEMENTS = 2**23
 
 
 class _Run(NamedTuple):
@@ -34,7 +32,7 @@ class _Run(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """Neighbouring samples that are scored together; ranges are relative to the chunk."""
+    """Neighbouring samples that are scored together; ranges are among the sorted samples and their packed tokens."""
 
     samples: slice
     tokens: slice
@@ -48,7 +46,7 @@ class _Tile(NamedTuple):
 class _Side:
     """The images or the texts, sorted by their number of real tokens; samples without any are left out."""
 
-    def __init__(self, embeds: Tensor, mask: Tensor, dtype: torch.dtype):
+    def __init__(self, embeds: Tensor, mask: Tensor, dtype: torch.dtype, tile_tokens: int):
         counts, order = mask.sum(dim=1).sort(stable=True)
         lengths = counts.tolist()
         empty = lengths.count(0)
@@ -56,48 +54,29 @@ class _Side:
         self.order, self.counts, self.lengths = order[empty:], counts[empty:], lengths[empty:]
         # Without padding the stable order is the given one, and packing is a mere view.
         self.dense = lengths[:1] == [mask.shape[1]] and not empty
-
-    def chunks(self, tile_tokens: int) -> Iterator[_Chunk]:
-        limit = max(CHUNK_ELEMENTS // max(self.embeds.shape[2], 1), tile_tokens)
-        for start, stop in _split(self.lengths, limit):
-            yield _Chunk(self, slice(start, stop), tile_tokens)
-
-
-class _Chunk:
-    """As many sorted samples of one side as are packed at a time."""
-
-    def __init__(self, side: _Side, samples: slice, tile_tokens: int):
-        self.side, self.samples = side, samples
-        self.order, self.counts = side.order[samples], side.counts[samples]
-        lengths = side.lengths[samples]
-        self.offset = sum(side.lengths[: samples.start])  # tokens of the side before this chunk
         self.tiles, start = [], 0
-        for first, last in _split(lengths, tile_tokens):
-            stop = start + sum(lengths[first:last])
-            self.tiles.append(_Tile(slice(first, last), slice(start, stop), _runs(lengths[first:last])))
+        for first, last in _split(self.lengths, tile_tokens):
+            stop = start + sum(self.lengths[first:last])
+            self.tiles.append(_Tile(slice(first, last), slice(start, stop), _runs(self.lengths[first:last])))
             start = stop
 
     def positions(self) -> tuple[Tensor, Tensor]:
         """Returns where the real tokens lie in the padded tensor, as row and column indices."""
-        row, column = self.side.mask[self.order].nonzero(as_tuple=True)
+        row, column = self.mask[self.order].nonzero(as_tuple=True)
         return self.order[row], column
 
     def pack(self) -> Tensor:
         """Returns the real tokens as `(tokens, dim)`."""
-        embeds = self.side.embeds
-        tokens = embeds[self.samples].flatten(0, 1) if self.side.dense else embeds[self.positions()]
-        return tokens.to(self.side.dtype)
+        tokens = self.embeds.flatten(0, 1) if self.dense else self.embeds[self.positions()]
+        return tokens.to(self.dtype)
 
-    def collector(self, padded: Tensor) -> Tensor:
-        """Returns where to add up packed values `(tokens, dim)`: `padded` itself if nothing is padding."""
-        if self.side.dense:
-            return padded[self.samples].view(-1, padded.shape[2])
-        return padded.new_zeros(self.tiles[-1].tokens.stop, padded.shape[2])
-
-    def deliver(self, padded: Tensor, tokens: Tensor) -> None:
-        """Adds what a collector holds to `padded`."""
-        if not self.side.dense:
-            padded[self.positions()] += tokens
+    def unpack(self, tokens: Tensor) -> Tensor:
+        """Returns packed values in the form and type of the embeddings, zero at padding."""
+        if self.dense:
+            return tokens.view(self.embeds.shape).to(self.embeds.dtype)
+        padded = tokens.new_zeros(self.embeds.shape)
+        padded[self.positions()] = tokens
+        return padded.to(self.embeds.dtype)
 
 
 def _split(lengths: list[int], limit: int) -> list[tuple[int, int]]:
@@ -138,18 +117,17 @@ def tiled_pair_scores(
     if torch.is_grad_enabled() and (image_embeds.requires_grad or text_embeds.requires_grad):
         return _PairScores.apply(*arguments)
     with torch.no_grad():
-        return _forward(_sides(*arguments[:4]), _tile_tokens(tile_elements))
+        return _forward(*_sides(*arguments))
 
 
-def _sides(image_embeds: Tensor, text_embeds: Tensor, image_mask: Tensor, text_mask: Tensor) -> tuple[_Side, _Side]:
+def _sides(
+    image_embeds: Tensor, text_embeds: Tensor, image_mask: Tensor, text_mask: Tensor, tile_elements: int
+) -> tuple[_Side, _Side]:
     dtype = torch.promote_types(torch.promote_types(image_embeds.dtype, text_embeds.dtype), torch.float32)
-    return _Side(image_embeds, image_mask, dtype), _Side(text_embeds, text_mask, dtype)
-
-
-def _tile_tokens(tile_elements: int) -> tuple[int, int]:
-    """Returns how many words and patches span a tile: more patches, as both reductions read along them."""
+    # More patches than words span a tile, as both reductions read along them.
     words = max(1, int((tile_elements / 4) ** 0.5))
-    return words, max(1, tile_elements // words)
+    patches = max(1, tile_elements // words)
+    return _Side(image_embeds, image_mask, dtype, patches), _Side(text_embeds, text_mask, dtype, words)
 
 
 def _matrix(workspace: Tensor, rows: int, columns: int) -> Tensor:
@@ -159,31 +137,21 @@ def _matrix(workspace: Tensor, rows: int, columns: int) -> Tensor:
     return workspace[: rows * columns].view(rows, columns)
 
 
-def _forward(
-    sides: tuple[_Side, _Side],
-    tile_tokens: tuple[int, int],
-    positions: _Positions | None = None,
-) -> Tensor:
+def _forward(images: _Side, texts: _Side, positions: _Positions | None = None) -> Tensor:
     """Scores tile by tile; `positions`, if given, receives where the maxima are."""
-    images, texts = sides
     scores = images.embeds.new_zeros(len(images.mask), len(texts.mask), dtype=images.dtype)
-    workspace = scores.new_empty(0)
-    for text in texts.chunks(tile_tokens[0]):
-        words = text.pack()
-        for image in images.chunks(tile_tokens[1]):
-            patches = image.pack()
-            block = scores.new_empty(len(text.order), len(image.order))
-            for text_tile, image_tile in product(text.tiles, image.tiles):
-                runs = text_tile.runs, image_tile.runs
-                similarity = _matrix(workspace, text_tile.size, image_tile.size)
-                torch.mm(words[text_tile.tokens], patches[image_tile.tokens].T, out=similarity)
-                if positions is None:
-                    best = _maxima(similarity, *runs)
-                else:
-                    at = positions.of_tile(text, text_tile, image, image_tile)
-                    best = _maxima_with_positions(similarity, *runs, *at)
-                block[text_tile.samples, image_tile.samples] = _mean_scores(*best, *runs)
-            scores[image.order[:, None], text.order] = block.T
+    block = scores.new_empty(len(texts.order), len(images.order))
+    words, patches, workspace = texts.pack(), images.pack(), scores.new_empty(0)
+    for text, image in product(texts.tiles, images.tiles):
+        runs = text.runs, image.runs
+        similarity = _matrix(workspace, text.size, image.size)
+        torch.mm(words[text.tokens], patches[image.tokens].T, out=similarity)
+        if positions is None:
+            best = _maxima(similarity, *runs)
+        else:
+            best = _maxima_with_positions(similarity, *runs, *positions.of_tile(text, image))
+        block[text.samples, image.samples] = _mean_scores(*best, *runs)
+    scores[images.order[:, None], texts.order] = block.T
     return scores
 
 
@@ -252,17 +220,9 @@ class _Positions:
             new(len(texts.lengths), sum(images.lengths), texts.mask.shape[1]),
         )
 
-    def of_tile(self, text: _Chunk, text_tile: _Tile, image: _Chunk, image_tile: _Tile) -> tuple[Tensor, Tensor]:
+    def of_tile(self, text: _Tile, image: _Tile) -> tuple[Tensor, Tensor]:
         """Returns the part of one tile: patch positions `(words, images)` and word positions `(texts, patches)`."""
-        word_at = self.word_at[_shift(text_tile.tokens, text.offset), _shift(image_tile.samples, image.samples.start)]
-        patch_at = self.patch_at[
-            _shift(text_tile.samples, text.samples.start), _shift(image_tile.tokens, image.offset)
-        ]
-        return word_at, patch_at
-
-
-def _shift(part: slice, offset: int) -> slice:
-    return slice(part.start + offset, part.stop + offset)
+        return self.word_at[text.tokens, image.samples], self.patch_at[text.samples, image.tokens]
 
 
 class _PairScores(torch.autograd.Function):
@@ -270,58 +230,41 @@ class _PairScores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, image_embeds, text_embeds, image_mask, text_mask, tile_elements):
-        images, texts = sides = _sides(image_embeds, text_embeds, image_mask, text_mask)
+        images, texts = _sides(image_embeds, text_embeds, image_mask, text_mask, tile_elements)
         positions = _Positions.empty(images, texts)
-        tile_tokens = _tile_tokens(tile_elements)
-        scores = _forward(sides, tile_tokens, positions)
+        scores = _forward(images, texts, positions)
         ctx.save_for_backward(image_embeds, text_embeds, image_mask, text_mask, positions.word_at, positions.patch_at)
-        ctx.tile_tokens = tile_tokens
+        ctx.tile_elements = tile_elements
         return scores
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         *inputs, word_at, patch_at = ctx.saved_tensors
-        grads = _backward(grad, _sides(*inputs), _Positions(word_at, patch_at), ctx.needs_input_grad, ctx.tile_tokens)
-        return *grads, None, None, None
+        sides = _sides(*inputs, ctx.tile_elements)
+        return *_backward(grad, *sides, _Positions(word_at, patch_at), ctx.needs_input_grad), None, None, None
 
 
 def _backward(
-    grad: Tensor,
-    sides: tuple[_Side, _Side],
-    positions: _Positions,
-    needed: tuple[bool, ...],
-    tile_tokens: tuple[int, int],
+    grad: Tensor, images: _Side, texts: _Side, positions: _Positions, needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """Returns the gradients of image and text embeddings, `None` where not needed."""
-    images, texts = sides
-    grads = [
-        torch.zeros(side.embeds.shape, dtype=side.dtype, device=grad.device) if need else None
-        for side, need in zip(sides, needed[:2], strict=True)
-    ]
-    workspace = grad.new_empty(0)
-    for text in texts.chunks(tile_tokens[0]):
-        words = text.pack()
-        word_grad = None if grads[1] is None else text.collector(grads[1])
-        for image in images.chunks(tile_tokens[1]):
-            patches = image.pack()
-            patch_grad = None if grads[0] is None else image.collector(grads[0])
-            block = grad[image.order[:, None], text.order].T
-            for text_tile, image_tile in product(text.tiles, image.tiles):
-                part = block[text_tile.samples, image_tile.samples]
-                shares = part / text.counts[text_tile.samples, None], part / image.counts[image_tile.samples]
-                at = positions.of_tile(text, text_tile, image, image_tile)
-                weights = _matrix(workspace, text_tile.size, image_tile.size)
-                _fill_weights(weights, shares, at, text_tile.runs, image_tile.runs)
-                if patch_grad is not None:
-                    patch_grad[image_tile.tokens].addmm_(weights.T, words[text_tile.tokens])
-                if word_grad is not None:
-                    word_grad[text_tile.tokens].addmm_(weights, patches[image_tile.tokens])
-            if grads[0] is not None and patch_grad is not None:
-                image.deliver(grads[0], patch_grad)
-        if grads[1] is not None and word_grad is not None:
-            text.deliver(grads[1], word_grad)
-    return [None if value is None else value.to(side.embeds.dtype) for side, value in zip(sides, grads, strict=True)]
+    words, patches, workspace = texts.pack(), images.pack(), grad.new_empty(0)
+    patch_grad, word_grad = (
+        torch.zeros_like(tokens) if need else None for tokens, need in zip((patches, words), needed, strict=False)
+    )
+    block = grad[images.order[:, None], texts.order].T
+    for text, image in product(texts.tiles, images.tiles):
+        part = block[text.samples, image.samples]
+        shares = part / texts.counts[text.samples, None], part / images.counts[image.samples]
+        weights = _matrix(workspace, text.size, image.size)
+        _fill_weights(weights, shares, positions.of_tile(text, image), text.runs, image.runs)
+        if patch_grad is not None:
+            patch_grad[image.tokens].addmm_(weights.T, words[text.tokens])
+        if word_grad is not None:
+            word_grad[text.tokens].addmm_(weights, patches[image.tokens])
+    sides = ((images, patch_grad), (texts, word_grad))
+    return [None if tokens is None else side.unpack(tokens) for side, tokens in sides]
 
 
 def _fill_weights(

@@ -161,6 +161,3 @@ class UncertaintyPrototypes(nn.Module):
             "uncertainty": config.weight * (per_image + per_text) / 2,
             "uncertainty_diversity": config.diversity_weight * (image_side + text_side),
         }
-
-
-__all__ = ["UncertaintyPrototypes", "diversity_loss", "prototype_uncertainty", "uncertainty_loss"]

@@ -175,6 +175,3 @@ def _allowed_range(name: str) -> tuple[float, float]:
 
 def _first(items: Sequence[str]) -> str:
     return "; ".join(items[:3]) + (f"; and {len(items) - 3} more" if len(items) > 3 else "")
-
-
-__all__ = ["HUB_OPTIONS", "check_missing", "check_prototypes", "check_tensors", "read_config"]

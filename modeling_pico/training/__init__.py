@@ -1,8 +1,8 @@
 """Training: arguments, staged construction of prototypes, trainer."""
 
+from ..durable import NonFiniteLossError
 from .arguments import PicoTrainingArguments
 from .construction import PrototypeConstruction
-from .finite import NonFiniteLossError
 from .trainer import PicoTrainer
 
 

@@ -2,19 +2,18 @@
 
 import copy
 import math
+import textwrap
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any, get_origin
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from ..durable import NON_FINITE_LOSSES
 from .run_record import find_secrets, without_secrets
 
 
 FEEDBACKS = ("counterfactual", "epoch_delta", "constant")
-CAPTION_SAMPLINGS = ("random", "all")
-NON_FINITE_LOSSES = ("stop", "skip")
-
 BEST_METRIC = "rsum"
 # How the names of metrics end of which less is better.
 _LESS_IS_BETTER = ("loss", "_median_rank", "_aurc")
@@ -26,6 +25,7 @@ _WITHOUT_EFFECT = {
     "average_tokens_across_devices": "the loss is a mean over pairs, not over tokens",
     "train_sampling_strategy": "batches are drawn at random, so that each holds a meaning once",
     "length_column_name": "batches are drawn at random, so that each holds a meaning once",
+    "enable_jit_checkpoint": "SIGTERM writes a checkpoint in any case, at the end of a step",
     "dataloader_in_order": "only batches in order can be resumed exactly",
     "bf16_full_eval": "evaluations run in the precision of the training, so set `bf16`",
     "fp16_full_eval": "evaluations run in the precision of the training, so set `fp16`",
@@ -43,115 +43,118 @@ _WITHOUT_EFFECT = {
 _METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
 
 
+@dataclass(frozen=True)
+class Range:
+    """
+    The numbers that an option may have; whole ones alone if `least` is an `int`.
+
+    Attributes:
+        least (`float`): The least number.
+        most (`float`): The largest number.
+        above (`bool`): Whether numbers have to be greater than `least`.
+    """
+
+    least: float
+    most: float = math.inf
+    above: bool = False
+
+    def check(self, name: str, value: float) -> None:
+        """ValueError unless `value` is one of them."""
+        whole = isinstance(self.least, int)
+        enough = value > self.least if self.above else value >= self.least
+        if not (enough and value <= self.most) or (whole and not isinstance(value, int)):
+            allowed = f"{'greater than' if self.above else 'at least'} {self.least:g}"
+            allowed = f"a whole number, {allowed}" if whole else allowed
+            allowed += "" if math.isinf(self.most) else f" and at most {self.most:g}"
+            raise ValueError(f"`{name}` must be {allowed}, but got {value!r}.")
+
+
+_Count = Annotated[int, Range(1)]
+_CountOrNone = Annotated[int | None, Range(1)]
+_Positive = Annotated[float, Range(0.0, above=True)]
+
+
+def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": text} | ({} if choices is None else {"choices": choices}))
+
+
 @dataclass
 class PicoTrainingArguments(TrainingArguments):
     r"""
-    Arguments of [`PicoTrainer`]: all of `TrainingArguments`, and the following. Three of theirs are not for choosing:
-    `remove_unused_columns` and `enable_jit_checkpoint` are False (SIGTERM writes a checkpoint in any case), and
-    `logging_nan_inf_filter` follows `non_finite_loss`. Options that could do nothing here are refused by name.
+    Arguments of [`PicoTrainer`]: all of `TrainingArguments`, and the following. Two of theirs are not for choosing:
+    `remove_unused_columns` is False, and `logging_nan_inf_filter` follows `non_finite_loss`. Options that could do
+    nothing here are refused by name.
 
     Where the best checkpoint is asked for and `metric_for_best_model` is not given, it is that of the highest `rsum`.
     Of several validation sets the first decides, unless the metric is named with another one (`sketches_rsum`).
 
     Args:
-        learning_rate (`float`, *optional*, defaults to 2e-4):
-            Learning rate of new layers (alignment head, temperature).
-        logging_steps (`float`, *optional*, defaults to 0.02):
-            Steps between two logs of the training loss; below 1, a share of all steps. The default draws curves of
-            fifty points, of short runs too.
-        backbone_learning_rate (`float`, *optional*):
-            Learning rate of the backbones; a tenth of `learning_rate` by default. Set both alike for towers without
-            pretrained weights.
-        caption_sampling (`str`, *optional*, defaults to `"random"`):
-            `"random"`: each image once an epoch with one of its captions; `"all"`: every pair once an epoch.
-        gather_negatives (`bool`, *optional*, defaults to `True`):
-            Whether samples of all processes serve as negatives.
-        gradient_cache_chunk_size (`int`, *optional*):
-            Encodes each batch in chunks of so many pairs (GradCache): the loss and gradient of a large batch with the
-            memory of a small one, for one more forward pass.
-        non_finite_loss (`str`, *optional*, defaults to `"stop"`):
-            What a loss or gradient that is NaN or infinite does, on whichever process: `"stop"` ends training with an
-            error that names the batch's images, before the weights change; `"skip"` leaves the optimizer step out,
-            with all its micro-batches, warns, and logs `skipped_steps`; ten in a row end training all the same.
-        hinge_warmup_epochs (`float`, *optional*, defaults to 1.0):
-            Epochs in which the hinge loss counts all negatives instead of the hardest.
-        prototype_start (`int`, *optional*, defaults to 2):
-            Epochs after which the first prototypes are built (j0).
-        prototype_update_start (`int`, *optional*, defaults to 4):
-            Epochs after which they are first updated (j1).
-        prototype_interval (`int`, *optional*, defaults to 1):
-            Epochs between updates. Statistics are collected over this long before each construction.
-        reservoir_pairs (`int`, *optional*, defaults to 256):
-            Matched pairs whose columns are clustered: the last ones before a construction.
-        feedback (`str`, *optional*, defaults to `"counterfactual"`):
-            Gain that weights an update: validation rSum with the new prototypes minus with the old, same network
-            (`"counterfactual"`); rSum of this evaluation minus the one before (`"epoch_delta"`). `"constant"` needs no
-            validation: every update has the weight `feedback_weight`.
-        feedback_images (`int`, *optional*, defaults to 256):
-            Validation images, with all their texts, that the counterfactual feedback scores under both sets of
-            prototypes: a fixed draw, spread evenly over the set. Time grows with its square. A smaller gallery is an
-            easier one and holds fewer queries, so gains come out smaller and noisier. `None`, or as many as there are
-            or more: all, and the score that the evaluation measured is that of the old prototypes.
-        feedback_kappa (`float`, *optional*, defaults to 1.0):
-            Gain in rSum points that is worth a factor of e.
-        feedback_weight (`float`, *optional*, defaults to 0.1):
-            Weight of new prototypes under `feedback="constant"`.
-        eval_num_folds (`int`, *optional*, defaults to 1):
-            Consecutive image blocks over which retrieval metrics are averaged; 5 for MS-COCO 1K.
-        uncertainty_reranking (`bool`, *optional*, defaults to `False`):
-            For the training script: whether to learn, after training and on the validation set, by which weights the
-            uncertainty re-ranks scores. They are saved in the model's configuration, and evaluations report
-            `reranked_` metrics beside the plain ones.
-        eval_cache_dir (`str`, *optional*):
-            Folder that keeps embeddings of evaluations outside of training, in half precision: evaluating the same
-            model on the same data again then only scores.
     """
 
-    learning_rate: float = field(default=2e-4, metadata={"help": "Learning rate of new layers."})
-    logging_steps: float = field(
-        default=0.02, metadata={"help": "Steps between two logs of the loss; below 1, a share of all steps."}
+    learning_rate: float = _option(2e-4, "Learning rate of new layers: alignment head, temperature.")
+    logging_steps: float = _option(0.02, "Steps between two logs of the loss; below 1, a share of all steps.")
+    backbone_learning_rate: float | None = _option(
+        None,
+        "Learning rate of the backbones (default: a tenth of learning_rate). Towers without pretrained weights learn "
+        "at one rate with the rest.",
     )
-    backbone_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the backbones; a tenth of learning_rate by default."}
+    ddp_find_unused_parameters: bool | None = _option(
+        False, "Look for parameters without a gradient, of which tested towers have none, in every step."
     )
-    caption_sampling: str = field(
-        default="random",
-        metadata={"help": "random: one caption an image and epoch; all: every pair.", "choices": CAPTION_SAMPLINGS},
+    ddp_broadcast_buffers: bool | None = _option(
+        False, "Send buffers to all processes before every step, which compute their prototypes alike."
     )
-    gather_negatives: bool = field(default=True, metadata={"help": "Use samples of all processes as negatives."})
-    gradient_cache_chunk_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Encode each batch in chunks of so many pairs (GradCache) (default: the whole batch at once)"
-        },
+    caption_sampling: str = _option(
+        "random",
+        "random: each image once an epoch, with one of its captions; all: every pair once an epoch.",
+        choices=("random", "all"),
     )
-    non_finite_loss: str = field(
-        default="stop",
-        metadata={"help": "What a loss that is NaN or infinite does.", "choices": NON_FINITE_LOSSES},
+    gather_negatives: bool = _option(True, "Whether samples of all processes serve as negatives.")
+    gradient_cache_chunk_size: _CountOrNone = _option(
+        None,
+        "Encode each batch in chunks of so many pairs (GradCache): the loss and gradient of a large batch with the "
+        "memory of a small one, for one more forward pass (default: the whole batch at once)",
     )
-    hinge_warmup_epochs: float = field(
-        default=1.0, metadata={"help": "Epochs in which the hinge loss counts all negatives."}
+    non_finite_loss: str = _option(
+        "stop",
+        "What a loss or gradient that is NaN or infinite does. stop: ends training before the weights change, and "
+        "names the images; skip: leaves the optimizer step out and logs skipped_steps; ten in a row end training.",
+        choices=NON_FINITE_LOSSES,
     )
-    prototype_start: int = field(default=2, metadata={"help": "Epochs until the first prototypes are built (j0)."})
-    prototype_update_start: int = field(default=4, metadata={"help": "Epochs until they are first updated (j1)."})
-    prototype_interval: int = field(default=1, metadata={"help": "Epochs between prototype updates."})
-    reservoir_pairs: int = field(default=256, metadata={"help": "Matched pairs whose columns are clustered."})
-    feedback: str = field(
-        default="counterfactual",
-        metadata={"help": "What weights an update of the prototypes.", "choices": FEEDBACKS},
+    hinge_warmup_epochs: Annotated[float, Range(0.0)] = _option(
+        1.0, "Epochs in which the hinge loss counts all negatives instead of the hardest."
     )
-    feedback_images: int | None = field(
-        default=256, metadata={"help": "Validation images that the counterfactual feedback scores."}
+    prototype_start: _Count = _option(2, "Epochs after which the first prototypes are built (j0).")
+    prototype_update_start: _Count = _option(4, "Epochs after which they are first updated (j1).")
+    prototype_interval: _Count = _option(
+        1, "Epochs between updates; statistics are collected over this long before each."
     )
-    feedback_kappa: float = field(default=1.0, metadata={"help": "rSum points that are worth a factor of e."})
-    feedback_weight: float = field(default=0.1, metadata={"help": "Weight of an update under feedback=constant."})
-    eval_num_folds: int = field(default=1, metadata={"help": "Image blocks over which metrics are averaged."})
-    uncertainty_reranking: bool = field(
-        default=False, metadata={"help": "After training, learn to re-rank by uncertainty on the validation set."}
+    reservoir_pairs: _Count = _option(256, "Matched pairs whose columns are clustered: the last ones before.")
+    feedback: str = _option(
+        "counterfactual",
+        "What weights an update: the gain in validation rSum of the same network by the new prototypes "
+        "(counterfactual), or since the evaluation before (epoch_delta); constant: feedback_weight.",
+        choices=FEEDBACKS,
     )
-    eval_cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "Keep embeddings of evaluations outside of training in this folder (default: nowhere)"},
+    feedback_images: _CountOrNone = _option(
+        256,
+        "Validation images, with all their texts, that the counterfactual feedback scores; none: all. Time grows with "
+        "the square; gains in a smaller gallery are smaller and noisier.",
+    )
+    feedback_kappa: _Positive = _option(1.0, "Gain in rSum points that is worth a factor of e.")
+    feedback_weight: Annotated[float, Range(0.0, 1.0, above=True)] = _option(
+        0.1, "Weight of new prototypes under feedback=constant."
+    )
+    eval_num_folds: _Count = _option(1, "Consecutive image blocks over which metrics are averaged; 5 for MS-COCO 1K.")
+    uncertainty_reranking: bool = _option(
+        False,
+        "For the training script: after training, learn on the validation set how the uncertainty re-ranks scores; "
+        "evaluations then report reranked_ metrics beside the plain ones.",
+    )
+    eval_cache_dir: str | None = _option(
+        None,
+        "Folder that keeps embeddings of evaluations outside of training, in half precision: evaluating the same "
+        "model on the same data again then only scores (default: nowhere)",
     )
 
     def __post_init__(self):
@@ -180,30 +183,22 @@ class PicoTrainingArguments(TrainingArguments):
                 )
         # Samples are pixels and token ids only after collation, so no column can be judged unused before it.
         self.remove_unused_columns = False
-        # [`PicoTrainer`] writes a checkpoint on SIGTERM in any case, at the end of a step with all that belongs to it;
-        # the callback of transformers would write it in the middle, from where no run continues exactly.
-        self.enable_jit_checkpoint = False
-        if self.ddp_find_unused_parameters is None:
-            # Every trainable parameter gets a gradient in every step; looking for others takes time.
-            self.ddp_find_unused_parameters = False
-        if self.ddp_broadcast_buffers is None:
-            # Prototypes are computed alike on all processes; a broadcast before every forward would be wasted.
-            self.ddp_broadcast_buffers = False
-        # A loss that stops training needs no filter, which would wait for the device at every micro-batch.
-        self.logging_nan_inf_filter = self.non_finite_loss == "skip"
-        for name, allowed in (
-            ("caption_sampling", CAPTION_SAMPLINGS),
-            ("feedback", FEEDBACKS),
-            ("non_finite_loss", NON_FINITE_LOSSES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"`{name}` must be one of {', '.join(map(repr, allowed))}, but got {getattr(self, name)!r}."
-                )
+        self._check_values()
+
+    def _check_values(self) -> None:
         for option in fields(self):
             value = getattr(self, option.name)
+            # No comparison with it holds, so what follows from one would be skipped in silence.
             if isinstance(value, float) and math.isnan(value):
                 raise ValueError(f"`{option.name}` must be a number, but got nan.")
+            hint = PicoTrainingArguments.__annotations__.get(option.name)
+            if hint is not None and get_origin(hint) is Annotated and value is not None:
+                hint.__metadata__[0].check(option.name, value)
+            choices = () if hint is None else option.metadata.get("choices", ())
+            if choices and value not in choices:
+                raise ValueError(f"`{option.name}` must be one of {', '.join(map(repr, choices))}, but got {value!r}.")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            Range(1).check(name, getattr(self, name))
         if self.max_steps < 1 and self.max_steps != -1:
             raise ValueError(f"`max_steps` must be at least 1, or -1 to train by epochs, but got {self.max_steps}.")
         if self.max_steps == -1 and self.num_train_epochs <= 0:
@@ -211,35 +206,11 @@ class PicoTrainingArguments(TrainingArguments):
                 f"`num_train_epochs` must be greater than 0, but got {self.num_train_epochs}: nothing would be "
                 "trained. To evaluate alone, leave it out, and `do_train` too."
             )
-        if self.hinge_warmup_epochs < 0:
-            raise ValueError(f"`hinge_warmup_epochs` must be at least 0, but got {self.hinge_warmup_epochs}.")
-        for name in (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-            "feedback_kappa",
-            "reservoir_pairs",
-            "eval_num_folds",
-        ):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be greater than 0, but got {getattr(self, name)}.")
-        if self.feedback_images is not None and self.feedback_images < 1:
-            raise ValueError(f"`feedback_images` must be at least 1, or None for all, but got {self.feedback_images}.")
-        for name in ("prototype_start", "prototype_update_start", "prototype_interval"):
-            epochs = getattr(self, name)
-            if not isinstance(epochs, int) or epochs < 1:
-                raise ValueError(f"`{name}` must be a whole number of epochs, at least 1, but got {epochs!r}.")
         if self.prototype_update_start <= self.prototype_start:
             raise ValueError(
                 f"`prototype_update_start` (j1 = {self.prototype_update_start}) must come after `prototype_start` "
                 f"(j0 = {self.prototype_start})."
             )
-        if self.gradient_cache_chunk_size is not None and self.gradient_cache_chunk_size < 1:
-            raise ValueError(
-                f"`gradient_cache_chunk_size` must be at least 1, but got {self.gradient_cache_chunk_size}."
-            )
-        if not 0 < self.feedback_weight <= 1:
-            raise ValueError(f"`feedback_weight` must lie in (0, 1], but got {self.feedback_weight}.")
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickled as `training_args.bin`, which is uploaded with the model.
@@ -284,4 +255,12 @@ class PicoTrainingArguments(TrainingArguments):
         return self.feedback in ("counterfactual", "epoch_delta")
 
 
-__all__ = ["PicoTrainingArguments"]
+# An option's help is its documentation.
+for _field in fields(PicoTrainingArguments):
+    if _field.name in PicoTrainingArguments.__annotations__:
+        _text = f"{_field.name} (*optional*, defaults to `{_field.default!r}`): {_field.metadata['help']}"
+        _lines = textwrap.fill(_text, 119, initial_indent=" " * 8, subsequent_indent=" " * 12)
+        PicoTrainingArguments.__doc__ = f"{str(PicoTrainingArguments.__doc__).rstrip()}\n{_lines}\n"
+
+
+__all__ = ["PicoTrainingArguments", "Range"]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..data import UniqueIdBatchSampler
@@ -23,8 +26,8 @@ class PrototypeCallback(TrainerCallback):
     Decides when batches are collected, and when prototypes are built and come into use.
 
     A construction falls on the end of an epoch. It waits for `on_epoch_end`, so that it shares the evaluation the
-    trainer makes there; unless an evaluation, or a checkpoint that [`EpochEndCallback`] does not put off, follows at
-    the end of the step already: a run that resumes from that checkpoint does not see this epoch end again.
+    trainer makes there; unless an evaluation, or a checkpoint that [`DurableTrainer`] does not put off, follows at the
+    end of the step already: a run that resumes from that checkpoint does not see this epoch end again.
 
     Args:
         construction ([`PrototypeConstruction`]): What is collected and built.
@@ -85,44 +88,42 @@ class PrototypeCallback(TrainerCallback):
         is_due = construction.pending is None and self.next_step() <= state.global_step < state.max_steps
         construction.due = is_due and control.should_evaluate and args.feedback_needs_validation
         if is_due and not construction.due:
+            # `Trainer` takes what the construction logs for the log of this step, and would leave the loss out.
+            should_log = control.should_log
             self.construct()
+            control.should_log = should_log
 
 
-class EpochEndCallback(TrainerCallback):
+class UploadCallback(TrainerCallback):
     """
-    Puts off the checkpoint of an epoch's last step until the end of the epoch, so that it holds what is evaluated and
-    constructed there: a run that resumes from it does not see that epoch end again.
-
-    Attributes:
-        follows (`bool`): Whether the end of the epoch comes right after this step.
+    Before an upload in the midst of training: the model card, and the code that the weights load with, which `Trainer`
+    would leave in the checkpoint.
     """
 
-    def __init__(self):
-        self.follows = False
-        self._save = False
+    def __init__(self, create_model_card: Callable[[], None]):
+        self.create_model_card = create_model_card
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.follows = self._save = False
-
-    def on_step_end(self, args, state, control, **kwargs):
-        stops = control.should_epoch_stop or control.should_training_stop
-        self.follows = stops or state.epoch == math.floor(state.epoch)
-        if self.follows:
-            self._save, control.should_save = control.should_save, False
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        control.should_save = control.should_save or self._save
-        self.follows = self._save = False
+    def on_push_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            for file in Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}").glob("*.py"):
+                shutil.copy(file, args.output_dir)
+            self.create_model_card()
 
 
-class SamplerEpochCallback(TrainerCallback):
-    """Tells the batch sampler its epoch, also where a resumed run wraps it twice and nobody else does."""
+class TrainLoaderCallback(TrainerCallback):
+    """
+    Tells the batch sampler its epoch, also where a resumed run wraps it twice and nobody else does; ends persistent
+    workers with the training, which would stay as long as the trainer.
+    """
 
     def __init__(self, sampler: UniqueIdBatchSampler):
         self.sampler = sampler
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.sampler.set_epoch(int(state.epoch or 0))
+
+    def on_train_end(self, args, state, control, train_dataloader=None, **kwargs):
+        train_dataloader.base_dataloader._iterator = None
 
 
 class LogitScaleCallback(TrainerCallback):
@@ -135,4 +136,4 @@ class LogitScaleCallback(TrainerCallback):
                     parameter.clamp_(max=MAX_LOGIT_SCALE)
 
 
-__all__ = ["EpochEndCallback", "LogitScaleCallback", "PrototypeCallback", "SamplerEpochCallback"]
+__all__ = ["LogitScaleCallback", "PrototypeCallback", "TrainLoaderCallback", "UploadCallback"]

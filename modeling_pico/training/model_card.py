@@ -6,7 +6,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from markupsafe import Markup
 from transformers import PreTrainedConfig
 
 from ..markdown import code_fence, escape_markdown, signed_number
+from ..model.configuration_cdds import CddsConfig
 
 
 TAGS = ["image-text-retrieval", "cross-modal-retrieval", "late-interaction"]
@@ -32,35 +34,16 @@ _METRICS = {
     },
     "rsum": ("image-text-retrieval", "rSum"),
 }
-# Further columns of these tables, before and after the recalls.
-_GALLERY = {"images": "Images", "texts": "Texts"}
-_COMPARISONS = {"chance_rsum": "Chance", "equal_rsum": "rSum, equal galleries"}
-_OPTIONS = (
-    "method",
-    "embedding_dim",
-    "pooling",
-    "vision_special_tokens",
-    "text_special_tokens",
-    "loss_type",
-)
-_PROTOTYPE_OPTIONS = (
-    "num_style_prototypes",
-    "column_mode",
-    "style_probability",
-)
-_DECOUPLING_OPTIONS = (
-    "unet_num_layers",
-    "unet_num_heads",
-    "noise_groups",
-    "threshold_init",
-    "semantic_weight",
-    "modality_weight",
-    "integrity_weight",
-    "ranking_weight",
-    "semantic_probability",
-)
-_STAGE_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "epoch": ("Epoch", "{:g}".format),
+# Columns of the tables: title, and how a number is written.
+_Columns = Mapping[str, tuple[str, Callable[[float], str]]]
+_GALLERY: _Columns = {"images": ("Images", "{:,}".format), "texts": ("Texts", "{:,}".format)}
+_RECALLS: _Columns = {
+    **_GALLERY,
+    **{metric: (label, "{:.1f}".format) for metric, (_, label) in _METRICS.items()},
+    "chance_rsum": ("Chance", "{:.1f}".format),
+    "equal_rsum": ("rSum, equal galleries", "{:.1f}".format),
+}
+_STAGE_COLUMNS: _Columns = {
     "prototype_stage": ("Stage", "{:.0f}".format),
     "prototype_feedback_gain": ("Δ rSum", signed_number),
     "prototype_feedback_weight": ("Feedback weight", "{:.2f}".format),
@@ -72,21 +55,27 @@ _STAGES = {
     1: "1, first prototypes",
     2: "2, prototypes updated",
 }
-_NO_VALUE = "–"
+_PROTOTYPE_OPTIONS = ("num_style_prototypes", "column_mode", "column_length", "style_probability")
+# Options that matter only beside a value of another one.
+_ONLY_WITH = {
+    "pooling": ("method", "clip_style"),
+    "margin": ("loss_type", "hinge"),
+    "column_length": ("column_mode", "quantile"),
+}
 
 
 def create_model_card(
     *,
     model_id: str,
     config: PreTrainedConfig | Mapping[str, Any],
-    base_models: Sequence[str] | str | None = None,
+    base_models: Sequence[str] = (),
     dataset_name: str | None = None,
-    splits: Mapping[str, Any] | None = None,
+    splits: Mapping[str, Mapping[str, int]] | None = None,
     training: Mapping[str, Any] | None = None,
-    stage_log: Sequence[Mapping[str, Any]] | None = None,
+    stage_log: Sequence[Mapping[str, Any]] = (),
     metrics: Mapping[str, Mapping[str, float]] | None = None,
     style_metrics: Mapping[str, Mapping[str, float]] | None = None,
-    command: str | None = None,
+    command: str = "",
     framework_versions: Mapping[str, str] | None = None,
     language: str | list[str] | None = None,
     license: str | None = None,
@@ -96,23 +85,17 @@ def create_model_card(
 
     Args:
         model_id (`str`):
-            Hub id, or a folder, of which the title names only the last part. The code to load the model names it as
-            it is.
+            Hub id, or a folder, of which the title names only the last part; the code to load the model names it all.
         config (`PreTrainedConfig` or `dict`): The model's configuration.
         base_models (`list[str]`, *optional*):
             Checkpoints the backbones came from. Hub ids enter the metadata; local folders are only mentioned as such.
         dataset_name (`str`, *optional*):
             Hub id (with its namespace) or plain name of the data. Results enter the metadata only if it is given.
-        splits (`dict`, *optional*):
-            By split, its number of images or a dictionary such as `{"images": 1000, "texts": 5000}`.
+        splits (`dict[str, dict[str, int]]`, *optional*): By split, its number of `images` and `texts`.
         training (`dict`, *optional*): Hyper-parameters by name.
-        stage_log (`list[dict]`, *optional*):
-            The trainer's log history: rows with any of `prototype_stage`, `prototype_feedback_gain`,
-            `prototype_feedback_weight`, `image_prototype_movement` and `text_prototype_movement`, and their
-            `epoch`. Other rows and keys are ignored.
+        stage_log (`list[dict]`, *optional*): The trainer's log history, of which what prototypes log is shown.
         metrics (`dict[str, dict[str, float]]`, *optional*):
-            By split, the result of [`~modeling_pico.evaluation.retrieval_metrics`], in percent, and the `chance_rsum`
-            of a random ranking. Other keys are ignored.
+            By split, the result of [`~modeling_pico.evaluation.retrieval_metrics`], in percent, and `chance_rsum`.
         style_metrics (`dict[str, dict[str, float]]`, *optional*):
             The same by style, with the size of each gallery as `images` and `texts`.
         command (`str`, *optional*): Command that reproduces the checkpoint.
@@ -129,20 +112,19 @@ def create_model_card(
     model_id = " ".join(model_id.split())
     if not model_id:
         raise ValueError("model_id must not be empty.")
-    is_on_hub = _is_hub_id(model_id)
-    name = model_id if is_on_hub else _last_part(model_id)
+    name = model_id if _is_hub_id(model_id) else _last_part(model_id)
     options = config.to_dict() if isinstance(config, PreTrainedConfig) else dict(config)
     head = options.get("method", "pico")
-    has_prototypes = _has_prototypes(options)
-    backbones = list(dict.fromkeys([base_models] if isinstance(base_models, str) else base_models or []))
+    has_prototypes = head == "pico" or (head == "cdds" and bool(options.get("semantic_probability")))
+    metrics, style_metrics, backbones = metrics or {}, style_metrics or {}, list(dict.fromkeys(base_models))
+    stages = [int(row["prototype_stage"]) for row in stage_log if _is_finite(row.get("prototype_stage"))]
     dataset = _described_dataset(dataset_name)
-    results = _eval_results(metrics or {}, dataset) if dataset else []
+    results = _eval_results(metrics, dataset) if dataset else []
     data = ModelCardData(
         model_name=name.split("/")[-1] if results else None,
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
-        tags=[name for name, known in (("cdds", head == "cdds"), ("pico", head != "cdds" or has_prototypes)) if known]
-        + TAGS,
+        tags=["cdds"] * (head == "cdds") + ["pico"] * (head != "cdds" or has_prototypes) + TAGS,
         base_model=[backbone for backbone in backbones if _is_hub_id(backbone)] or None,
         datasets=[dataset["id"]] if dataset and dataset["id"] else None,
         metrics=["recall"] if results else None,
@@ -162,24 +144,19 @@ def create_model_card(
         model_class="CddsModel" if head == "cdds" else "PicoModel",
         backbones=[backbone if _is_hub_id(backbone) else None for backbone in backbones],
         dataset=dataset,
-        splits=_split_table(splits or {}),
-        options=_option_table(options),
-        stage=_final_stage(stage_log or []) if has_prototypes else None,
+        splits=_table("Split", _GALLERY, (splits or {}).items()),
+        options=_option_table(options, has_prototypes),
+        stage=_STAGES[stages[-1]] if has_prototypes and stages else None,
         training=[(key, value) for key, value in (training or {}).items() if value is not None],
-        stage_log=_stage_table(stage_log or []),
-        metrics=_recall_table(_with_reranked(metrics or {}), "Split"),
-        style_metrics=_recall_table(style_metrics or {}, "Style"),
-        equal_galleries=any("equal_rsum" in values for values in (style_metrics or {}).values()),
-        command=(command or "").strip(),
-        fence=code_fence(command or ""),
+        stage_log=_table("Epoch", _STAGE_COLUMNS, ((f"{row.get('epoch', math.nan):g}", row) for row in stage_log)),
+        metrics=_table("Split", _RECALLS, _with_reranked(metrics), _METRICS),
+        style_metrics=_table("Style", _RECALLS, style_metrics.items(), _METRICS),
+        equal_galleries=any("equal_rsum" in values for values in style_metrics.values()),
+        command=command.strip(),
+        fence=code_fence(command),
         versions=[(key, value) for key, value in (framework_versions or {}).items() if value is not None],
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
-
-
-def _has_prototypes(options: Mapping[str, Any]) -> bool:
-    head = options.get("method", "pico")
-    return head == "pico" or (head == "cdds" and bool(options.get("semantic_probability")))
 
 
 def _environment() -> Environment:
@@ -243,88 +220,46 @@ def _eval_results(metrics: Mapping[str, Mapping[str, float]], dataset: Mapping[s
     ]
 
 
-def _with_reranked(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+def _with_reranked(metrics: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, Mapping[str, float]]]:
     """Below each split that was re-ranked too, what that gave."""
-    rows: dict[str, Mapping[str, float]] = {}
     for split, values in metrics.items():
-        rows[split] = values
+        yield split, values
         reranked = {key: values[f"reranked_{key}"] for key in _METRICS if f"reranked_{key}" in values}
         if reranked:
-            same = {key: values[key] for key in _COMPARISONS if key in values}
-            rows[f"{split}, re-ranked by uncertainty"] = {**reranked, **same}
-    return rows
+            yield f"{split}, re-ranked by uncertainty", {**values, **reranked}
 
 
-def _recall_table(metrics: Mapping[str, Mapping[str, float]], title: str) -> dict[str, list] | None:
-    """One row for each of `metrics` that has results; of the sizes and chance, columns that some row has."""
-    rows = {name: values for name, values in metrics.items() if any(_is_finite(values.get(key)) for key in _METRICS)}
-    columns = {
-        **{key: label for key, label in _GALLERY.items() if any(key in values for values in rows.values())},
-        **{key: label for key, (_, label) in _METRICS.items()},
-        **{key: label for key, label in _COMPARISONS.items() if any(key in values for values in rows.values())},
-    }
-    cells = [[name, *(_recall_cell(key, values.get(key)) for key in columns)] for name, values in rows.items()]
-    return {"headers": [title, *map(Markup, columns.values())], "rows": cells} if rows else None
+def _table(
+    title: str,
+    columns: _Columns,
+    rows: Iterable[tuple[object, Mapping[str, float]]],
+    needed: Iterable[str] | None = None,
+) -> dict[str, list] | None:
+    """Rows that have a finite number of those `needed` (by default of any column), in the columns that they need."""
+    written = [
+        (name, {key: form(values[key]) for key, (_, form) in columns.items() if _is_finite(values.get(key))})
+        for name, values in rows
+    ]
+    written = [(name, cells) for name, cells in written if not cells.keys().isdisjoint(needed or columns)]
+    shown = [key for key in columns if any(key in cells for _, cells in written)]
+    headers = [title, *(Markup(columns[key][0]) for key in shown)]
+    lines = [[name, *(cells.get(key, "–") for key in shown)] for name, cells in written]
+    return {"headers": headers, "rows": lines} if lines else None
 
 
-def _recall_cell(key: str, value: float | None) -> str:
-    if value is None or not _is_finite(value):
-        return _NO_VALUE
-    return f"{value:,}" if key in _GALLERY else f"{value:.1f}"
-
-
-def _split_table(splits: Mapping[str, Any]) -> dict[str, list] | None:
-    described = {
-        name: dict(split) if isinstance(split, Mapping) else {"images": split}
-        for name, split in splits.items()
-        if split is not None
-    }
-    keys = list(
-        dict.fromkeys(key for split in described.values() for key, value in split.items() if value is not None)
-    )
-    rows = [[name, *(_cell(split.get(key)) for key in keys)] for name, split in described.items()]
-    return (
-        {"headers": ["Split", *(key.replace("_", " ").capitalize() for key in keys)], "rows": rows} if keys else None
-    )
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return _NO_VALUE
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _option_table(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The options that matter to this configuration, and the types of its backbones."""
-    names = list(_OPTIONS)
-    if config.get("loss_type") == "hinge":
-        names.append("margin")
-    if config.get("method") == "cdds":
-        names += _DECOUPLING_OPTIONS
-    if _has_prototypes(config):
-        names += _PROTOTYPE_OPTIONS
-        if config.get("column_mode") == "quantile":
-            names.append("column_length")
+def _option_table(config: Mapping[str, Any], has_prototypes: bool) -> list[tuple[str, Any]]:
+    """The types of the backbones, and the options that matter to this configuration."""
     sides = [side for side in ("vision_config", "text_config") if config.get(side)]
     rows = [(f"{side}.model_type", config[side].get("model_type")) for side in sides]
-    rows += [(name, config.get(name)) for name in names]
+    inherited = {option.name for option in fields(PreTrainedConfig)}
+    for name in (option.name for option in fields(CddsConfig) if option.name not in inherited):
+        other, value = _ONLY_WITH.get(name, ("", None))
+        unused = config.get(other) != value or (name in _PROTOTYPE_OPTIONS and not has_prototypes)
+        if not unused and not name.endswith("_config"):
+            rows.append((name, config.get(name)))
     for name, value in (config.get("uncertainty_config") or {}).items():
         if name == "reranking":
             value = ", ".join(f"{side}s {value.get(f'{side}_weight', 0.0):.3g}" for side in ("image", "text"))
             value += " (learned on validation)"
         rows.append((f"uncertainty_config.{name}", value))
     return [(name, value) for name, value in rows if value is not None]
-
-
-def _stage_table(stage_log: Sequence[Mapping[str, Any]]) -> dict[str, list] | None:
-    log = [row for row in stage_log if any(_is_finite(row.get(key)) for key in _STAGE_COLUMNS if key != "epoch")]
-    keys = [key for key in _STAGE_COLUMNS if any(_is_finite(row.get(key)) for row in log)]
-    rows = [
-        [_STAGE_COLUMNS[key][1](row[key]) if _is_finite(row.get(key)) else _NO_VALUE for key in keys] for row in log
-    ]
-    return {"headers": [_STAGE_COLUMNS[key][0] for key in keys], "rows": rows} if rows else None
-
-
-def _final_stage(stage_log: Sequence[Mapping[str, Any]]) -> str | None:
-    stages = [int(row["prototype_stage"]) for row in stage_log if _is_finite(row.get("prototype_stage"))]
-    return _STAGES.get(stages[-1], str(stages[-1])) if stages else None

@@ -14,12 +14,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..durable.files import last_checkpoint, remove_unfinished, resumable_state
 from ..model.backbones_pico import build_backbone, load_backbone
 from ..model.configuration_pico import PicoConfig
 from ..model.modeling_pico import PicoModel
 from ..model.processing_pico import PicoProcessor
 from .arguments import PicoTrainingArguments
-from .checkpoint_files import check_resumable, clean_up, is_complete, last_checkpoint
 from .from_scratch import (
     check_division,
     small_image_processor,
@@ -54,16 +54,11 @@ def find_checkpoint(args: PicoTrainingArguments) -> str | None:
     """The checkpoint to resume from; refuses an output folder that already holds a run."""
     wanted, folder = args.resume_from_checkpoint, str(args.output_dir)
     if wanted is not None and wanted.lower() not in ("true", "false", "last", "auto"):
-        if not is_complete(wanted):
-            raise ValueError(
-                f"--resume_from_checkpoint: {wanted!r} is not a complete checkpoint (a folder with "
-                "trainer_state.json). Give the folder of one, or true, auto, false."
-            )
-        check_resumable(wanted)
+        resumable_state(wanted)
         return wanted
     with args.main_process_first(local=False, desc="looking for checkpoints"):
         if args.do_train and args.should_save:
-            clean_up(folder)
+            remove_unfinished(folder)
     last = last_checkpoint(folder)
     if wanted is not None and wanted.lower() != "false" and (last is not None or wanted.lower() != "auto"):
         if last is None:
@@ -71,7 +66,7 @@ def find_checkpoint(args: PicoTrainingArguments) -> str | None:
                 f"--resume_from_checkpoint: {folder!r} holds no complete checkpoint. With auto, a run starts "
                 "anew where there is none."
             )
-        check_resumable(last)
+        resumable_state(last)
         return last
     finished = os.path.isfile(os.path.join(folder, "all_results.json"))
     if args.do_train and (last is not None or finished):

@@ -19,7 +19,7 @@ from datasets.utils import tqdm
 
 from ..data import CaptionedImageDataset
 from ..data.images import iter_encoded
-from .checkpoint_files import write_text
+from ..durable import write_text
 
 
 RUN_RECORD = "run.json"

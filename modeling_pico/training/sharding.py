@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..distributed import average_
@@ -54,18 +51,6 @@ def prepare_fsdp(accelerator, model: nn.Module, pico: PicoModel) -> None:
         _mix_precision(accelerator, model)
 
 
-@contextmanager
-def own_class(model: nn.Module) -> Iterator[None]:
-    """Gives a model its own class while it is saved: FSDP's, made for it, would have torch's code saved beside it."""
-    found: Any = type(model)
-    own: Any = next(base for base in found.__mro__ if not issubclass(base, FSDPModule))
-    model.__class__ = own
-    try:
-        yield
-    finally:
-        model.__class__ = found
-
-
 def _layer_classes(model: nn.Module, pico: PicoModel) -> list[str]:
     # Not all families name their layers (BLIP's and ALIGN's texts).
     layers = {type(module).__name__ for module in model.modules() if isinstance(module, GradientCheckpointingLayer)}
@@ -99,4 +84,4 @@ def _average_gradient(parameter: torch.Tensor) -> None:
     average_(gradient)
 
 
-__all__ = ["own_class", "prepare_fsdp"]
+__all__ = ["prepare_fsdp"]

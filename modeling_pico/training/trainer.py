@@ -3,54 +3,71 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
 import torch
+import transformers
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel
-from transformers.trainer_utils import BestRun, TrainOutput
-from transformers.utils import logging
+from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import EarlyStoppingCallback, PreTrainedModel
+from transformers.trainer_utils import BestRun, EvalLoopOutput
+from transformers.utils import is_peft_available, logging
 
 from ..data import CaptionedImageDataset, PicoDataCollator, UniqueIdBatchSampler, as_captioned
-from ..distributed import gather, gather_batch, own_rows, reduce
-from ..evaluation.evaluator import RetrievalEvaluator
+from ..distributed import gather, gather_batch, gather_object, own_rows, reduce
+from ..durable import DurableTrainer, end_with_training_only, spread_non_finite
+from ..evaluation.embedding_cache import cached_embeddings
+from ..evaluation.evaluator import EncodedRetrieval, RetrievalEvaluator
+from ..evaluation.style_report import StyleReport
+from ..evaluation.uncertainty_reranking import RetrievalUncertainty, learn_reranking
 from ..model.backbones_pico import limit_text_length
-from ..model.modeling_pico import PicoOutput
+from ..model.modeling_pico import PicoModel, PicoOutput
 from ..model.processing_pico import PicoProcessor
 from .arguments import PicoTrainingArguments
-from .callbacks import LogitScaleCallback, PrototypeCallback, SamplerEpochCallback
-from .checkpoints import CheckpointTrainer
+from .callbacks import LogitScaleCallback, PrototypeCallback, TrainLoaderCallback, UploadCallback
 from .construction import PrototypeConstruction
-from .finite import FiniteLossCallback, spread_non_finite
 from .gradient_cache import cached_backward, split_inputs
-from .publishing import PublishingTrainer
-from .retrieval_evaluation import EvaluationTrainer
+from .model_card import create_model_card
 from .sharding import prepare_fsdp
-from .signals import heed_only_parent
 
+
+if is_peft_available():
+    from peft.utils import ModulesToSaveWrapper
 
 logger = logging.get_logger(__name__)
 
 
-_METRICS_OVER_THE_WHOLE_SET = (
-    "PicoTrainer computes retrieval metrics over the whole evaluation set. Use `modeling_pico.RetrievalEvaluator` for "
-    "metrics of your own."
+# Arguments of `Trainer` that could do nothing here.
+_WITHOUT_EFFECT = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+# Training arguments that a model card names.
+_CARD_ARGUMENTS = (
+    "learning_rate",
+    "backbone_learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+    "caption_sampling",
+    "prototype_start",
+    "prototype_update_start",
+    "reservoir_pairs",
+    "feedback",
+    "feedback_images",
+    "feedback_kappa",
 )
-# Arguments of `Trainer` that could do nothing here, and why.
-_WITHOUT_EFFECT = {
-    "compute_loss_func": "the loss compares the pairs of all processes. Choose `loss_type` in the model's "
-    "configuration, or override `PicoTrainer.compute_loss`.",
-    "compute_metrics": _METRICS_OVER_THE_WHOLE_SET,
-    "preprocess_logits_for_metrics": _METRICS_OVER_THE_WHOLE_SET,
-}
 
 
-class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
+class PicoTrainer(DurableTrainer):
     r"""
     Trains a [`PicoModel`] for image-text retrieval.
 
@@ -76,6 +93,10 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
 
     # The loss is a mean over the batch, so `Trainer` divides it by the number of accumulation steps.
     loss_is_scaled_for_ga = False
+    # What `Trainer` declares more widely.
+    args: PicoTrainingArguments
+    train_dataset: Any
+    eval_dataset: Any
 
     def __init__(
         self,
@@ -90,9 +111,13 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         args = PicoTrainingArguments("trainer_output") if args is None else args
         if not isinstance(args, PicoTrainingArguments):
             raise ValueError(f"`args` must be PicoTrainingArguments, but got {type(args).__name__}.")
-        for name, reason in _WITHOUT_EFFECT.items():
+        for name in _WITHOUT_EFFECT:
             if kwargs.get(name) is not None:
-                raise ValueError(f"`{name}` is not used: {reason}")
+                raise ValueError(
+                    f"`{name}` is not used: PicoTrainer compares the pairs of all processes in its loss (override "
+                    "`compute_loss` for another) and ranks the whole evaluation set (for metrics of your own take "
+                    "`modeling_pico.RetrievalEvaluator`)."
+                )
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("PicoTrainer needs a `data_collator` or a `processing_class` to make one from.")
@@ -101,11 +126,15 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             eval_dataset = {name: as_captioned(dataset) for name, dataset in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = as_captioned(eval_dataset)
+        # Of the training in progress, for models with style prototypes.
         self.construction: PrototypeConstruction | None = None
+        # What the model card says beyond what the trainer knows; keyword arguments of `create_model_card`.
         self.card_info: dict[str, Any] = {}
+        # What the card calls the metrics that evaluations report under these prefixes.
         self.card_split_names: dict[str, str] = {}
-        self._auxiliary_log = {}
         self._card_metrics: dict[str, dict[str, float]] = {}
+        # Auxiliary losses since the last log, by name.
+        self._auxiliary_log: dict[str, list[torch.Tensor]] = {}
         super().__init__(
             model=model,
             args=args,
@@ -113,14 +142,27 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             train_dataset=None if train_dataset is None else as_captioned(train_dataset),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            non_finite_loss=args.non_finite_loss,
             **kwargs,
         )
         if processing_class is not None:
             limit_text_length(processing_class.tokenizer, self._pico_model().text_model)
         self.evaluator = RetrievalEvaluator(args.eval_num_folds, loss_batch_size=args.per_device_eval_batch_size)
         self.add_callback(LogitScaleCallback)
-        self._finite_loss = FiniteLossCallback(args.non_finite_loss, self.train_dataset, self.log)
-        self.add_callback(self._finite_loss)
+        self.add_callback(UploadCallback(self.create_model_card))
+
+    def _pico_model(self) -> PicoModel:
+        model: Any = self.unwrapped_model()
+        if not isinstance(model, PicoModel):
+            try:
+                # An adapter (PEFT) holds the model one level down.
+                model = model.get_base_model()
+            except AttributeError:
+                raise ValueError(
+                    "PicoTrainer trains a PicoModel or a PEFT adapter around one, but `model` is a "
+                    f"{type(model).__name__}. Make one with PicoModel.from_backbones or PicoModel.from_pretrained."
+                ) from None
+        return model
 
     # Data
 
@@ -138,19 +180,15 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             drop_last=args.dataloader_drop_last,
             captions=args.caption_sampling,
         )
-        self.remove_callback(SamplerEpochCallback)
-        self.add_callback(SamplerEpochCallback(sampler))
+        self.remove_callback(TrainLoaderCallback)
+        self.add_callback(TrainLoaderCallback(sampler))
         loader = DataLoader(dataset, batch_sampler=sampler, **self._loader_kwargs())
         return self.accelerator.prepare(loader)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | datasets.Dataset | None = None) -> DataLoader:
         """
-        Batches of this process's contiguous block of images, with all their captions.
-
-        Args:
-            eval_dataset (`str`, [`CaptionedImageDataset`], *optional*):
-                Name of one of the trainer's validation sets, or a data set that [`~modeling_pico.data.as_captioned`]
-                takes. Defaults to the trainer's only validation set.
+        Batches of this process's contiguous block of images, with all their captions, of the trainer's only validation
+        set, of one of them by name, or of a data set that [`~modeling_pico.data.as_captioned`] takes.
         """
         if eval_dataset is None and self.eval_dataset is None:
             raise ValueError("PicoTrainer: evaluation requires an eval_dataset.")
@@ -182,7 +220,7 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             "pin_memory": args.dataloader_pin_memory and args.device.type != "cpu",
         }
         if args.dataloader_num_workers > 0:
-            kwargs["worker_init_fn"] = heed_only_parent
+            kwargs["worker_init_fn"] = end_with_training_only
             kwargs["persistent_workers"] = args.dataloader_persistent_workers
             kwargs["prefetch_factor"] = args.dataloader_prefetch_factor
             kwargs["multiprocessing_context"] = args.dataloader_multiprocessing_context
@@ -190,72 +228,63 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
 
     # Optimizer
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As in `Trainer`; nor are single numbers and thresholds beside the towers pulled to zero."""
+        named = dict(model.named_parameters())
+        return [
+            name
+            for name in super().get_decay_parameter_names(model)
+            if name in named and (_is_backbone(name) or _num_dimensions(named[name]) > 1)
+        ]
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Groups parameters by learning rate (new layers, backbones) and weight decay."""
+        """As in `Trainer`, with a learning rate of their own for the backbones."""
         model = self.model if model is None else model
         args = self.args
         if self.optimizer is not None:
             return super().create_optimizer(model)
-        optimizer_class, optimizer_kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
-            args, model
-        )
-        if not isinstance(optimizer_class, type) or {"params", "model", "optimizer_dict"} & optimizer_kwargs.keys():
+        kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(args, model)
+        if not isinstance(kind, type) or {"params", "model", "optimizer_dict"} & options.keys():
             if args.backbone_learning_rate not in (None, args.learning_rate):
                 raise ValueError(
                     f"optim={str(args.optim)!r} groups parameters itself, so backbones cannot have a learning rate of "
                     f"their own; leave backbone_learning_rate out or set it to learning_rate ({args.learning_rate})."
                 )
             return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
         backbone_rate = args.learning_rate / 10 if args.backbone_learning_rate is None else args.backbone_learning_rate
-        # Nor are single numbers and thresholds beside the towers pulled to zero, whatever they are called.
-        named = dict(model.named_parameters())
-        decayed = {
-            name
-            for name in self.get_decay_parameter_names(model)
-            if name in named and (_is_backbone(name) or _num_dimensions(named[name]) > 1)
-        }
-        groups = []
+        backbone = {parameter for name, parameter in model.named_parameters() if _is_backbone(name)}
+        groups, optimizer.param_groups = optimizer.param_groups, []
         # The rate that is logged is that of the first group: new layers.
         for is_backbone in (False, True):
-            for decay in (True, False):
-                parameters = [
-                    parameter
-                    for name, parameter in named.items()
-                    if parameter.requires_grad and _is_backbone(name) == is_backbone and (name in decayed) == decay
-                ]
-                if parameters:
-                    group: dict[str, Any] = {"params": parameters, "weight_decay": args.weight_decay if decay else 0.0}
-                    groups.append({**group, "lr": backbone_rate} if is_backbone else group)
-        self.optimizer = optimizer_class(groups, **optimizer_kwargs)
-        return self.optimizer
+            for group in groups:
+                own = [parameter for parameter in group["params"] if (parameter in backbone) == is_backbone]
+                if own:
+                    rate = backbone_rate if is_backbone else group["lr"]
+                    optimizer.add_param_group({**group, "params": own, "lr": rate})
+        return optimizer
 
     # Training
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As `Trainer.train`, after which persistent data workers would stay as long as the trainer."""
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            loader = self.callback_handler.train_dataloader
-            inner = getattr(loader, "base_dataloader", loader)
-            if isinstance(inner, DataLoader):
-                inner._iterator = None
-
+    # Needs the model, which `model_init` makes anew each time, and the state of a checkpoint, before the model is
+    # wrapped; no callback lies there.
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        # The model exists for certain only here: `model_init` and hyper-parameter search make a new one each time.
-        self._settle_best_metric()
-        self.remove_callback(PrototypeCallback)
+        self._choose_best_metric()
         self._auxiliary_log.clear()
         model = self._pico_model()
         # Where no embedding is trained they stay as they are, and so do their prototypes.
         prototypes = model.style_prototypes if model.trains_embeddings else None
-        if prototypes is not None:
-            self._check_prototype_needs()
-        self._check_adapter()
+        if prototypes is not None and self.args.feedback_needs_validation and self.eval_dataset is None:
+            raise ValueError(
+                f"feedback={self.args.feedback!r} weighs prototypes by validation retrieval and needs an "
+                "`eval_dataset`. Give one, or choose feedback='constant'."
+            )
+        self._check_adapter(model)
         self._report_shared_captions()
         # Learned for the weights as they were.
         if model.config.uncertainty_config is not None:
             model.config.uncertainty_config.pop("reranking", None)
+        self.remove_callback(PrototypeCallback)
         self.construction = None if prototypes is None else PrototypeConstruction(prototypes, self.args)
         if self.construction is not None:
             pairs_per_step = self.get_total_train_batch_size(self.args)
@@ -265,13 +294,8 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
                 "gradient_cache_chunk_size takes a batch backwards in several parts, which DeepSpeed would count as "
                 "batches of their own. Leave it out, or launch with examples/accelerate/ddp.yaml or fsdp.yaml."
             )
-        if self.is_deepspeed_enabled and self.args.non_finite_loss == "skip":
-            raise ValueError(
-                "non_finite_loss='skip' leaves steps out, but DeepSpeed takes them before they can be judged. Leave "
-                "it out, or launch with examples/accelerate/ddp.yaml or fsdp.yaml."
-            )
         if self.is_fsdp_enabled:
-            prepare_fsdp(self.accelerator, self.model, self._pico_model())
+            prepare_fsdp(self.accelerator, self.model, model)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _report_shared_captions(self) -> None:
@@ -285,22 +309,14 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
                 "images, of other ids. Where such captions meet in a batch, they are no negatives of each other."
             )
 
-    def _check_prototype_needs(self) -> None:
-        if self.args.feedback_needs_validation and self.eval_dataset is None:
-            raise ValueError(
-                f"feedback={self.args.feedback!r} weighs prototypes by validation retrieval and needs an "
-                "`eval_dataset`. Give one, or choose feedback='constant'."
-            )
-
-    def _check_adapter(self) -> None:
+    def _check_adapter(self, model: PicoModel) -> None:
         """An adapter holds what is learned beside the towers only where it is told to."""
-        model = self._pico_model()
         # By `peft.get_peft_model`, or in place by `model.add_adapter`.
-        if self._unwrapped_model() is model and not model._hf_peft_config_loaded:
+        if self.unwrapped_model() is model and not model._hf_peft_config_loaded:
             return
         for name, module in model.beside_towers().items():
             learned = {part.split(".")[0] for part in module.state_dict()} - {"visual_projection", "text_projection"}
-            if learned and not hasattr(module, "modules_to_save"):
+            if learned and not isinstance(module, ModulesToSaveWrapper):
                 raise ValueError(
                     f"The adapter would be saved without {', '.join(sorted(learned))} of `{name}`; configure it with "
                     f'`modules_to_save=["{name}"]`.'
@@ -330,17 +346,29 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         """As `Trainer.training_step`; with `gradient_cache_chunk_size` the batch is encoded in chunks."""
         chunk_size = self.args.gradient_cache_chunk_size
         if chunk_size is None:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        else:
-            loss = self._step_in_chunks(model, inputs, chunk_size)
+            return super().training_step(model, inputs, num_items_in_batch)
+        loss = self._step_in_chunks(model, inputs, chunk_size)
         self._finite_loss.note(loss, inputs)
         return loss
 
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        self._finite_loss.grad_norm = whole if self.accelerator.scaler is None else None
-        return norm
+    def describe_batches(self, batches: list[dict[str, Any]]) -> str:
+        """Names the images of batches whose loss is not finite, and those whose pixels are not."""
+        pixels: list[int] = []
+        for inputs in batches:
+            finite = inputs["pixel_values"].flatten(1).isfinite().all(dim=1)
+            pixels += inputs["image_ids"][~finite].tolist()
+        ids = gather_object([code for inputs in batches for code in inputs["image_ids"].tolist()])
+        pixels = gather_object(pixels)
+        if pixels:
+            reason = f"Not finite are the pixels of {self._image_names(pixels)}."
+        else:
+            reason = f"Their pixels are finite: {super().describe_batches(batches)}"
+        return f"Images of its batch, by image_id: {self._image_names(ids)}. {reason}"
+
+    def _image_names(self, codes: list[int]) -> str:
+        dataset = self.train_dataset
+        names = dataset.image_names(codes) if isinstance(dataset, CaptionedImageDataset) else codes
+        return ", ".join(map(repr, names))
 
     def _step_in_chunks(
         self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], chunk_size: int
@@ -410,6 +438,200 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
             self._auxiliary_log.clear()
         super().log(logs, *args, **kwargs)
 
+    # State
+
+    def checkpoint_state(self, folder: str) -> dict[str, Any]:
+        """The auxiliary losses since the last log, and, in a file of its own, the state of the construction."""
+        if self.construction is not None and self.args.should_save:
+            self.construction.save(folder)
+        return {name: [float(value) for value in values] for name, values in self._auxiliary_log.items()}
+
+    def load_checkpoint_state(self, folder: str, states: list[dict[str, Any]]) -> None:
+        """Takes up what [`checkpoint_state`] left."""
+        if self.construction is not None:
+            self.construction.load(folder)
+        for state in states:
+            for name, values in state.items():
+                self._auxiliary_log.setdefault(name, []).extend(torch.tensor(values, device=self.args.device))
+
+    # Evaluation
+
+    def _choose_best_metric(self) -> None:
+        """Completes the name of the metric that tells the best checkpoint; refuses one that training cannot change."""
+        args, state = self.args, self.state
+        stops_early = any(isinstance(callback, EarlyStoppingCallback) for callback in self.callback_handler.callbacks)
+        if args.metric_for_best_model is None and stops_early:
+            args.choose_best_metric()
+        if args.metric_for_best_model is None:
+            return
+        metric = args.metric_for_best_model.removeprefix("eval_")
+        if isinstance(self.eval_dataset, dict) and not metric.startswith(
+            tuple(f"{name}_" for name in self.eval_dataset)
+        ):
+            metric = f"{self._feedback_dataset()}_{metric}"
+        args.metric_for_best_model = metric
+        if not self._pico_model().trains_embeddings and not metric.endswith("_aurc"):
+            raise ValueError(
+                f"metric_for_best_model={metric!r} cannot tell which checkpoint is the best: it stays as it is where "
+                "no embedding is trained. Choose 'image_to_text_aurc' or 'text_to_image_aurc'."
+            )
+        found = [entry[f"eval_{metric}"] for entry in state.log_history if f"eval_{metric}" in entry]
+        if state.best_metric is not None and state.best_metric not in found:
+            logger.warning(
+                f"The best value so far, {state.best_metric:g}, is not one of {metric!r}: the run was started with "
+                "another metric_for_best_model. Which checkpoint is the best is judged anew from here on."
+            )
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+    def _feedback_dataset(self) -> str | None:
+        return next(iter(self.eval_dataset)) if isinstance(self.eval_dataset, dict) else None
+
+    def _feedback_prefix(self) -> str:
+        name = self._feedback_dataset()
+        return "eval" if name is None else f"eval_{name}"
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """
+        Encodes every image and caption once and measures retrieval over the whole set.
+
+        Returns metrics under `{metric_key_prefix}_rsum`, `..._image_to_text_recall_at_1` and so on, and, from
+        `Trainer.predict`, the score matrix `(images, texts)` as predictions.
+        """
+        if prediction_loss_only is None:
+            prediction_loss_only = self.args.prediction_loss_only
+        encoded = self._encode(dataloader)
+        model = self._pico_model()
+        scores = None if prediction_loss_only else self.evaluator.score(model, encoded)
+        metrics = self.evaluator.metrics(model, encoded)
+        self._card_metrics[metric_key_prefix] = metrics
+        construction = self.construction
+        if construction is not None and self.is_in_train and metric_key_prefix == self._feedback_prefix():
+            if construction.due:
+                self._construct(encoded, metrics["rsum"])
+            construction.previous_rsum = metrics["rsum"]
+        predictions: Any = None if scores is None else scores.cpu().numpy()
+        return EvalLoopOutput(
+            predictions=predictions,
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
+            num_samples=len(encoded.image_ids),
+        )
+
+    def learn_uncertainty_reranking(self, eval_dataset: Dataset | datasets.Dataset | None = None) -> dict[str, float]:
+        """
+        Learns by which weights the uncertainty re-ranks scores, see [`~modeling_pico.evaluation.learn_reranking`], on
+        validation data (the first set of the trainer), and puts them into the model's configuration: evaluations then
+        report re-ranked metrics beside the plain ones. Returns them; ValueError for a model without uncertainty.
+        """
+        model = self._pico_model()
+        dataset: Any = self._feedback_dataset() if eval_dataset is None else eval_dataset
+        encoded = self._encode(self.get_eval_dataloader(dataset))
+        uncertainty = RetrievalUncertainty.measure(model, encoded)
+        if uncertainty is None:
+            raise ValueError("The model has no uncertainty to re-rank by; train one with an `uncertainty_config`.")
+        scores = self.evaluator.score(model, encoded)
+        of_sides = uncertainty.images, uncertainty.texts
+        learned = learn_reranking(scores, encoded.image_ids, encoded.text_ids, *of_sides).to_dict()
+        model.config.uncertainty_config = {**(model.config.uncertainty_config or {}), "reranking": learned}
+        return {f"uncertainty_reranking_{name}": value for name, value in learned.items()}
+
+    def measure_styles(
+        self, dataset: Dataset | datasets.Dataset, seen_styles: Sequence[str] | None = None
+    ) -> StyleReport:
+        """As [`~modeling_pico.measure_styles`], in the precision and on the processes of this trainer."""
+        captioned: Any = as_captioned(dataset)
+        encoded = self._encode(self.get_eval_dataloader(captioned))
+        report = StyleReport.from_encoded(
+            self._pico_model(), encoded, captioned.styles, captioned.num_captions, seen_styles
+        )
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, report.metrics())
+        return report
+
+    def _encode(self, dataloader: DataLoader) -> EncodedRetrieval:
+        model = self._wrap_model(self.model, training=False)
+        if not self.accelerator._models and model is self.model:
+            # Evaluation without training: precision and sharding still have to be set up.
+            # (Whole on every process: what FSDP shards, it shards together with an optimizer.)
+            model = self.accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
+        if isinstance(self.optimizer, AcceleratedOptimizer):
+            # Schedule-free optimizers evaluate other weights than they train.
+            self.optimizer.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        longest = -(-len(dataloader.dataset) // self.args.world_size)  # type: ignore[arg-type]
+
+        def encode() -> EncodedRetrieval:
+            return self.evaluator.encode(
+                model,
+                dataloader,
+                num_batches=math.ceil(longest / self.args.eval_batch_size),
+                on_batch=lambda: self.callback_handler.on_prediction_step(self.args, self.state, self.control),
+            )
+
+        # In training the weights change from one evaluation to the next.
+        if self.is_in_train or self.args.eval_cache_dir is None:
+            return encode()
+        precision = f"{self.accelerator.mixed_precision}, tf32 {self.args.tf32}"
+        return cached_embeddings(self.args.eval_cache_dir, self._pico_model(), dataloader, encode, precision=precision)
+
+    # Construction of the prototypes
+
+    def _construct(self, encoded: EncodedRetrieval | None = None, rsum: float | None = None) -> None:
+        """Builds prototypes. Feedback comes from the first validation set, encoded here unless it has just been."""
+        construction: Any = self.construction
+        if not self.args.feedback_needs_validation:
+            self.log(construction.propose())
+            return
+        name = self._feedback_dataset()
+        dataset = self.eval_dataset if name is None else self.eval_dataset[name]
+        images = construction.feedback_images(len(dataset if encoded is None else encoded.image_ids))
+        if encoded is None:
+            # For the construction alone: neither the log nor the choice of the best checkpoint sees it.
+            part = dataset if images is None else Subset(dataset, images.tolist())
+            encoded = self._encode(self._eval_loader(part))
+        elif images is not None:
+            encoded, rsum = encoded.subset(images), None
+        # One gallery: folds of a part would be too small to tell prototypes apart.
+        evaluator = self.evaluator if images is None else RetrievalEvaluator()
+
+        def score() -> float:
+            return evaluator.retrieval_metrics(self._pico_model(), encoded)["rsum"]
+
+        self.log(construction.propose(score, rsum))
+
+    # Publishing
+
+    def create_model_card(  # type: ignore[override]
+        self, language: str | None = None, license: str | None = None, **kwargs: Any
+    ) -> None:
+        """
+        Writes the model card (`README.md`) into the output folder. `language` is that of the captions; further
+        `kwargs` of `Trainer.create_model_card` are not used: the card takes the rest from the run itself.
+        """
+        if not self.is_world_process_zero():
+            return
+        args = self.args
+        training = {name: getattr(args, name) for name in _CARD_ARGUMENTS}
+        training["lr_scheduler_type"] = transformers.SchedulerType(args.lr_scheduler_type).value
+        card = create_model_card(
+            model_id=self.hub_model_id or args.hub_model_id or str(args.output_dir),
+            config=self._pico_model().config,
+            training={**training, "processes": args.world_size},
+            stage_log=[entry for entry in self.state.log_history if "prototype_stage" in entry],
+            metrics={self.card_split_names.get(name, name): values for name, values in self._card_metrics.items()},
+            framework_versions={module.__name__: module.__version__ for module in (transformers, torch, datasets)},
+            language=language,
+            license=license,
+            **self.card_info,
+        )
+        card.save(os.path.join(str(args.output_dir), "README.md"))
+
     # Hyper-parameter search
 
     def hyperparameter_search(  # type: ignore[override]
@@ -420,16 +642,9 @@ class PicoTrainer(EvaluationTrainer, CheckpointTrainer, PublishingTrainer):
         direction: str | list[str] = "maximize",
         **kwargs: Any,
     ) -> BestRun | list[BestRun]:
-        r"""
+        """
         As `Trainer.hyperparameter_search`, which would minimise the sum of all metrics; here the summed recall (rsum)
         of the first validation set is maximised, 'maximize' being the default direction.
-
-        Args:
-            hp_space (`Callable`, *optional*): Draws the options of a trial; names are those of the training arguments.
-            compute_objective (`Callable`, *optional*): Number to optimise, from the metrics of an evaluation.
-            n_trials (`int`, *optional*, defaults to 20): Number of trainings.
-            direction (`str` or list of `str`, *optional*, defaults to `"maximize"`): 'maximize' or 'minimize'.
-            kwargs: Passed to `Trainer.hyperparameter_search` (`backend`, `hp_name`, ...).
         """
         if compute_objective is None:
             compute_objective = operator.itemgetter(f"{self._feedback_prefix()}_rsum")

@@ -37,7 +37,7 @@ def test_every_kind_of_value(tmp_path):
     path = tmp_path / "a.png"
     picture.save(path)
     values = [path, str(path), {"path": str(path), "bytes": None}, {"bytes": path.read_bytes(), "path": None}]
-    for value in [*values, picture, expected, {"bytes": path.read_bytes(), "path": "does-not-exist.png"}]:
+    for value in [*values, picture, {"bytes": path.read_bytes(), "path": "does-not-exist.png"}]:
         decoded = decode_image(value)
         assert decoded.mode == "RGB"
         np.testing.assert_array_equal(np.asarray(decoded), expected)
@@ -75,11 +75,7 @@ def test_palette_with_and_without_transparency():
 def test_sixteen_bits_are_scaled_and_not_clipped():
     levels = np.array([[0, 257, 128 * 257, 65535]], dtype=np.uint16)
     content = encode(Image.fromarray(levels))
-    for decoded in (
-        decode_bytes(content),
-        decode_image(levels),
-        decode_image(Image.fromarray(levels.astype(np.int32))),
-    ):
+    for decoded in (decode_bytes(content), decode_image(Image.fromarray(levels.astype(np.int32)))):
         assert [decoded.getpixel((x, 0))[0] for x in range(4)] == [0, 1, 128, 255]
     shares = Image.fromarray(np.array([[0.0, 1.0]], dtype=np.float32))
     assert decode_image(shares).getpixel((1, 0)) == (255, 255, 255)
@@ -91,7 +87,6 @@ def test_cmyk_grey_and_bilevel():
         assert np.abs(np.array(decode_bytes(encode(red, kind)).getpixel((4, 4))) - (255, 0, 0)).max() < 10
     assert decode_bytes(encode(Image.new("L", (1, 1), 90))).getpixel((0, 0)) == (90, 90, 90)
     assert decode_bytes(encode(Image.new("1", (1, 1), 1))).getpixel((0, 0)) == (255, 255, 255)
-    assert decode_image(np.ones((2, 2), dtype=bool)).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_animation_gives_its_first_frame():
@@ -133,10 +128,8 @@ def test_bad_values_are_named():
         decode_bytes(b"nothing")
     with pytest.raises(BadImageError, match="object of type NoneType"):
         decode_image(None)
-    with pytest.raises(BadImageError, match=r"got an array of shape \(2, 2\) and type float64"):
-        decode_image(np.zeros((2, 2)))
-    with pytest.raises(BadImageError, match=r"got an array of shape \(2, 2, 5\)"):
-        decode_image(np.zeros((2, 2, 5), dtype=np.uint8))
+    with pytest.raises(BadImageError, match="There is no image: got an object of type ndarray"):
+        decode_image(np.zeros((2, 2), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("options", [{"kind": "JPEG"}, {"kind": "JPEG", "progressive": True}, {"kind": "PNG"}])

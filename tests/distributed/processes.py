@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import signal
 from collections.abc import Callable
@@ -42,6 +43,7 @@ def run_processes(function: Callable[..., Any], processes: int, *args: Any) -> l
 
 
 def _run(function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
+    gc.freeze()  # as in tests/conftest.py
     logging.set_verbosity_error()
     PartialState(cpu=True)
     # As bytes: tensors themselves would be passed as open files.

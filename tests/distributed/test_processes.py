@@ -118,10 +118,10 @@ def train(folder: Path, net: PicoModel, checkpoint: Path | None = None, global_b
     return made
 
 
-def run(folder: Path, net: PicoModel, measure: bool = False, **options) -> dict[str, Any]:
-    """What there is to compare of a training, and with `measure` of evaluations after it."""
+def run(folder: Path, net: PicoModel, measure: Callable[..., dict] = lambda made: {}, **options) -> dict[str, Any]:
+    """What there is to compare of a training, and what is measured after it."""
     made = train(folder, net, **options)
-    result = {
+    return {
         "folder": folder,
         "gradients": made.gradients,
         "losses": made.losses,
@@ -135,11 +135,15 @@ def run(folder: Path, net: PicoModel, measure: bool = False, **options) -> dict[
         "steps": made.state.global_step,
         "dtypes": made.dtypes,
         "find_unused": made.args.ddp_find_unused_parameters,
+        **measure(made),
     }
-    return {**result, **measured(made)} if measure else result
 
 
-def measured(made: PicoTrainer) -> dict[str, Any]:
+def scores(made: PicoTrainer) -> dict[str, Any]:
+    return {"scores": torch.from_numpy(made.predict(made.eval_dataset).predictions)}
+
+
+def evaluations(made: PicoTrainer) -> dict[str, Any]:
     config = made._pico_model().config
     learned = reranking = None
     if config.uncertainty_config is not None:
@@ -147,7 +151,7 @@ def measured(made: PicoTrainer) -> dict[str, Any]:
         reranking = config.uncertainty_config["reranking"]
         reranking.update(image_weight=-20.0, text_weight=20.0)
     evaluation = made.evaluate()
-    prediction = made.predict(made.eval_dataset)
+    predicted = scores(made)
     made.eval_dataset.styles = ["ink", "oil", "oil"] * 3
     styles = made.measure_styles(made.eval_dataset, ["ink"]).metrics()
     # Folds, tiles and batches of the loss that end within a process's images; one process has none of the first fold.
@@ -163,7 +167,7 @@ def measured(made: PicoTrainer) -> dict[str, Any]:
         "uncertainty": uncertainty and (uncertainty.images, uncertainty.texts),
         "reranking": (learned, reranking),
         "styles": styles,
-        "scores": torch.from_numpy(prediction.predictions),
+        **predicted,
     }
 
 
@@ -196,13 +200,13 @@ def assert_same_log(mine: list[dict], other: list[dict]) -> None:
 
 
 def infonce(folder: Path) -> dict[str, Any]:
-    return run(folder, model(**PURITY), measure=True, save_strategy="epoch", **EPOCHS)
+    return run(folder, model(**PURITY), measure=evaluations, save_strategy="epoch", **EPOCHS)
 
 
 def hinge(folder: Path) -> dict[str, Any]:
     """20 images and shorter batches at the end, which the processes share."""
     options = {"num_train_epochs": 3, "prototype_update_start": 2, "hinge_warmup_epochs": 0.5, "feedback": "constant"}
-    return run(folder, model(loss_type="hinge"), measure=True, dataloader_drop_last=False, **options)
+    return run(folder, model(loss_type="hinge"), measure=evaluations, dataloader_drop_last=False, **options)
 
 
 def subset_feedback(folder: Path) -> dict[str, Any]:
@@ -225,7 +229,7 @@ def with_adapter(**config: Any) -> PicoModel:
 
 
 def adapter(folder: Path) -> dict[str, Any]:
-    return run(folder, with_adapter(), measure=True, **EPOCHS)
+    return run(folder, with_adapter(), measure=scores, **EPOCHS)
 
 
 def test_batches_differ_in_width_and_repeat_ids_across_processes(one_and_two):
@@ -304,11 +308,11 @@ class Masked(FirstGradients):
 def uneven(folder: Path) -> dict[str, Any]:
     """16 of 29 images, then the other 13: of four processes one has four of them, the others three."""
     options = {"data": CountedDataset(rows(29, repeats=2)), "dataloader_drop_last": False, **EPOCHS}
-    return run(folder, model(**PURITY), measure=True, global_batch=16, **options)
+    return run(folder, model(**PURITY), measure=evaluations, global_batch=16, **options)
 
 
 def masked(folder: Path) -> dict[str, Any]:
-    return run(folder, model(**PURITY), measure=True, trainer_class=Masked, **EPOCHS)
+    return run(folder, model(**PURITY), measure=evaluations, trainer_class=Masked, **EPOCHS)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -339,7 +343,7 @@ def test_one_two_and_four_processes_train_and_measure_alike(results_of, training
 
 def decoupled(folder: Path) -> dict[str, Any]:
     options = {"num_train_epochs": 2, "prototype_update_start": 2, "logging_steps": 1, "learning_rate": 1e-2}
-    return run(folder, model(**DECOUPLED), measure=True, dataloader_drop_last=False, **options)
+    return run(folder, model(**DECOUPLED), measure=evaluations, dataloader_drop_last=False, **options)
 
 
 def test_auxiliary_losses_are_of_either_process_and_logged_as_their_mean(one_and_two):
@@ -553,7 +557,7 @@ def fsdp() -> Iterator[None]:
 
 @fsdp()
 def sharded(folder: Path) -> dict[str, Any]:
-    return run(folder, model(**PURITY), measure=True, **EPOCHS)
+    return run(folder, model(**PURITY), measure=scores, **EPOCHS)
 
 
 @fsdp()
@@ -565,7 +569,7 @@ def sharded_chunks(folder: Path) -> dict[str, Any]:
 
 @fsdp()
 def sharded_adapter(folder: Path) -> dict[str, Any]:
-    return run(folder, with_adapter(), measure=True, **EPOCHS)
+    return run(folder, with_adapter(), measure=scores, **EPOCHS)
 
 
 @fsdp()
@@ -575,7 +579,7 @@ def sharded_bf16(folder: Path) -> dict[str, Any]:
 
 @fsdp()
 def sharded_decoupled(folder: Path) -> dict[str, Any]:
-    return run(folder, model(**DECOUPLED), measure=True, num_train_epochs=1)
+    return run(folder, model(**DECOUPLED), measure=evaluations, num_train_epochs=1)
 
 
 @fsdp()

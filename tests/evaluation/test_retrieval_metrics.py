@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -107,10 +108,11 @@ def _problems(draw):
 
 
 @settings(max_examples=60, deadline=None)
-@given(problem=_problems(), chunk_size=st.integers(1, 4))
-def test_ranks_equal_brute_force(problem, chunk_size):
+@given(problem=_problems(), chunk=st.integers(1, 4))
+def test_ranks_equal_brute_force(problem, chunk):
     scores, image_ids, text_ids = problem
-    image_ranks, text_ranks = retrieval_ranks(scores, image_ids, text_ids, chunk_size=chunk_size)
+    with mock.patch("modeling_pico.evaluation.retrieval_metrics._CHUNK", chunk):
+        image_ranks, text_ranks = retrieval_ranks(scores, image_ids, text_ids)
     assert image_ranks.tolist() == _brute_force_ranks(scores.tolist(), image_ids, text_ids)
     assert text_ranks.tolist() == _brute_force_ranks(scores.T.tolist(), text_ids, image_ids)
 
@@ -245,10 +247,15 @@ ALL = slice(None)
         (lambda: folded_retrieval_metrics(torch.ones(1, 2), [0], [0, 1], 1), "1 of 2 texts"),
         (lambda: retrieval_ranks(torch.tensor([[0.0, math.nan], [math.inf, 0.0]]), [0, 1], [0, 1]), "2 values .* NaN"),
         (lambda: retrieval_ranks(torch.eye(3), [0, 1], [0, 1]), r"= \(2, 2\), got \(3, 3\)"),
-        (lambda: retrieval_ranks(torch.eye(2), [0, 1], [0, 1], chunk_size=0), "chunk_size must be at least 1, got 0"),
-        (lambda: retrieval_ranks(torch.eye(2), ["a", "b"], ["a", "b"]), "image_ids must be .* sequence of numbers"),
-        (lambda: retrieval_ranks(torch.eye(2), [0.0, 1.0], [0, 1]), "image_ids must be integers, got torch.float32"),
-        (lambda: retrieval_ranks(torch.eye(2), [0, 1], []), r"text_ids must be .* not empty, got the shape \(0,\)"),
+        (lambda: retrieval_ranks(torch.eye(2), ["a", "b"], ["a", "b"]), "too many dimensions 'str'"),
+        (
+            lambda: retrieval_ranks(torch.eye(2), [0.0, 1.0], [0, 1]),
+            "image_ids must be .* got torch.float32",
+        ),
+        (
+            lambda: retrieval_ranks(torch.eye(2), [0, 1], []),
+            r"text_ids must be .* at least one, got",
+        ),
         (lambda: folded_retrieval_metrics(torch.eye(5), range(5), range(5), 2), "5 images .* 2 folds of equal size"),
         (lambda: folded_retrieval_metrics(torch.eye(5), range(4), range(4), 2), r"= \(4, 4\), got \(5, 5\)"),
         (lambda: recall_at_k(torch.tensor([]), 1), "at least one query"),

@@ -13,7 +13,6 @@ import modeling_pico
 from modeling_pico import RetrievalEvaluator, StyleReport, match_moments, measure_styles, pair_scores
 from modeling_pico.data import CaptionedImageDataset, PicoDataCollator
 from modeling_pico.evaluation import EncodedRetrieval, style_report
-from modeling_pico.evaluation.style_probe import probe_accuracy
 
 
 class Head:
@@ -76,9 +75,6 @@ def test_by_hand():
     # Best images of the captions: ink 0, oil 1, ink 0, ink 0.
     assert (ink.top_shares["1"], oil.top_shares["1"]) == pytest.approx((75, 25))
     assert (ink.top_shares["10"], oil.top_shares["10"], ink.gallery_share) == pytest.approx((50, 50, 50))
-    # Best right images: ink 0, oil 1, ink 0, ink 1.
-    assert (ink.first_right_share, oil.first_right_share) == pytest.approx((75, 25))
-    assert (ink.first_right_expected, oil.first_right_expected) == pytest.approx((50, 50))
     assert report.metrics()["style_oil_gap"] == report.metrics()["style_gap"] == pytest.approx(100)
 
 
@@ -118,25 +114,15 @@ def test_captions_of_an_image_count_as_one_query():
         model_of(), encode(scores, [0, 1], [0, 0, 0, 1]), ["oil", "ink"], torch.tensor([3, 1])
     )
     assert report.styles["ink"].top_shares["1"] == pytest.approx(50)
-    assert report.styles["ink"].first_right_share is None and report.styles["ink"].first_right_expected is None
 
 
 def test_equal_scores_share_places_and_count_against_the_query():
     report = small_report(scores=[[0.5] * 4] * 4)
     for result in report.styles.values():
         assert result.retrieval["image_to_text_recall_at_1"] == result.retrieval["text_to_image_recall_at_1"] == 0
-        assert result.top_shares["1"] == result.first_right_share == pytest.approx(50)
+        assert result.top_shares["1"] == pytest.approx(50)
     places = style_report._places(torch.tensor([[3.0, 2.0, 2.0 + 1e-6, 1.0], [5.0, 5.0, 5.0, 5.0]]), 2)
     assert places.tolist() == [[0.5, 0.25, 0.25, 0.0], [0.25] * 4]
-
-
-def test_first_right_expects_what_a_random_choice_among_unequally_many_gives():
-    encoded = encode([[0.3, 0.3, 0.3], [0.2, 0.2, 0.2], [0.1, 0.1, 0.1]], [0, 0, 0], [0, 0, 0])
-    report = StyleReport.from_encoded(model_of(), encoded, ["oil", "ink", "ink"], torch.ones(3, dtype=torch.int64))
-    oil, ink = report.styles["oil"], report.styles["ink"]
-    assert (oil.first_right_share, ink.first_right_share) == pytest.approx((100, 0))
-    assert (oil.first_right_expected, ink.first_right_expected) == pytest.approx((100 / 3, 200 / 3))
-    assert report.probe is None  # one meaning
 
 
 # Equal galleries
@@ -190,72 +176,6 @@ def test_gaps_compare_galleries_of_equal_size():
     assert report.styles["few"].gap == pytest.approx(400 / 3)
 
 
-# Probe
-
-
-def test_probe_reads_a_style_that_is_there():
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(60) % 3
-    features = torch.randn(60, 8, generator=generator)
-    features[:, :3] += 9 * torch.nn.functional.one_hot(labels, 3)
-    assert probe_accuracy(features, labels, torch.arange(60)) == 100
-    assert probe_accuracy(features, labels[torch.randperm(60, generator=generator)], torch.arange(60)) < 60
-
-
-def test_probe_never_learns_from_the_meaning_it_is_asked_about():
-    # Features tell the meaning, and each meaning has one style only, which two rows show.
-    meanings = torch.arange(20).repeat_interleave(2)
-    features, labels = torch.eye(20)[meanings], (meanings % 7) % 2
-    assert probe_accuracy(features, labels, torch.arange(40), num_folds=5) > 80
-    assert probe_accuracy(features, labels, meanings, num_folds=5) <= 55
-
-
-def test_probe_weighs_styles_alike():
-    labels = torch.tensor([0] * 90 + [1] * 10)
-    assert probe_accuracy(torch.ones(100, 4), labels, torch.arange(100)) == pytest.approx(50)
-    noise = torch.randn(100, 4, generator=torch.Generator().manual_seed(1))
-    assert 35 < probe_accuracy(noise, labels, torch.arange(100)) < 65
-    # A rare style with a weak trace would never be named if the frequent one weighed more.
-    labels = torch.tensor([0] * 300 + [1] * 20)
-    features = torch.randn(320, 4, generator=torch.Generator().manual_seed(0))
-    features[:, 0] += 2 * labels
-    assert probe_accuracy(features, labels, torch.arange(320)) > 75
-
-
-def test_probe_reads_what_a_linear_classifier_can():
-    # Three styles in a line: a regression on indicators never names the one in the middle.
-    labels = torch.arange(90) % 3
-    features = torch.randn(90, 4, generator=torch.Generator().manual_seed(0)) / 10
-    features[:, 0] += labels - 1
-    # The unit of the features does not matter.
-    accuracies = {probe_accuracy(unit * features, labels, torch.arange(90)) for unit in (1, 0.001)}
-    assert len(accuracies) == 1 and min(accuracies) > 95
-
-
-def test_probe_that_is_taught_one_style_names_it():
-    assert probe_accuracy(torch.eye(4), torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 1]), num_folds=2) == 0
-
-
-def test_probe_with_and_without_weights():
-    generator = torch.Generator().manual_seed(0)
-    count = 40
-    tokens = torch.randn(count, 2, 6, generator=generator)
-    tokens[:, :, 0] = (torch.arange(count) % 2 * 2.0 - 1)[:, None] * 3
-    mask = torch.ones(count, 2, dtype=torch.bool)
-    mask[::3, 1] = False
-    tokens[::3, 1] = 1000.0  # padding must not matter
-    ids = torch.arange(count) // 2
-    encoded = EncodedRetrieval(tokens, mask, torch.randn(count, 1, 6), torch.ones(count, 1) > 0, ids, ids)
-    styles, captions = ["ink", "oil"] * 20, torch.ones(count, dtype=torch.int64)
-    kept = torch.tensor([0.0, 1, 1, 1, 1, 1])
-    probe = StyleReport.from_encoded(model_of(kept), encoded, styles, captions).probe
-    assert (probe.accuracy, probe.chance, probe.num_folds) == (100, 50, 5)
-    assert probe.weighted_accuracy < 75
-    assert "100.0% of cases" in probe.sentence() and f"{probe.weighted_accuracy:.1f}%" in probe.sentence()
-    plain = StyleReport.from_encoded(model_of(), encoded, styles, captions)
-    assert plain.probe.weighted_accuracy is None and "weighted ones" not in plain.to_markdown()
-
-
 # With a model
 
 
@@ -279,8 +199,9 @@ def test_each_style_is_evaluated_as_a_set_of_its_own(data, monkeypatch):
         assert {name: expected[name] for name in result.retrieval} == result.retrieval
         assert expected["chance_rsum"] == pytest.approx(result.chance_rsum)
         assert (result.seen, result.gap, result.images) == (None, None, len(rows))
-    for share in ("gallery_share", "first_right_share", "first_right_expected"):
-        assert sum(getattr(result, share) for result in report.styles.values()) == pytest.approx(100, abs=1e-3)
+    results = report.styles.values()
+    for shares in ([of.gallery_share for of in results], [of.top_shares["1"] for of in results]):
+        assert sum(shares) == pytest.approx(100, abs=1e-3)
     assert measure_styles(net, both, data, batch_size=10) == report
 
 
@@ -292,10 +213,9 @@ def test_report_as_json_and_markdown(data):
     lines = report.to_markdown().splitlines()
     rows = [line for line in lines if line.startswith("|")]
     assert len(rows) == 2 * 4
-    assert {line.count("|") for line in rows[:4]} == {15} and {line.count("|") for line in rows[4:]} == {7}
+    assert {line.count("|") for line in rows[:4]} == {15} and {line.count("|") for line in rows[4:]} == {5}
     assert rows[2].startswith("| oil | yes | 16 |") and rows[2].endswith("| – |")
     assert f"| {report.styles['ink'].gap:+.1f} |" in rows[3]
-    assert any(line.startswith("A linear probe reads the style in") for line in lines)
 
 
 def test_small_galleries_are_pointed_out(monkeypatch):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import arguments, assert_same_state, model, processor, prototype_log, rows, trainer
+from tiny import CountedDataset, assert_same_state, processor, prototype_log, rows, trainer
 from transformers import TrainerCallback
 
 from modeling_pico.data import CaptionedImageDataset, PicoDataCollator
 from modeling_pico.training import NonFiniteLossError, PicoTrainer
-from modeling_pico.training.finite import MAX_SKIPPED_IN_A_ROW, FiniteLossCallback, spread_non_finite
 
 
 PURITY = {"style_probability": "purity"}
@@ -146,32 +144,6 @@ def test_the_count_goes_on_after_a_resume(tmp_path):
     assert_same_state(resumed.model, whole.model)
 
 
-def test_too_many_skipped_steps_in_a_row_stop_training(tmp_path):
-    made = poisoned(tmp_path, range(1, 99), non_finite_loss="skip", save_strategy="no", num_train_epochs=6)
-    with pytest.raises(NonFiniteLossError, match=f"It is the {MAX_SKIPPED_IN_A_ROW}th step in a row"):
-        made.train()
-    assert made.state.global_step == MAX_SKIPPED_IN_A_ROW
-
-
-def test_a_gradient_that_is_not_finite_stops_as_well(tmp_path):
-    made = trainer(tmp_path, model_options=PURITY, save_strategy="no")
-    made.model.alignment_head.text_projection.weight.register_hook(lambda gradient: gradient / 0)
-    with pytest.raises(NonFiniteLossError) as error:
-        made.train()
-    assert "gradient (norm inf) of step 1 is not finite" in str(error.value)
-    assert "Their pixels are finite" in str(error.value)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
-def test_a_loss_that_is_not_finite_leaves_no_gradient_finite(value):
-    weights = torch.tensor([0.3, 0.6], requires_grad=True)
-    plain = weights.sum() + value  # whatever the value, its gradient is 1
-    loss = spread_non_finite(plain)
-    assert torch.equal(loss, plain) or (loss.isnan() and value != 0)
-    loss.backward()
-    assert weights.grad.isnan().all() if value != 0 else weights.grad.tolist() == [1, 1]
-
-
 def test_an_infinite_loss_with_finite_gradients_stops_training(tmp_path):
     class Infinite(PicoTrainer):
         def _pair_loss(self, *args):
@@ -183,56 +155,11 @@ def test_an_infinite_loss_with_finite_gradients_stops_training(tmp_path):
     assert made.state.global_step == 1
 
 
-def test_under_loss_scaling_the_loss_of_another_process_counts(monkeypatch):
-    # This process's loss is finite, that of the other one is not.
-    module = "modeling_pico.training.finite"
-    monkeypatch.setattr(f"{module}.gather", lambda flag: torch.cat([flag, torch.zeros_like(flag)]))
-    monkeypatch.setattr(f"{module}.gather_object", lambda found: [*found, math.nan])
-    callback = FiniteLossCallback("stop", None, lambda logs: None)
-    callback.note(torch.tensor(1.0), {"image_ids": torch.tensor([3]), "pixel_values": torch.zeros(1, 3, 2, 2)})
-    with pytest.raises(NonFiniteLossError, match=r"loss \(nan\) of step 1"):
-        callback.on_pre_optimizer_step(SimpleNamespace(), SimpleNamespace(global_step=0), None)
-
-
-def test_loss_scaling_keeps_its_infinite_gradients(tmp_path):
-    """As on a GPU under fp16, where the scaler finds the scale by leaving out steps that overflow."""
-    made = trainer(tmp_path, model_options=PURITY, save_strategy="no", max_steps=2)
-    made.accelerator.scaler = SimpleNamespace(get_scale=lambda: 1.0)
-    made._get_grad_norm(made.model, grad_norm=torch.tensor(math.inf))
-    callback = made._finite_loss
-    callback.note(torch.tensor(1.0), {})
-    callback.on_pre_optimizer_step(made.args, made.state, made.control, model=made.model)  # does not raise
-    callback.note(torch.tensor(math.nan), {"image_ids": torch.tensor([3]), "pixel_values": torch.zeros(1, 3, 2, 2)})
-    with pytest.raises(NonFiniteLossError, match=r"loss \(nan\) of step 1 .* '3'"):
-        callback.on_pre_optimizer_step(made.args, made.state, made.control, model=made.model)
-
-
-def test_a_real_scaler_takes_a_skipped_step_for_what_it_is(tmp_path):
-    net = model()
-    optimizer = torch.optim.AdamW(net.parameters())
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    callback = FiniteLossCallback("skip", None, lambda logs: None)
-    state = SimpleNamespace(log_history=[], global_step=0)
-    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    for gradient in (1.0, math.nan):  # a loss can be infinite where gradients are not
-        for parameter in net.parameters():
-            parameter.grad = torch.full_like(parameter, gradient)
-        scaler.scale(torch.ones(()))
-        scaler.unscale_(optimizer)
-        callback.note(
-            torch.tensor(math.inf), {"image_ids": torch.tensor([3]), "pixel_values": torch.zeros(1, 3, 2, 2)}
-        )
-        callback.on_pre_optimizer_step(arguments(tmp_path), state, None, model=net)
-        scaler.step(optimizer)
-        scaler.update()
-    assert callback.skipped == 2
-    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
-
-
-def test_names_are_those_of_the_data():
+def test_names_are_those_of_the_data(tmp_path):
     table = rows(4).map(lambda row: {"image_id": f"pictures/{row['image_id']}.png"})
     assert CaptionedImageDataset(table).image_names([2, 0]) == ["pictures/2.png", "pictures/0.png"]
-    callback = FiniteLossCallback("stop", None, lambda logs: None)
-    callback.note(torch.tensor(math.nan), {"image_ids": torch.tensor([5]), "pixel_values": torch.zeros(1, 3, 2, 2)})
-    with pytest.raises(NonFiniteLossError, match="by image_id: 5. "):
-        callback.on_pre_optimizer_step(SimpleNamespace(world_size=1), SimpleNamespace(global_step=0), None)
+    batches = [{"image_ids": torch.tensor([2]), "pixel_values": torch.zeros(1, 3, 2, 2)}]
+    made = trainer(tmp_path, data=CountedDataset(table))
+    assert "by image_id: 'pictures/2.png'. Their pixels are finite" in made.describe_batches(batches)
+    made.train_dataset = table  # stands for a data set of one's own, which need not know names
+    assert "by image_id: 2. " in made.describe_batches(batches)

@@ -107,5 +107,5 @@ def test_deepspeed_is_refused(tmp_path):
         made.train()
     made = tiny.trainer(tmp_path, non_finite_loss="skip")
     made.is_deepspeed_enabled = True
-    with pytest.raises(ValueError, match="non_finite_loss='skip'.*DeepSpeed.*ddp.yaml"):
+    with pytest.raises(ValueError, match="non_finite_loss='skip'.*DeepSpeed.*DDP or FSDP"):
         made.train()

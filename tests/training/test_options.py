@@ -20,6 +20,7 @@ REFUSED = {
     "average_tokens_across_devices": False,
     "train_sampling_strategy": "group_by_length",
     "length_column_name": "size",
+    "enable_jit_checkpoint": True,
     "dataloader_in_order": False,
     "bf16_full_eval": True,
     "fp16_full_eval": True,
@@ -76,7 +77,7 @@ OURS = [
     "torch_compile_mode",
 ]
 # What `PicoTrainingArguments` sets, for the reasons that its documentation gives.
-SET = ["remove_unused_columns", "enable_jit_checkpoint", "logging_nan_inf_filter"]
+SET = ["remove_unused_columns", "logging_nan_inf_filter"]
 # What the training script does, and no trainer.
 SCRIPT = ["do_train", "do_eval", "do_predict", "resume_from_checkpoint"]
 # What `Trainer` does around the methods that `PicoTrainer` overrides.

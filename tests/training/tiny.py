@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import io
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
-from transformers import TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerFast, TrainerCallback, set_seed
 
 from modeling_pico import PicoModel, PicoProcessor
 from modeling_pico.data import CaptionedImageDataset
@@ -34,6 +36,7 @@ def pixels(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
 
 
+@functools.cache
 def rows(count: int, seed: int = 0, repeats: int = 0) -> datasets.Dataset:
     """`count` noise images with one to three captions of different lengths; the last `repeats` share earlier ids."""
     rng = np.random.default_rng(seed)
@@ -63,9 +66,15 @@ class CountedDataset(CaptionedImageDataset):
         return super().__getitem__(key)
 
 
-def processor() -> PicoProcessor:
+@functools.cache
+def _tokenizer() -> PreTrainedTokenizerFast:
     captions = [caption for group in rows(40)["captions"] for caption in group]
-    return PicoProcessor(image_processor=small_image_processor(SIZE), tokenizer=train_tokenizer(captions, 200, 24))
+    return train_tokenizer(captions, 200, 24)
+
+
+def processor() -> PicoProcessor:
+    """An image processor of 16 pixels, and a tokenizer that knows the words of [`rows`]."""
+    return PicoProcessor(image_processor=small_image_processor(SIZE), tokenizer=copy.deepcopy(_tokenizer()))
 
 
 def model(dropout: float = 0.0, seed: int = 0, model_class: type[PicoModel] = PicoModel, **options: Any) -> PicoModel:

@@ -15,6 +15,7 @@ from ..distributed import gather, gather_object
 
 logger = logging.get_logger(__name__)
 
+NON_FINITE_LOSSES = ("stop", "skip")
 MAX_SKIPPED_IN_A_ROW = 10
 """So many steps left out one after another are no accident of the data; training stops then as well."""
 
@@ -35,13 +36,18 @@ class FiniteLossCallback(TrainerCallback):
 
     Args:
         action (`str`): `"stop"` raises [`NonFiniteLossError`], `"skip"` leaves the step out, warns and counts.
-        dataset (`Any`): The training set; one that has `image_names` tells ids as the data does.
+        describe (`Callable`): Says what the inputs of the micro-batches to blame were; called on all processes.
         log (`Callable`): Takes `{"skipped_steps": count}`.
     """
 
-    def __init__(self, action: str, dataset: Any, log: Callable[[dict[str, float]], None]):
+    def __init__(
+        self,
+        action: str,
+        describe: Callable[[list[dict[str, Any]]], str],
+        log: Callable[[dict[str, float]], None],
+    ):
         self.action = action
-        self.dataset = dataset
+        self.describe = describe
         self.log = log
         self.grad_norm: Any = None  # of the step; None under loss scaling
         self.skipped = 0
@@ -82,22 +88,10 @@ class FiniteLossCallback(TrainerCallback):
     def _message(self, step: int, noted: list[tuple[torch.Tensor, dict[str, Any]]]) -> str:
         bad = [(loss, inputs) for loss, inputs in noted if not loss.isfinite()]
         values = gather_object([float(loss) for loss, _ in bad])
-        # Finite losses: the gradient is to blame, and with it every micro-batch.
-        blamed = bad if values else noted
-        ids = gather_object([code for _, inputs in blamed for code in inputs["image_ids"].tolist()])
-        pixels = gather_object([code for _, inputs in blamed for code in _ids_of_bad_pixels(inputs)])
         what = f"loss ({', '.join(map(str, values))})" if values else f"gradient (norm {float(self.grad_norm)})"
-        if pixels:
-            reason = f"Not finite are the pixels of {self._names(pixels)}."
-        else:
-            reason = "Their pixels are finite: a lower `learning_rate`, bf16 instead of fp16, or other data may help."
-        return (
-            f"The {what} of step {step} is not finite. Images of its batch, by image_id: {self._names(ids)}. {reason}"
-        )
-
-    def _names(self, codes: list[int]) -> str:
-        names = self.dataset.image_names(codes) if hasattr(self.dataset, "image_names") else codes
-        return ", ".join(map(repr, names))
+        # Finite losses: the gradient is to blame, and with it every micro-batch.
+        inputs = [inputs for _, inputs in (bad if values else noted)]
+        return f"The {what} of step {step} is not finite. {self.describe(inputs)}"
 
 
 def spread_non_finite(loss: torch.Tensor) -> torch.Tensor:
@@ -105,9 +99,4 @@ def spread_non_finite(loss: torch.Tensor) -> torch.Tensor:
     return loss * torch.where(loss.isfinite(), 1.0, torch.nan)
 
 
-def _ids_of_bad_pixels(inputs: dict[str, Any]) -> list[int]:
-    finite = inputs["pixel_values"].flatten(1).isfinite().all(dim=1)
-    return inputs["image_ids"][~finite].tolist()
-
-
-__all__ = ["FiniteLossCallback", "NonFiniteLossError", "spread_non_finite"]
+__all__ = ["NON_FINITE_LOSSES", "FiniteLossCallback", "NonFiniteLossError", "spread_non_finite"]

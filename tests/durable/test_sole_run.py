@@ -12,11 +12,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-from tiny import trainer
+from plain import trainer
 
 import train_pico
-from modeling_pico.training import run_lock
-from modeling_pico.training.run_lock import LOCK_FILE, sole_run
+from modeling_pico.durable import files, sole_run
+from modeling_pico.durable.files import LOCK_FILE
 
 
 HOLD = """
@@ -32,7 +32,7 @@ with runpy.run_path(sys.argv[1])["sole_run"](sys.argv[2]):
 def another_run(folder: Path, then: str = "") -> Iterator[subprocess.Popen]:
     """A process that is in the folder until it is killed."""
     script = textwrap.dedent(HOLD).format(then=then)
-    command = [sys.executable, "-c", script, run_lock.__file__, str(folder)]
+    command = [sys.executable, "-c", script, files.__file__, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "in\n"
         try:
@@ -46,7 +46,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_folder_in_use_is_refused_and_left_as_it_is(tmp_path):
-    unfinished = tmp_path / "_unfinished" / "checkpoint-3"
+    unfinished = tmp_path / files.UNFINISHED_FOLDER / "checkpoint-3"
     unfinished.mkdir(parents=True)
     (unfinished / "model.safetensors").write_text("half")
     made = trainer(tmp_path, max_steps=1, eval_strategy="no")
@@ -84,7 +84,7 @@ def test_a_process_may_enter_its_own_folder_again(tmp_path):
         assert (tmp_path / "run" / LOCK_FILE).exists()
         with pytest.raises(subprocess.CalledProcessError):
             script = "import runpy, sys; runpy.run_path(sys.argv[1])['sole_run'](sys.argv[2]).__enter__()"
-            command = [sys.executable, "-c", script, run_lock.__file__, str(tmp_path / "run")]
+            command = [sys.executable, "-c", script, files.__file__, str(tmp_path / "run")]
             subprocess.run(command, check=True, capture_output=True)
     assert not list((tmp_path / "run").iterdir())
 
