@@ -29,7 +29,7 @@ from .evaluation.uncertainty_reranking import RetrievalUncertainty, RiskCoverage
 from .markdown import signed_number
 from .model.backbones_pico import num_prefix_tokens
 from .model.modeling_pico import PicoModel
-from .model.prototypes_pico import STAGE_PLAIN, squared_distances
+from .model.prototypes_pico import squared_distances
 
 
 if TYPE_CHECKING:
@@ -474,8 +474,8 @@ def _encode(
 
 
 def _prototypes_in_use(model: PicoModel) -> Any | None:
-    prototypes = model.style_prototypes
-    return None if prototypes is None or prototypes.stage <= STAGE_PLAIN else prototypes
+    prototypes: Any = model.style_prototypes
+    return None if prototypes is None or prototypes["image"].stage == 0 else prototypes
 
 
 def _draw_pair_scores(model: PicoModel, encoded: EncodedRetrieval) -> Figure:
@@ -496,11 +496,9 @@ def _draw_risk_coverage(model: PicoModel, encoded: EncodedRetrieval) -> Figure:
 
 @torch.no_grad()
 def _draw_prototypes(model: PicoModel, encoded: EncodedRetrieval) -> Figure:
-    held, sides = _prototypes_in_use(model), {}
-    if held is None:
-        return plot_prototypes({})
-    for side, prefix in (("image", "visual"), ("text", "textual")):
-        centroids, scale = (getattr(held, f"{prefix}_{name}").float() for name in ("prototypes", "column_scale"))
+    sides = {}
+    for side, held in (_prototypes_in_use(model) or {}).items():
+        centroids, scale = held.prototypes.float(), held.column_scale.float()
         columns = held.columns(getattr(encoded, f"{side}_tokens"), getattr(encoded, f"{side}_mask"))
         nearest = squared_distances(columns, centroids, scale).argmin(dim=-1)
         if model.config.column_mode == "moments":
@@ -509,8 +507,7 @@ def _draw_prototypes(model: PicoModel, encoded: EncodedRetrieval) -> Figure:
         else:
             low, center, high = centroids.quantile(torch.tensor([0.1, 0.5, 0.9]).to(centroids), dim=1)
         counts = torch.bincount(nearest.flatten(), minlength=len(centroids))
-        rate = getattr(held, f"{prefix}_style_rate")
-        sides[side] = {"center": center, "low": low, "high": high, "style_rate": rate, "columns": counts}
+        sides[side] = {"center": center, "low": low, "high": high, "style_rate": held.style_rate, "columns": counts}
     return plot_prototypes(sides)
 
 

@@ -216,19 +216,17 @@ def tiny_model(tiny_config) -> Callable[..., PicoModel]:
 
 @pytest.fixture(scope="session")
 def use_prototypes() -> Callable[[PicoModel], PicoModel]:
-    """Gives a model prototypes, statistics and trained style rates, as after its third construction."""
+    """Gives a model prototypes and trained style rates, as after its third construction."""
 
     @torch.no_grad()
     def fill(model: PicoModel) -> PicoModel:
         generator = torch.Generator().manual_seed(1)
         prototypes = model.style_prototypes
-        for name, buffer in prototypes.named_buffers(recurse=False):
-            if buffer.is_floating_point():
-                noise = torch.rand(buffer.shape, generator=generator)
-                buffer.copy_(noise + 0.5 if name.endswith(("scale", "temperature")) else noise)
-        prototypes.stage.fill_(2)
-        # A number that float16 and bfloat16 cannot hold.
-        prototypes.num_constructions.fill_(4097)
+        for name, buffer in prototypes.named_buffers():
+            noise = torch.rand(buffer.shape, generator=generator)
+            buffer.copy_(noise + 0.5 if name.endswith(("scale", "temperature")) else noise)
+        for side in prototypes.values():
+            side.stage.fill_(2)
         for name, parameter in prototypes.named_parameters():
             if name.endswith(("rate", "bias")):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 import modeling_pico
 from modeling_pico import CddsModel, PicoModel
-from modeling_pico.training.staging import STATE_FILE
+from modeling_pico.training.construction import STATE_FILE
 
 
 MODEL = Path(modeling_pico.__file__).parent / "model"

@@ -41,12 +41,12 @@ def _full_card(**changes):
         "training": {"learning_rate": 2e-4, "warmup_steps": None, "seed": 0},
         "stage_log": [
             {"loss": 3.0, "epoch": 1.0},
-            {"prototype_stage": 1.0, "prototype_feedback_gain": None, "visual_prototype_movement": 0.5, "epoch": 2.0},
+            {"prototype_stage": 1.0, "prototype_feedback_gain": None, "image_prototype_movement": 0.5, "epoch": 2.0},
             {
                 "prototype_stage": 2.0,
                 "prototype_feedback_gain": -0.04,
                 "prototype_feedback_weight": 0.779,
-                "visual_prototype_movement": 0.01234,
+                "image_prototype_movement": 0.01234,
                 "epoch": 3.0,
             },
         ],

@@ -348,8 +348,8 @@ def test_column_weights_apply_to_semantic_components(cdds, use_prototypes, batch
         use_prototypes(weighted)
         outputs = weighted(**batch)
         torch.testing.assert_close(outputs.image_tokens, neutral.image_tokens)
-        columns = weighted.style_prototypes
-        expected, probability = columns.weight_tokens(outputs.image_tokens, outputs.image_mask, "image")
+        prototypes = weighted.style_prototypes["image"]
+        expected, probability = prototypes.weight_tokens(outputs.image_tokens, outputs.image_mask)
     assert torch.equal(outputs.image_embeds, expected) and probability.std() > 0.01
     assert torch.equal(outputs.image_semantic_probability, probability)
 
@@ -373,7 +373,7 @@ def test_auto_classes_load_it_whole(folder, cdds, use_prototypes, batch):
         assert torch.equal(model.state_dict()[name], tensor), name
     half = AutoModel.from_pretrained(folder, dtype=torch.bfloat16)
     assert half.alignment_head.visual_unet.noise_layer.linear1.weight.dtype == torch.bfloat16
-    assert half.style_prototypes.num_constructions == 4097
+    assert half.style_prototypes["text"].prototypes.dtype == torch.float32
     with torch.no_grad():
         # Weights of a file lie elsewhere in memory, and products of matrices then round otherwise.
         torch.testing.assert_close(model(**batch).logits_per_image, source(**batch).logits_per_image)

@@ -24,6 +24,7 @@ import modeling_pico
 from modeling_pico import PicoConfig, PicoModel, PicoProcessor, image_text_loss, pair_scores
 from modeling_pico.model.backbones_pico import build_backbone, load_backbone, num_prefix_tokens, text_token_mask
 from modeling_pico.model.configuration_pico import LOSS_TYPES, STYLE_PROBABILITIES
+from modeling_pico.model.prototypes_pico import StylePrototypes
 
 
 FAMILIES = [("vit", "bert"), ("swin", "roberta"), ("dinov2", "bert")]
@@ -481,8 +482,7 @@ def test_a_saved_model_comes_back_bit_for_bit(trained, vision, text, batch, tmp_
     again, info = PicoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert_same_state(model, again)
-    assert again.style_prototypes.num_constructions.item() == 4097
-    assert again.style_prototypes.stage.dtype == torch.int64
+    assert again.style_prototypes["image"].stage.dtype == torch.int64
     with torch.no_grad():
         assert torch.equal(again(**batch).logits_per_image, model(**batch).logits_per_image)
     by_auto_class = AutoModel.from_pretrained(tmp_path)
@@ -547,17 +547,20 @@ def test_autocast_gives_scores_in_float32(trained, batch):
     torch.testing.assert_close(outputs.logits_per_image, expected.logits_per_image, rtol=0.05, atol=0.7)
 
 
+def assert_fresh(prototypes: StylePrototypes) -> None:
+    """The buffers are those of the constructor."""
+    for name, buffer in StylePrototypes(prototypes.config).named_buffers():
+        assert torch.equal(prototypes.get_buffer(name), buffer), name
+
+
 def test_everything_the_checkpoint_lacks_is_initialised(tiny_config, batch):
     # From an empty state dict the model is built on the meta device and all is filled in afterwards.
     config = tiny_config(logit_scale_init_value=1.5)
     model = PicoModel.from_pretrained(None, config=config, state_dict={})
-    prototypes = model.style_prototypes
-    for name, value in prototypes.initial_buffers().items():
-        buffer = prototypes.get_buffer(name)
-        assert torch.equal(buffer, torch.full_like(buffer, value)), name
-        assert buffer.device.type == "cpu"
-    for rates in (prototypes.visual_rates, prototypes.textual_rates):
-        assert torch.equal(rates.rate, torch.zeros(12, 3)) and torch.equal(rates.bias, torch.full((12,), 2.0))
+    for side in model.style_prototypes.values():
+        assert_fresh(side)
+        assert torch.equal(side.rates.rate, torch.zeros(12, 3))
+        assert torch.equal(side.rates.bias, torch.full((12,), 2.0))
     assert model.logit_scale.item() == 1.5
     assert 0.5 < model.alignment_head.visual_projection.weight.std() * 16**0.5 < 2
     with torch.no_grad():
@@ -571,12 +574,10 @@ def test_a_fresh_model_equals_one_built_on_the_meta_device_and_initialised(tiny_
     for parameter in model.parameters():
         parameter.data.fill_(torch.nan)
     model.init_weights()
-    prototypes = model.style_prototypes
-    for name, value in prototypes.initial_buffers().items():
-        buffer = prototypes.get_buffer(name)
-        assert torch.equal(buffer, torch.full_like(buffer, value)), name
+    for side in model.style_prototypes.values():
+        assert_fresh(side)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
-    assert torch.equal(prototypes.visual_rates.bias, torch.full((12,), 2.0))
+    assert torch.equal(model.style_prototypes["image"].rates.bias, torch.full((12,), 2.0))
 
 
 def test_another_number_of_prototypes_than_the_checkpoint_has_is_refused(tiny_model, tmp_path):

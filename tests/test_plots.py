@@ -393,18 +393,18 @@ def test_prototypes_count_the_nearest_columns(trained, collator, dataset, option
     encoded = plots._encode(model, collator, dataset, range(5))
     plots._draw_prototypes(model, encoded)
     ((sides,),) = calls
-    held = model.style_prototypes
-    columns = held.columns(encoded.text_tokens, encoded.text_mask) / held.textual_column_scale
-    distances = (columns[:, :, None] - held.textual_prototypes / held.textual_column_scale).square().sum(dim=-1)
+    image, text = model.style_prototypes["image"], model.style_prototypes["text"]
+    columns = text.columns(encoded.text_tokens, encoded.text_mask) / text.column_scale
+    distances = (columns[:, :, None] - text.prototypes / text.column_scale).square().sum(dim=-1)
     expected = torch.bincount(distances.argmin(dim=-1).flatten(), minlength=3)
     assert sides["text"]["columns"].tolist() == expected.tolist()
     assert sides["image"]["columns"].sum() == 5 * 12
     if not options:
-        mean, spread = held.visual_prototypes.T
+        mean, spread = image.prototypes.T
         torch.testing.assert_close(sides["image"]["center"], mean)
         torch.testing.assert_close(sides["image"]["high"], mean + spread)
     assert (sides["image"]["low"] <= sides["image"]["high"]).all()
-    assert torch.equal(sides["image"]["style_rate"], held.visual_style_rate)
+    assert torch.equal(sides["image"]["style_rate"], image.style_rate)
 
 
 def test_no_prototypes_nothing_to_draw(tiny_model, collator, dataset):
@@ -463,7 +463,7 @@ def test_baselines_get_what_makes_sense(tiny_model, collator, dataset, tmp_path,
 
 def test_a_failing_picture_warns_and_the_others_are_drawn(trained, collator, dataset, tmp_path, messages):
     model = trained()
-    model.style_prototypes.visual_prototypes.fill_(math.nan)
+    model.style_prototypes["image"].prototypes.fill_(math.nan)
     paths = plots.save_plots(tmp_path, model=model, collator=collator, splits={"a": dataset}, num_matches=0)
     assert "prototypes" not in names(paths)
     (message,) = [message for message in messages["warning"] if "prototypes" in message.split(":")[0]]

@@ -7,15 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_pico.model.alignment_heads_pico import PicoHead
 from modeling_pico.model.configuration_pico import COLUMN_MODES, STYLE_PROBABILITIES
 from modeling_pico.model.prototypes_pico import (
     StylePrototypes,
     StyleRates,
     column_weights,
     feature_columns,
-    sign_agreement,
-    sign_shares,
     squared_distances,
     style_probability,
 )
@@ -33,11 +30,11 @@ def some_mask() -> torch.Tensor:
 
 @pytest.fixture
 def make_prototypes(tiny_model, use_prototypes):
-    """The prototypes of a tiny model, as after training (`stage` 2) unless `fresh`."""
+    """The prototypes of a tiny model's texts, as after training (`stage` 2) unless `fresh`."""
 
     def make(fresh: bool = False, **options) -> StylePrototypes:
         model = tiny_model(**options)
-        return (model if fresh else use_prototypes(model)).style_prototypes
+        return (model if fresh else use_prototypes(model)).style_prototypes["text"]
 
     return make
 
@@ -126,11 +123,6 @@ def test_columns_are_float32_for_half_precision():
     assert feature_columns(random_tokens().bfloat16(), some_mask()).dtype == torch.float32
 
 
-def test_wrong_columns_are_refused():
-    with pytest.raises(ValueError, match="'moments', 'quantile', but got 'median'"):
-        feature_columns(random_tokens(), some_mask(), "median")
-
-
 def test_squared_distances_by_hand():
     columns = torch.tensor([[0.0, 0.0], [3.0, 0.0]])
     prototypes = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
@@ -141,51 +133,6 @@ def test_squared_distances_by_hand():
 def test_squared_distances_are_never_negative():
     columns = 100 + 1e-3 * torch.randn(200, 4)
     assert squared_distances(columns, columns[:5], torch.ones(4)).min() >= 0
-
-
-# Signs
-
-
-def test_sign_shares_by_hand():
-    tokens = torch.tensor([[[1.0, -1.0], [0.0, -2.0], [3.0, 4.0], [9.0, -9.0]]])
-    shares = sign_shares(tokens, torch.tensor([[1, 1, 1, 0]]))
-    torch.testing.assert_close(shares, torch.tensor([[[2 / 3, 1 / 3], [0.0, 2 / 3]]]))
-    assert torch.equal(sign_shares(tokens, torch.zeros(1, 4)), torch.zeros(1, 2, 2))
-
-
-def test_sign_shares_of_half_precision_are_exact_and_without_gradient():
-    # More tokens than bfloat16 can count one by one.
-    tokens = torch.ones(1, 1001, 1, dtype=torch.bfloat16)
-    tokens[0, :300] = -1
-    shares = sign_shares(tokens.requires_grad_(), torch.ones(1, 1001))
-    assert torch.equal(shares, torch.tensor([[[701 / 1001], [300 / 1001]]]))
-    assert not shares.requires_grad
-
-
-def test_padding_that_is_not_a_number_does_not_count():
-    tokens = torch.tensor([[[1.0], [torch.nan], [-torch.inf]]])
-    assert sign_shares(tokens, torch.tensor([[1, 0, 0]])).flatten().tolist() == [1.0, 0.0]
-
-
-def brute_force_agreement(image, image_mask, text, text_mask):
-    """Counts `v_id * t_jd > 0` over all patches and words of one pair."""
-    patches, words = image[image_mask], text[text_mask]
-    counts = [sum(float(v[d] * t[d] > 0) for v in patches for t in words) for d in range(image.shape[-1])]
-    return torch.tensor(counts) / max(len(patches) * len(words), 1)
-
-
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10_000))
-def test_sign_agreement_equals_the_count_over_all_patches_words_and_columns(seed):
-    generator = torch.Generator().manual_seed(seed)
-    # Zeros included: a product with a zero is not positive.
-    images = torch.randint(-1, 2, (4, 3, 5), generator=generator).float()
-    texts = torch.randint(-1, 2, (4, 4, 5), generator=generator).float()
-    image_mask = torch.rand(4, 3, generator=generator) > 0.3
-    text_mask = torch.rand(4, 4, generator=generator) > 0.3
-    result = sign_agreement(images, image_mask, texts, text_mask)
-    rows = zip(images, image_mask, texts, text_mask, strict=True)
-    torch.testing.assert_close(result, torch.stack([brute_force_agreement(*row) for row in rows]))
 
 
 # Probabilities
@@ -251,11 +198,10 @@ def test_column_weights_pass_gradcheck():
 @pytest.mark.parametrize("mode", COLUMN_MODES)
 def test_before_the_first_construction_tokens_are_unweighted_bit_for_bit(make_prototypes, form, mode):
     prototypes = make_prototypes(fresh=True, style_probability=form, column_mode=mode)
-    for modality in ("image", "text"):
-        tokens = random_tokens()
-        weighted, probability = prototypes.weight_tokens(tokens, some_mask(), modality)
-        assert torch.equal(weighted, tokens)
-        assert torch.equal(probability, torch.ones(3, 12))
+    tokens = random_tokens()
+    weighted, probability = prototypes.weight_tokens(tokens, some_mask())
+    assert torch.equal(weighted, tokens)
+    assert torch.equal(probability, torch.ones(3, 12))
 
 
 @pytest.mark.parametrize("form", STYLE_PROBABILITIES)
@@ -263,13 +209,12 @@ def test_before_the_first_construction_tokens_are_unweighted_bit_for_bit(make_pr
 def test_in_use_every_form_gives_probabilities_that_weight(make_prototypes, form, mode):
     prototypes = make_prototypes(style_probability=form, column_mode=mode)
     tokens, mask = random_tokens(), some_mask()
-    for modality in ("image", "text"):
-        weighted, probability = prototypes.weight_tokens(tokens, mask, modality)
-        assert probability.shape == (3, 12)
-        assert probability.min() >= 0
-        assert probability.max() <= 1
-        torch.testing.assert_close(weighted, tokens * column_weights(probability)[:, None])
-        assert not torch.allclose(weighted, tokens)
+    weighted, probability = prototypes.weight_tokens(tokens, mask)
+    assert probability.shape == (3, 12)
+    assert probability.min() >= 0
+    assert probability.max() <= 1
+    torch.testing.assert_close(weighted, tokens * column_weights(probability)[:, None])
+    assert not torch.allclose(weighted, tokens)
 
 
 def test_the_probability_is_the_written_formula(make_prototypes):
@@ -277,12 +222,12 @@ def test_the_probability_is_the_written_formula(make_prototypes):
     prototypes = make_prototypes(style_probability="purity", column_mode="quantile", column_length=5)
     style = style_probability(
         feature_columns(tokens, mask, "quantile", 5),
-        prototypes.textual_prototypes,
-        prototypes.textual_style_rate,
-        prototypes.textual_column_scale,
-        prototypes.textual_temperature,
+        prototypes.prototypes,
+        prototypes.style_rate,
+        prototypes.column_scale,
+        prototypes.temperature,
     )
-    assert torch.equal(prototypes.semantic_probability(tokens, mask, "text"), 1 - style)
+    assert torch.equal(prototypes.semantic_probability(tokens, mask), 1 - style)
 
 
 def test_style_rates_start_neutral_and_get_gradients(make_prototypes):
@@ -291,13 +236,10 @@ def test_style_rates_start_neutral_and_get_gradients(make_prototypes):
         buffer.copy_(trained.get_buffer(name))
     tokens, mask = random_tokens(), some_mask()
     readout = torch.randn(3, 6, 12, generator=torch.Generator().manual_seed(4))
-    loss = 0.0
-    for modality in ("image", "text"):
-        weighted, probability = prototypes.weight_tokens(tokens, mask, modality)
-        torch.testing.assert_close(weighted, tokens, rtol=0, atol=1e-6)
-        torch.testing.assert_close(probability, torch.full((3, 12), 2.0).sigmoid())
-        loss = loss + (weighted * readout).sum()
-    loss.backward()
+    weighted, probability = prototypes.weight_tokens(tokens, mask)
+    torch.testing.assert_close(weighted, tokens, rtol=0, atol=1e-6)
+    torch.testing.assert_close(probability, torch.full((3, 12), 2.0).sigmoid())
+    (weighted * readout).sum().backward()
     for name, parameter in prototypes.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -307,9 +249,8 @@ def test_style_rates_start_neutral_and_get_gradients(make_prototypes):
 def test_every_parameter_of_trained_style_rates_gets_a_gradient(make_prototypes):
     prototypes = make_prototypes(column_mode="quantile")
     readout = torch.randn(3, 6, 12, generator=torch.Generator().manual_seed(4))
-    for modality in ("image", "text"):
-        weighted, _ = prototypes.weight_tokens(random_tokens(), some_mask(), modality)
-        (weighted * readout).sum().backward()
+    weighted, _ = prototypes.weight_tokens(random_tokens(), some_mask())
+    (weighted * readout).sum().backward()
     for name, parameter in prototypes.named_parameters():
         assert parameter.grad.abs().max() > 1e-6, name
         assert parameter.grad.isfinite().all(), name
@@ -332,12 +273,12 @@ def test_style_rates_by_hand(tiny_config):
 def test_style_rates_assign_as_purity_does(make_prototypes):
     prototypes = make_prototypes()
     columns = prototypes.columns(random_tokens(), some_mask())
-    state = [getattr(prototypes, f"visual_{name}") for name in ("prototypes", "column_scale", "temperature")]
-    rate = prototypes.visual_style_rate
+    state = [prototypes.prototypes, prototypes.column_scale, prototypes.temperature]
+    rate = prototypes.style_rate
     with torch.no_grad():
-        prototypes.visual_rates.rate.copy_(rate / StyleRates.gain)
-        prototypes.visual_rates.bias.zero_()
-        learned = prototypes.visual_rates(columns, *state)
+        prototypes.rates.rate.copy_(rate / StyleRates.gain)
+        prototypes.rates.bias.zero_()
+        learned = prototypes.rates(columns, *state)
     purity = style_probability(columns, state[0], rate, *state[1:])
     torch.testing.assert_close(learned, (-purity).sigmoid())
 
@@ -346,21 +287,21 @@ def test_style_rates_assign_as_purity_does(make_prototypes):
 def test_the_gradient_flows_through_learned_rates_alone(make_prototypes, form):
     prototypes = make_prototypes(style_probability=form)
     tokens = random_tokens().requires_grad_()
-    probability = prototypes.semantic_probability(tokens, some_mask(), "image")
+    probability = prototypes.semantic_probability(tokens, some_mask())
     assert probability.requires_grad == (form == "style_rates")
     if form == "style_rates":
         (probability * torch.randn(3, 12)).sum().backward()
         assert tokens.grad.isfinite().all()
         assert tokens.grad.abs().sum() > 0
-        assert prototypes.visual_rates.rate.grad.abs().sum() > 0
+        assert prototypes.rates.rate.grad.abs().sum() > 0
 
 
 def test_the_score_of_weighted_tokens_weights_every_product_of_features(make_prototypes):
     prototypes = make_prototypes()
     images, texts = random_tokens(2, 4), random_tokens(3, 6, seed=1)
     image_mask, text_mask = torch.ones(2, 4, dtype=torch.bool), some_mask()
-    weighted_images, image_probability = prototypes.weight_tokens(images, image_mask, "image")
-    weighted_texts, text_probability = prototypes.weight_tokens(texts, text_mask, "text")
+    weighted_images, image_probability = prototypes.weight_tokens(images, image_mask)
+    weighted_texts, text_probability = prototypes.weight_tokens(texts, text_mask)
     scores = pair_scores(weighted_images, weighted_texts, image_mask, text_mask)
     image_probability, text_probability = image_probability.detach(), text_probability.detach()
     image_weights, text_weights = column_weights(image_probability), column_weights(text_probability)
@@ -378,23 +319,3 @@ def test_the_score_of_weighted_tokens_weights_every_product_of_features(make_pro
             )
             expected = s.max(dim=1).values.mean() + s.max(dim=0).values.mean()
             torch.testing.assert_close(scores[row, column], expected, rtol=1e-5, atol=1e-6)
-
-
-def test_running_statistics(make_prototypes):
-    prototypes = make_prototypes(fresh=True, embedding_dim=2)
-    assert torch.equal(prototypes.pseudo_probability(), torch.zeros(2))
-    prototypes.add_agreement(torch.tensor([[0.75, 0.25], [0.5, 1.0]]), torch.tensor([True, True]))
-    prototypes.add_agreement(torch.tensor([[1.0, 0.25], [9.0, 9.0]]), torch.tensor([True, False]))
-    assert prototypes.matched_sum.tolist() == [2.25, 1.5] and float(prototypes.matched_count) == 3
-    assert prototypes.pseudo_probability().tolist() == [0.75, 0.5]
-    prototypes.reset_statistics()
-    assert not prototypes.matched_sum.any() and not prototypes.matched_count
-
-
-def test_initial_buffers_are_those_of_the_constructor(tiny_config):
-    prototypes = PicoHead(tiny_config()).style_prototypes
-    values = prototypes.initial_buffers()
-    buffers = dict(prototypes.named_buffers())
-    assert values.keys() == buffers.keys()
-    for name, buffer in buffers.items():
-        assert torch.equal(buffer, torch.full_like(buffer, values[name])), name

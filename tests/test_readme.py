@@ -225,7 +225,7 @@ def test_the_snippets_of_a_card_load_the_model_that_it_is_of(world):
 def test_your_own_pictures_get_prototypes_that_are_updated(world):
     (words,) = (words for words in COMMANDS if "my_pictures" in words)
     world.run(words)
-    assert PicoModel.from_pretrained("outputs/my_pictures").style_prototypes.stage == 2
+    assert PicoModel.from_pretrained("outputs/my_pictures").style_prototypes["image"].stage == 2
 
 
 @pytest.mark.parametrize("page", PAGES)

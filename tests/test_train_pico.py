@@ -120,7 +120,7 @@ def test_run_from_scratch_leaves_all_files(finished):
     assert "accelerate launch train_pico.py" in card
     assert "Feedback weight" in card  # the table of constructions
     model = PicoModel.from_pretrained(finished.folder)
-    assert model.style_prototypes.stage == 2
+    assert model.style_prototypes["image"].stage == 2
     assert PicoProcessor.from_pretrained(finished.folder).tokenizer.model_max_length == 64
 
 
@@ -142,7 +142,8 @@ def test_saved_model_gives_the_same_results(finished, data, tmp_path):
 def test_another_head_of_a_checkpoint_is_the_ablation_of_it(finished, data, tmp_path):
     """The same projections without weights, which is what the model computes before its first prototypes."""
     plain = PicoModel.from_pretrained(finished.folder)
-    plain.style_prototypes.stage.zero_()
+    for side in plain.style_prototypes.values():
+        side.stage.zero_()
     plain.save_pretrained(tmp_path / "plain")
     PicoProcessor.from_pretrained(finished.folder).save_pretrained(tmp_path / "plain")
     expected = evaluate(tmp_path / "a", data, model_name_or_path=tmp_path / "plain")

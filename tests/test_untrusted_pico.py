@@ -146,7 +146,7 @@ def test_pickles_are_read_where_that_is_asked_for(folder):
     torch.save(tensors, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     model = PicoModel.from_pretrained(folder, use_safetensors=False)
-    assert torch.equal(model.style_prototypes.visual_prototypes, tensors[STATE + "visual_prototypes"])
+    assert torch.equal(model.style_prototypes["image"].prototypes, tensors[STATE + "image.prototypes"])
 
 
 def test_kernels_of_the_hub_are_not_fetched(folder):
@@ -209,7 +209,7 @@ def test_a_data_set_with_a_script_runs_nothing(tmp_path):
         ),
         (None, "embedding_dim", 10**9, "`embedding_dim` must be from . to 65536"),
         (None, "column_length", 10**9, "`column_length` must be from . to 65536"),
-        (None, "embedding_dim", 60000, r"matched_sum is \(\d+,\) in the file, the configuration asks for \(60000,\)"),
+        (None, "embedding_dim", 60000, r"\.rates\.\w+ is \(\d+.*\) in the file, the configuration asks for \(60000,"),
         (None, "num_style_prototypes", -1, "`num_style_prototypes` must be from 1 to 65536, but got -1"),
         (None, "num_style_prototypes", "many", "'num_style_prototypes' expected int, got str"),
         (None, "margin", float("nan"), "`margin` must be from 0 to .*, but got nan"),
@@ -272,21 +272,18 @@ def fill(name: str, value: float) -> Callable[[dict], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (fill("visual_prototypes", float("nan")), "'visual_prototypes' .* holds values from nan to nan"),
-        (fill("textual_prototypes", float("inf")), "'textual_prototypes' .* holds values from inf to inf"),
-        (fill("visual_temperature", -1), "'visual_temperature' .* holds values from -1 to -1; allowed .* from 1.17"),
-        (fill("textual_column_scale", 0), "'textual_column_scale' .* holds values from 0 to 0"),
-        (fill("visual_style_rate", 1.5), "'visual_style_rate' .* 1.5; allowed are values from -0.001 to 1.001"),
-        (fill("matched_count", -3), "'matched_count' .* -3; allowed are values from 0"),
-        (fill("feedback_log_sum", float("nan")), "'feedback_log_sum' .* nan"),
-        (fill("stage", 3), "'stage' .* holds values from 3 to 3; allowed are values from 0 to 2"),
-        (fill("num_constructions", 0), r"at stage \d of its prototypes after 0 constructions"),
-        (lambda t: t.pop(STATE + "visual_prototypes"), "lacks 1 tensors .*: .*visual_prototypes"),
+        (fill("image.prototypes", float("nan")), "'image.prototypes' .* holds values from nan to nan"),
+        (fill("text.prototypes", float("inf")), "'text.prototypes' .* holds values from inf to inf"),
+        (fill("image.temperature", -1), "'image.temperature' .* holds values from -1 to -1; allowed .* from 1.17"),
+        (fill("text.column_scale", 0), "'text.column_scale' .* holds values from 0 to 0"),
+        (fill("image.style_rate", 1.5), "'image.style_rate' .* 1.5; allowed are values from -0.001 to 1.001"),
+        (fill("text.stage", 3), "'text.stage' .* holds values from 3 to 3; allowed are values from 0 to 2"),
+        (lambda t: t.pop(STATE + "image.prototypes"), "lacks 1 tensors .*: .*image.prototypes"),
         (lambda t: t.pop("logit_scale"), "lacks 1 tensors .*: logit_scale"),
         (lambda t: t.pop("text_model.embeddings.LayerNorm.bias"), "lacks 1 tensors .*: text_model.embeddings"),
         (
-            lambda t: t.update({STATE + "visual_style_rate": torch.zeros(9)}),
-            r"visual_style_rate is \(9,\) in the file",
+            lambda t: t.update({STATE + "image.style_rate": torch.zeros(9)}),
+            r"image.style_rate is \(9,\) in the file",
         ),
     ],
 )
@@ -315,7 +312,7 @@ def test_sizes_are_refused_before_memory_is_taken(name, folder, monkeypatch):
         lambda content: (2**60).to_bytes(8, "little") + content[8:],
         lambda content: content.replace(b'"data_offsets":[0,', b'"data_offsets":[4,', 1),
         lambda content: content.replace(b'"F32"', b'"F99"', 1),
-        lambda content: content[:8] + content[8:].replace(b"visual_style_rate", b"visual_prototypes", 1),
+        lambda content: content[:8] + content[8:].replace(b"image.style_rate", b"image.prototypes", 1),
     ],
     ids=["empty", "no header", "cut", "endless header", "wrong offsets", "wrong type", "a name twice"],
 )
@@ -332,16 +329,16 @@ def test_what_may_be_fresh(folder, tiny_model, tmp_path):
     """A checkpoint without prototypes is given some when they are asked for, and never else."""
     tiny_model(method="fine_grained").save_pretrained(tmp_path / "plain")
     model = PicoModel.from_pretrained(tmp_path / "plain", method="pico")
-    assert model.style_prototypes.stage == 0
+    assert model.style_prototypes["image"].stage == 0
     edit_json(tmp_path / "plain" / "config.json", lambda config: config.update(method="pico"))
     with pytest.raises(ValueError, match="lacks .* tensors that its configuration asks for: .*style_prototypes"):
         PicoModel.from_pretrained(tmp_path / "plain")
     other = PicoModel.from_pretrained(folder, style_probability="purity")
-    assert other.style_prototypes.num_constructions == 4097
+    assert other.style_prototypes["text"].stage == 2
 
 
 def test_the_checks_themselves(tmp_path):
-    check_prototypes({"visual_prototypes": torch.empty(0), "stage": torch.tensor(1, device="meta")})
+    check_prototypes({"image.prototypes": torch.empty(0), "image.stage": torch.tensor(1, device="meta")})
     check_tensors(torch.nn.Linear(2, 2), [str(tmp_path / "a.bin")])
     save_file({"weight": torch.zeros(3, 2)}, tmp_path / "a.safetensors")
     layer = torch.nn.Linear(2, 3, bias=False)

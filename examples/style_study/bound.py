@@ -35,7 +35,7 @@ from torch import nn
 
 from modeling_pico import RetrievalEvaluator, match_moments
 from modeling_pico.evaluation.evaluator import EncodedRetrieval
-from modeling_pico.model.feature_columns_pico import column_weights, feature_columns
+from modeling_pico.model.prototypes_pico import column_weights, feature_columns
 
 
 GATES = ("constant", "linear")

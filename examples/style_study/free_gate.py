@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from modeling_pico.model.alignment_heads_pico import FineGrainedHead
-from modeling_pico.model.feature_columns_pico import column_weights
+from modeling_pico.model.prototypes_pico import column_weights
 
 
 SIDES = ("image", "text")

@@ -110,10 +110,10 @@ class PicoHead(FineGrainedHead):
 
     def __init__(self, config: PicoConfig):
         super().__init__(config)
-        self.style_prototypes = StylePrototypes(config)
+        self.style_prototypes = nn.ModuleDict({side: StylePrototypes(config) for side in ("image", "text")})
 
     def weight(self, tokens, mask, modality):
-        return self.style_prototypes.weight_tokens(tokens, mask, modality)
+        return self.style_prototypes[modality].weight_tokens(tokens, mask)
 
 
 # By the name of the option `method`. Choices, help and tests of all methods follow from here.

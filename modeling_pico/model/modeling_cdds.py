@@ -313,7 +313,9 @@ class CddsHead(FineGrainedHead):
         self.visual_threshold = nn.Parameter(torch.empty(config.embedding_dim))
         self.textual_threshold = nn.Parameter(torch.empty(config.embedding_dim))
         self.component_weights = nn.Parameter(torch.empty(3))
-        self.style_prototypes = StylePrototypes(config) if config.semantic_probability else None
+        self.style_prototypes = None
+        if config.semantic_probability:
+            self.style_prototypes = nn.ModuleDict({side: StylePrototypes(config) for side in ("image", "text")})
 
     def embed(self, token_states, mask, class_state, modality):
         unet = self.visual_unet if modality == "image" else self.textual_unet
@@ -326,7 +328,7 @@ class CddsHead(FineGrainedHead):
     def weight(self, tokens, mask, modality):
         if self.style_prototypes is None:
             return tokens, None
-        return self.style_prototypes.weight_tokens(tokens, mask, modality)
+        return self.style_prototypes[modality].weight_tokens(tokens, mask)
 
     def auxiliary_losses(self, image: DecoupledSide, text: DecoupledSide) -> dict[str, torch.Tensor]:
         """

@@ -140,23 +140,14 @@ class PicoPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _no_split_modules = []
-    # One by one: a pattern that matched the integer counters as well would turn them into floats.
+    # One by one: a pattern that matched the integer `stage` as well would turn it into a float.
     _keep_in_fp32_modules_strict = [
         "logit_scale",
-        "visual_prototypes",
-        "textual_prototypes",
-        "visual_style_rate",
-        "textual_style_rate",
-        "visual_column_scale",
-        "textual_column_scale",
-        "visual_temperature",
-        "textual_temperature",
-        "visual_rates",
-        "textual_rates",
-        "pseudo_semantic_probability",
-        "feedback_log_sum",
-        "matched_sum",
-        "matched_count",
+        "style_prototypes.*.prototypes",
+        "style_prototypes.*.style_rate",
+        "style_prototypes.*.column_scale",
+        "style_prototypes.*.temperature",
+        "style_prototypes.*.rates",
         "uncertainty_prototypes",
     ]
 
@@ -187,15 +178,16 @@ class PicoPreTrainedModel(PreTrainedModel):
         if saved is not None:
             check_missing(source, saved, model.config, info["missing_keys"])
         if model.style_prototypes is not None:
-            check_prototypes(dict(model.style_prototypes.named_buffers(recurse=False)))
+            check_prototypes(dict(model.style_prototypes.named_buffers()))
         # Loading makes every parameter trainable.
         model._freeze_unused()
         return (model, info) if output_loading_info else model
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        # Here the files are known and the model is still without memory.
-        if checkpoint_files is not None and load_config.hf_quantizer is None:
+        # Here the files are known and the model is still without memory, unless it has long been there and is given
+        # an adapter.
+        if checkpoint_files is not None and load_config.hf_quantizer is None and model.logit_scale.is_meta:
             check_tensors(model, checkpoint_files, load_config.ignore_mismatched_sizes)
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
@@ -231,8 +223,10 @@ class PicoPreTrainedModel(PreTrainedModel):
         if isinstance(module, PicoPreTrainedModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
         elif isinstance(module, StylePrototypes):
-            for name, value in module.initial_buffers().items():
-                init.constant_(getattr(module, name), value)
+            for buffer in (module.prototypes, module.style_rate, module.stage):
+                init.zeros_(buffer)
+            for buffer in (module.column_scale, module.temperature):
+                init.ones_(buffer)
         elif isinstance(module, StyleRates):
             init.zeros_(module.rate)
             init.constant_(module.bias, 2.0)
@@ -327,8 +321,8 @@ class PicoModel(PicoPreTrainedModel):
         self._require_grads_hooks, self._require_grads_hook = hooks, hooks[0]
 
     @property
-    def style_prototypes(self) -> StylePrototypes | None:
-        """The style prototypes, None for the heads without them."""
+    def style_prototypes(self) -> nn.ModuleDict | None:
+        """[`StylePrototypes`] by side, `"image"` and `"text"`; None for the heads without them."""
         # By name and not by type: adapters (PEFT) put a wrapper here that passes on to the head they train.
         return getattr(self.alignment_head, "style_prototypes", None)
 

@@ -1,65 +1,115 @@
 """
-Style prototypes and the semantic probability of feature columns.
+Style prototypes: from the tokens of one side to the weights of its feature columns.
 
 Column `d` of one sample is the vector of feature `d`'s values over that sample's tokens. Style prototypes are
 centroids of such columns; how a column relates to them gives the probability that it carries style, and one minus
 that is its semantic probability. Method: PICO (arXiv 2510.11175); what the paper leaves open is marked *ours*.
-
-Everything here is a pure function of tensors, except [`StylePrototypes`], which holds the state as buffers.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from .configuration_pico import PicoConfig
-from .feature_columns_pico import column_weights, feature_columns
 
 
-STAGE_PLAIN, STAGE_INITIAL, STAGE_UPDATED = 0, 1, 2
-"""Plain alignment; first prototypes in use; prototypes updated by performance feedback."""
+# Semantic probabilities are kept above this, so that a sample in which every column looks like style has equal
+# weights instead of a division by zero.
+MIN_PROBABILITY = 1e-6
 
 
-def sign_shares(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """
-    Shares of a sample's real tokens at which each feature is positive, and at which it is negative.
-
-    Args:
-        tokens (`torch.Tensor` of shape `(batch, tokens, dim)`): Token embeddings; only their signs matter.
-        mask (`torch.Tensor` of shape `(batch, tokens)`): True at real tokens.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, 2, dim)` in float32: positive and negative shares.
-    """
-    real = mask.bool().float().unsqueeze(1)  # (batch, 1, tokens)
-    signs = tokens.detach().sign().float()
-    # Positive minus negative, and positive plus negative: two products instead of four passes over the tokens.
-    difference = real @ signs
-    total = real @ signs.abs_()
-    return torch.cat([total + difference, total - difference], dim=1) / 2 / real.sum(dim=2, keepdim=True).clamp(min=1)
-
-
-def sign_agreement(
-    image_tokens: torch.Tensor, image_mask: torch.Tensor, text_tokens: torch.Tensor, text_mask: torch.Tensor
+def feature_columns(
+    tokens: torch.Tensor, mask: torch.Tensor, mode: str = "moments", length: int | None = None
 ) -> torch.Tensor:
     r"""
-    Share of positive products `v_id * t_jd` of each matched pair, `1/(nv*nt) * sum_ij [v_id * t_jd > 0]` (PICO). Its
-    mean over pairs is the pseudo-semantic probability of feature column `d`.
+    Describes each feature column of each sample by a fixed number of values *(ours)*.
 
-    It equals `a+ b+ + a- b-` with the shares of positive and negative values on either side, so no
-    `(patches, words, dim)` tensor is needed.
+    Values are multiplied by `sqrt(dim)`, since tokens are unit vectors.
 
     Args:
-        image_tokens (`torch.Tensor` of shape `(batch, patches, dim)`): Token embeddings of the images.
-        image_mask (`torch.Tensor` of shape `(batch, patches)`): True at real tokens.
-        text_tokens (`torch.Tensor` of shape `(batch, words, dim)`): Token embeddings of their texts.
-        text_mask (`torch.Tensor` of shape `(batch, words)`): True at real tokens.
+        tokens (`torch.Tensor` of shape `(batch, tokens, dim)`):
+            L2-normalised token embeddings.
+        mask (`torch.Tensor` of shape `(batch, tokens)`):
+            True at real tokens. A sample without any gives zeros.
+        mode (`str`, *optional*, defaults to `"moments"`):
+            `"moments"`: mean and standard deviation. `"quantile"`: the sorted values, linearly interpolated to
+            `length` points.
+        length (`int`, *optional*):
+            Number of values for `"quantile"`.
 
     Returns:
-        `torch.Tensor` of shape `(batch, dim)` in float32.
+        `torch.Tensor` of shape `(batch, dim, length)` in float32; `length` is 2 for `"moments"`.
     """
-    return (sign_shares(image_tokens, image_mask) * sign_shares(text_tokens, text_mask)).sum(dim=1)
+    if mode == "moments":
+        return _ColumnMoments.apply(tokens, mask.bool())
+    values = tokens.float() * tokens.shape[-1] ** 0.5
+    valid = mask.bool().unsqueeze(-1)
+    count = valid.sum(dim=1).clamp(min=1)  # (batch, 1)
+    ordered = values.masked_fill(~valid, torch.inf).sort(dim=1).values
+    place = torch.linspace(0, 1, length, device=values.device) * (count - 1)  # (batch, length)
+    below = place.floor().long()
+    above = torch.minimum(below + 1, count - 1)
+    fraction = (place - below).unsqueeze(-1)
+    shape = (-1, -1, values.shape[-1])
+    low = ordered.gather(1, below.unsqueeze(-1).expand(shape))
+    high = ordered.gather(1, above.unsqueeze(-1).expand(shape))
+    columns = (low + (high - low) * fraction).transpose(1, 2)
+    # A sample without a real token has infinities above.
+    return columns.masked_fill(~mask.bool().any(dim=1).view(-1, 1, 1), 0.0)
+
+
+class _ColumnMoments(torch.autograd.Function):
+    """
+    Mean and standard deviation of each column, with a gradient in few passes over the tokens.
+
+    The gradient that autograd derives from the two reductions takes longer than a small tower's; the values are the
+    same.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        unit = tokens.shape[-1] ** 0.5
+        values = tokens.detach().float()
+        # Looked at only where that neither waits for a device nor breaks a graph that is being traced.
+        looks = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+        ctx.has_padding = not (looks and bool(mask.all()))
+        count = mask.sum(dim=1, keepdim=True).clamp(min=1).float()  # (batch, 1)
+        weights = mask.float().div(count).unsqueeze(1)  # (batch, 1, tokens)
+        mean = (weights @ values).squeeze(1)
+        # The small constant keeps the gradient of the root finite at a constant column.
+        centred = values - mean.unsqueeze(1)
+        spread = ((weights @ centred.square_()).squeeze(1) + 1e-8 / unit**2).sqrt()
+        ctx.save_for_backward(tokens, mask, count, mean, spread)
+        columns = torch.stack([mean, spread], dim=-1) * unit
+        # A sample without a real token has the root of the small constant above.
+        return columns.masked_fill(~mask.any(dim=1).view(-1, 1, 1), 0.0) if ctx.has_padding else columns
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        tokens, mask, count, mean, spread = ctx.saved_tensors
+        values = tokens.float()
+        gradient = gradient * (tokens.shape[-1] ** 0.5 * mask.any(dim=1).view(-1, 1, 1))
+        of_mean, of_spread = gradient.unbind(dim=-1)
+        slope = of_spread / (count * spread)
+        offset = of_mean / count - slope * mean
+        result = torch.addcmul(offset.unsqueeze(1), slope.unsqueeze(1), values)
+        if ctx.has_padding:
+            result *= mask.unsqueeze(-1)
+        return result.to(tokens.dtype), None
+
+
+def column_weights(semantic_probability: torch.Tensor) -> torch.Tensor:
+    """
+    Weights of the feature columns: probabilities `(..., dim)` rescaled to a mean of one, so that a constant
+    probability gives the unweighted score *(ours)*.
+    """
+    probability = semantic_probability.clamp(min=MIN_PROBABILITY)
+    # The rescaling cancels any common factor; this one keeps the weights of a constant probability at exactly one.
+    probability = probability / probability.detach().amax(dim=-1, keepdim=True)
+    return probability / probability.mean(dim=-1, keepdim=True)
 
 
 def squared_distances(columns: torch.Tensor, prototypes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -80,19 +130,9 @@ def style_probability(
     scale: torch.Tensor,
     temperature: torch.Tensor,
 ) -> torch.Tensor:
-    r"""
-    Probability that a feature column carries style: the style rates of the prototypes, weighted by how near the column
-    is to each *(ours)*.
-
-    Args:
-        columns (`torch.Tensor` of shape `(..., length)`): The columns.
-        prototypes (`torch.Tensor` of shape `(prototypes, length)`): Style prototypes.
-        style_rate (`torch.Tensor` of shape `(prototypes,)`): Mean pseudo-style probability of each cluster.
-        scale (`torch.Tensor` of shape `(length,)`): Unit of each coordinate.
-        temperature (`torch.Tensor`, scalar): Mean squared distance of a column to its nearest prototype.
-
-    Returns:
-        `torch.Tensor` of shape `(...)`, values in [0, 1].
+    """
+    Probability, in [0, 1], that each of the columns `(..., length)` carries style: the style rates of the prototypes,
+    weighted by how near the column is to each *(ours)*. The rest are buffers of [`StylePrototypes`].
     """
     distances = squared_distances(columns, prototypes, scale) / temperature
     return (-distances).softmax(dim=-1) @ style_rate
@@ -121,14 +161,8 @@ class StyleRates(nn.Module):
         self, columns: torch.Tensor, prototypes: torch.Tensor, scale: torch.Tensor, temperature: torch.Tensor
     ) -> torch.Tensor:
         """
-        Args:
-            columns (`torch.Tensor` of shape `(batch, dim, length)`): The columns.
-            prototypes (`torch.Tensor` of shape `(prototypes, length)`): Style prototypes.
-            scale (`torch.Tensor` of shape `(length,)`): Unit of each coordinate.
-            temperature (`torch.Tensor`, scalar): Mean squared distance of a column to its nearest prototype.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, dim)`: semantic probability in (0, 1).
+        Semantic probability `(batch, dim)`, in (0, 1), of columns `(batch, dim, length)`; the rest are buffers of
+        [`StylePrototypes`].
         """
         # The squared length of the column is the same for all prototypes and cancels in the softmax.
         unit = scale.square() * temperature
@@ -139,141 +173,73 @@ class StyleRates(nn.Module):
 
 class StylePrototypes(nn.Module):
     r"""
-    Style prototypes of both modalities and all state of their staged construction, as persistent buffers.
+    Style prototypes of one side, images or texts; a model holds one for each.
 
-    A checkpoint therefore carries its prototypes. Before the first construction (`stage` 0) all weights are exactly 1.
+    They are persistent buffers, so a checkpoint carries them. Before the first construction (`stage` 0) all weights
+    are exactly 1.
 
-    Buffers, with `K` prototypes, columns of `L` values and `D` features:
-        visual_prototypes, textual_prototypes `(K, L)`: centroids of feature columns.
-        visual_style_rate, textual_style_rate `(K,)`: mean pseudo-style probability of each cluster.
-        visual_column_scale, textual_column_scale `(L,)`: unit of each coordinate of a column.
-        visual_temperature, textual_temperature: mean squared distance of a column to its nearest prototype.
-        pseudo_semantic_probability `(D,)`: of each feature column, from the last construction.
-        stage, num_constructions (int64): stage, and how many constructions went into the prototypes.
-        feedback_log_sum: log of the sum of `exp(gain / kappa)` over these constructions.
-        matched_sum `(D,)`, matched_count: [`sign_agreement`] of matched pairs since the last construction, summed.
+    Buffers, with `K` prototypes and columns of `L` values:
+        prototypes `(K, L)`: centroids of feature columns.
+        style_rate `(K,)`: mean pseudo-style probability of each cluster.
+        column_scale `(L,)`: unit of each coordinate of a column.
+        temperature: mean squared distance of a column to its nearest prototype.
+        stage (int64): 0 before the first construction, 1 with the first prototypes, 2 with updated ones.
     """
 
-    visual_prototypes: torch.Tensor
-    textual_prototypes: torch.Tensor
-    visual_style_rate: torch.Tensor
-    textual_style_rate: torch.Tensor
-    visual_column_scale: torch.Tensor
-    textual_column_scale: torch.Tensor
-    visual_temperature: torch.Tensor
-    textual_temperature: torch.Tensor
-    pseudo_semantic_probability: torch.Tensor
+    prototypes: torch.Tensor
+    style_rate: torch.Tensor
+    column_scale: torch.Tensor
+    temperature: torch.Tensor
     stage: torch.Tensor
-    num_constructions: torch.Tensor
-    feedback_log_sum: torch.Tensor
-    matched_sum: torch.Tensor
-    matched_count: torch.Tensor
 
     def __init__(self, config: PicoConfig):
         super().__init__()
         self.config = config
-        num_prototypes, length, dim = config.num_style_prototypes, config.column_size, config.embedding_dim
-        for side in ("visual", "textual"):
-            self.register_buffer(f"{side}_prototypes", torch.zeros(num_prototypes, length))
-            self.register_buffer(f"{side}_style_rate", torch.zeros(num_prototypes))
-            self.register_buffer(f"{side}_column_scale", torch.ones(length))
-            self.register_buffer(f"{side}_temperature", torch.ones(()))
-        self.register_buffer("pseudo_semantic_probability", torch.ones(dim))
+        self.register_buffer("prototypes", torch.zeros(config.num_style_prototypes, config.column_size))
+        self.register_buffer("style_rate", torch.zeros(config.num_style_prototypes))
+        self.register_buffer("column_scale", torch.ones(config.column_size))
+        self.register_buffer("temperature", torch.ones(()))
         self.register_buffer("stage", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("num_constructions", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("feedback_log_sum", torch.full((), -torch.inf))
-        self.register_buffer("matched_sum", torch.zeros(dim))
-        self.register_buffer("matched_count", torch.zeros(()))
-        if config.style_probability == "style_rates":
-            self.visual_rates = StyleRates(config)
-            self.textual_rates = StyleRates(config)
-
-    def initial_buffers(self) -> dict[str, float]:
-        """Value that each buffer has before training."""
-        ones = ("column_scale", "temperature", "pseudo_semantic_probability")
-        values = {name: 1.0 if name.endswith(ones) else 0.0 for name, _ in self.named_buffers(recurse=False)}
-        values["feedback_log_sum"] = -torch.inf
-        return values
+        self.rates = StyleRates(config) if config.style_probability == "style_rates" else None
 
     def columns(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Feature columns `(batch, dim, length)` of tokens `(batch, tokens, dim)`, as this model describes them."""
         return feature_columns(tokens, mask, self.config.column_mode, self.config.column_size)
 
-    def semantic_probability(self, tokens: torch.Tensor, mask: torch.Tensor, modality: str) -> torch.Tensor:
+    def semantic_probability(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         r"""
         Semantic probability of each feature column of each sample.
 
         Args:
             tokens (`torch.Tensor` of shape `(batch, tokens, dim)`): Normalised token embeddings before weighting.
             mask (`torch.Tensor` of shape `(batch, tokens)`): True at real tokens.
-            modality (`str`): `"image"` or `"text"`.
 
         Returns:
-            `torch.Tensor` of shape `(batch, dim)` in float32, values in [0, 1]. Before the first construction the
-            result is constant.
+            `torch.Tensor` of shape `(batch, dim)` in float32, values in [0, 1]; ones before the first construction.
         """
-        side = {"image": "visual", "text": "textual"}[modality]
         # In float32 also where the whole model was cast to another type.
-        names = ("prototypes", "style_rate", "column_scale", "temperature")
-        prototypes, rate, scale, temperature = (getattr(self, f"{side}_{name}").float() for name in names)
-        if self.config.style_probability == "style_rates":
-            rates = self.visual_rates if modality == "image" else self.textual_rates
-            probability = rates(self.columns(tokens, mask), prototypes, scale, temperature)
+        prototypes, rate = self.prototypes.float(), self.style_rate.float()
+        scale, temperature = self.column_scale.float(), self.temperature.float()
+        if self.rates is not None:
+            probability = self.rates(self.columns(tokens, mask), prototypes, scale, temperature)
         else:
             columns = self.columns(tokens.detach(), mask)
             probability = 1 - style_probability(columns, prototypes, rate, scale, temperature)
         # `torch.where` and no branch: the stage lives on the device, and every parameter keeps a (zero) gradient.
-        return torch.where(self.stage > STAGE_PLAIN, probability, torch.ones_like(probability))
+        return torch.where(self.stage > 0, probability, torch.ones_like(probability))
 
-    def weight_tokens(
-        self, tokens: torch.Tensor, mask: torch.Tensor, modality: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        r"""
-        Folds the column weights into one side's tokens: `s_ij = sum_d p_d v_id t_jd = <p_v v_i, p_t t_j>`.
-
-        Args:
-            tokens (`torch.Tensor` of shape `(batch, tokens, dim)`): Normalised token embeddings.
-            mask (`torch.Tensor` of shape `(batch, tokens)`): True at real tokens.
-            modality (`str`): `"image"` or `"text"`.
-
-        Returns:
-            Score-ready tokens `(batch, tokens, dim)` and the semantic probability `(batch, dim)`.
-        """
+    def weight_tokens(self, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score-ready tokens `(batch, tokens, dim)`, and the semantic probability `(batch, dim)` that weights them."""
         with torch.autocast(tokens.device.type, enabled=False):
-            probability = self.semantic_probability(tokens, mask, modality)
-            weights = column_weights(probability)
-            return tokens * weights.unsqueeze(1), probability
-
-    @torch.no_grad()
-    def add_agreement(self, agreement: torch.Tensor, valid: torch.Tensor) -> None:
-        """
-        Adds one batch of all processes to the running statistics.
-
-        Args:
-            agreement (`torch.Tensor` of shape `(batch, dim)`): [`sign_agreement`] of the pairs.
-            valid (`torch.Tensor` of shape `(batch,)`): True where both sides of the pair have a real token.
-        """
-        self.matched_sum += (agreement * valid[:, None]).sum(dim=0)
-        self.matched_count += valid.sum()
-
-    def pseudo_probability(self) -> torch.Tensor:
-        """Pseudo-semantic probability `(dim,)`: mean agreement of the pairs seen since the last construction."""
-        return self.matched_sum / self.matched_count.clamp(min=1)
-
-    @torch.no_grad()
-    def reset_statistics(self) -> None:
-        """Starts a new collection of statistics of pairs."""
-        self.matched_sum.zero_()
-        self.matched_count.zero_()
+            probability = self.semantic_probability(tokens, mask)
+            return tokens * column_weights(probability).unsqueeze(1), probability
 
 
 __all__ = [
-    "StyleRates",
     "StylePrototypes",
+    "StyleRates",
     "column_weights",
     "feature_columns",
-    "sign_agreement",
-    "sign_shares",
     "squared_distances",
     "style_probability",
 ]

@@ -22,7 +22,7 @@ MAX_MISSING_ELEMENTS = 2**27
 # Options with which a checkpoint may be loaded otherwise than it was saved, and what is then freshly initialised.
 FRESH_WITH = {
     "method": ("style_prototypes.",),
-    "style_probability": ("_rates.",),
+    "style_probability": (".rates.",),
     "semantic_probability": ("style_prototypes.",),
     "uncertainty_config": ("uncertainty_prototypes.",),
 }
@@ -146,7 +146,7 @@ def check_prototypes(buffers: Mapping[str, torch.Tensor]) -> None:
     Refuses the state of style prototypes that no training leaves behind.
 
     Args:
-        buffers (`Mapping[str, torch.Tensor]`): Buffers of [`StylePrototypes`] by name.
+        buffers (`Mapping[str, torch.Tensor]`): Buffers of [`StylePrototypes`] of both sides by name.
 
     Raises:
         ValueError: names the buffer and the values that are allowed.
@@ -160,31 +160,16 @@ def check_prototypes(buffers: Mapping[str, torch.Tensor]) -> None:
             raise ValueError(
                 f"The buffer {name!r} of the checkpoint holds {found}; allowed are values from {low:g} to {high:g}."
             )
-    stage, constructions = buffers.get("stage"), buffers.get("num_constructions")
-    if stage is None or constructions is None or stage.is_meta:
-        return
-    # The other way round is the ablation of a trained model: its prototypes are there and not used.
-    if int(stage) > 0 and int(constructions) == 0:
-        raise ValueError(
-            f"The checkpoint is at stage {int(stage)} of its prototypes after 0 constructions; stage 0 is that before "
-            "the first."
-        )
 
 
 def _allowed_range(name: str) -> tuple[float, float]:
     largest = torch.finfo(torch.float32).max
-    if name == "stage":
+    if name.endswith("stage"):
         return 0, 2
-    if name == "num_constructions":
-        return 0, 2**53
-    if name == "feedback_log_sum":
-        return -math.inf, largest
-    if name.endswith(("style_rate", "pseudo_semantic_probability")):
+    if name.endswith("style_rate"):
         return -1e-3, 1 + 1e-3  # rounding may lead out of [0, 1]
     if name.endswith(("temperature", "column_scale")):
         return torch.finfo(torch.float32).tiny, largest
-    if name.startswith("matched_"):
-        return 0, largest
     return -largest, largest
 
 

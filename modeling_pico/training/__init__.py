@@ -2,8 +2,7 @@
 
 from ..durable import NonFiniteLossError
 from .arguments import PicoTrainingArguments
-from .prototype_construction import PrototypeState, construct_prototypes, feedback_weight, weighted_kmeans
-from .staging import PrototypeConstruction
+from .construction import PrototypeConstruction
 from .trainer import PicoTrainer
 
 
@@ -12,8 +11,4 @@ __all__ = [
     "PicoTrainer",
     "PicoTrainingArguments",
     "PrototypeConstruction",
-    "PrototypeState",
-    "construct_prototypes",
-    "feedback_weight",
-    "weighted_kmeans",
 ]

@@ -10,48 +10,84 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
 from ..data import UniqueIdBatchSampler
-from .staging import PrototypeConstruction
+from .construction import PrototypeConstruction
 
+
+logger = logging.get_logger(__name__)
 
 MAX_LOGIT_SCALE = math.log(100)
 
 
 class PrototypeCallback(TrainerCallback):
     """
-    Decides when prototypes are built and come into use.
+    Decides when batches are collected, and when prototypes are built and come into use.
 
     A construction falls on the end of an epoch. It waits for `on_epoch_end`, so that it shares the evaluation the
     trainer makes there; unless an evaluation, or a checkpoint that [`DurableTrainer`] does not put off, follows at the
-    end of the step already: a run that resumes from that checkpoint does not see this epoch end again. Where no
-    evaluation follows that would, `construct` builds them.
+    end of the step already: a run that resumes from that checkpoint does not see this epoch end again.
+
+    Args:
+        construction ([`PrototypeConstruction`]): What is collected and built.
+        pairs_per_step (`int`): Pairs of all processes in an optimizer step.
+        construct (`Callable`): Builds prototypes; called where no evaluation follows that would do it.
     """
 
-    def __init__(self, construction: PrototypeConstruction, construct: Callable[[], None]):
+    def __init__(self, construction: PrototypeConstruction, pairs_per_step: int, construct: Callable[[], None]):
         self.construction = construction
+        self.pairs_per_step = pairs_per_step
         self.construct = construct
+        self._steps_per_epoch = 0
+
+    def next_step(self) -> int:
+        """Optimizer step after which the next construction is due."""
+        args, done = self.construction.args, self.construction.num_constructions
+        update = args.prototype_update_start + (done - 1) * args.prototype_interval
+        return (update if done else args.prototype_start) * self._steps_per_epoch
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
-        self.construction.start(steps, state.max_steps)
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.construction.apply_pending()
+        self._steps_per_epoch = steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+        done, update = self.construction.num_constructions, args.prototype_update_start * steps
+        end = f"Training ends at step {state.max_steps} (epoch {state.max_steps / steps:g})"
+        if not done and self.next_step() >= state.max_steps:
+            logger.warning(
+                f"{end}, before the first style prototypes would be used (step {self.next_step()}): all weights stay "
+                f"1. Train for longer, or lower `prototype_start`, now {args.prototype_start} epochs."
+            )
+        elif done < 2 and update >= state.max_steps:
+            logger.warning(
+                f"{end}, before the style prototypes would be updated for the first time (step {update}): they stay "
+                f"as they are first built. Train for longer, or lower `prototype_update_start`, now "
+                f"{args.prototype_update_start} epochs."
+            )
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.construction.apply_pending()
+        construction = self.construction
+        construction.apply_pending()
+        # Nothing is built after the last step, where nothing would use it.
+        remaining = self.next_step() - state.global_step
+        construction.collects_statistics = (
+            self.next_step() < state.max_steps and remaining <= args.prototype_interval * self._steps_per_epoch
+        )
+        # Not the length of the batches: shorter last ones may differ between processes, which must decide alike.
+        construction.collects_columns = (
+            construction.collects_statistics and (remaining - 1) * self.pairs_per_step < args.reservoir_pairs
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
-        ends = state.epoch == math.floor(state.epoch) and (control.should_evaluate or control.should_save)
-        self._decide(args, control, ends and self.construction.is_reached(state.global_step))
+        if state.epoch == math.floor(state.epoch) and (control.should_evaluate or control.should_save):
+            self._end_epoch(args, state, control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        self._decide(args, control, self.construction.is_reached(state.global_step))
+        self._end_epoch(args, state, control)
 
-    def _decide(self, args, control, due: bool) -> None:
-        self.construction.due = due
-        if due and not (args.feedback_needs_validation and control.should_evaluate):
+    def _end_epoch(self, args, state, control) -> None:
+        construction = self.construction
+        is_due = construction.pending is None and self.next_step() <= state.global_step < state.max_steps
+        construction.due = is_due and control.should_evaluate and args.feedback_needs_validation
+        if is_due and not construction.due:
             # `Trainer` takes what the construction logs for the log of this step, and would leave the loss out.
             should_log = control.should_log
             self.construct()

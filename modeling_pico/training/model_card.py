@@ -47,8 +47,8 @@ _STAGE_COLUMNS: _Columns = {
     "prototype_stage": ("Stage", "{:.0f}".format),
     "prototype_feedback_gain": ("Δ rSum", signed_number),
     "prototype_feedback_weight": ("Feedback weight", "{:.2f}".format),
-    "visual_prototype_movement": ("Movement, image side", "{:.3g}".format),
-    "textual_prototype_movement": ("Movement, text side", "{:.3g}".format),
+    "image_prototype_movement": ("Movement, image side", "{:.3g}".format),
+    "text_prototype_movement": ("Movement, text side", "{:.3g}".format),
 }
 _STAGES = {
     0: "0, plain alignment: no prototypes yet, so every column has the weight 1",

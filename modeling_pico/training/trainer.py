@@ -20,7 +20,7 @@ from transformers.trainer_utils import BestRun, EvalLoopOutput
 from transformers.utils import is_peft_available, logging
 
 from ..data import CaptionedImageDataset, PicoDataCollator, UniqueIdBatchSampler, as_captioned
-from ..distributed import gather, gather_batch, gather_object, gather_rows, own_rows, reduce
+from ..distributed import gather, gather_batch, gather_object, own_rows, reduce
 from ..durable import DurableTrainer, end_with_training_only, spread_non_finite
 from ..evaluation.embedding_cache import cached_embeddings
 from ..evaluation.evaluator import EncodedRetrieval, RetrievalEvaluator
@@ -29,13 +29,12 @@ from ..evaluation.uncertainty_reranking import RetrievalUncertainty, learn_reran
 from ..model.backbones_pico import limit_text_length
 from ..model.modeling_pico import PicoModel, PicoOutput
 from ..model.processing_pico import PicoProcessor
-from ..model.prototypes_pico import sign_agreement
 from .arguments import PicoTrainingArguments
 from .callbacks import LogitScaleCallback, PrototypeCallback, TrainLoaderCallback, UploadCallback
+from .construction import PrototypeConstruction
 from .gradient_cache import cached_backward, split_inputs
 from .model_card import create_model_card
 from .sharding import prepare_fsdp
-from .staging import PrototypeConstruction
 
 
 if is_peft_available():
@@ -287,7 +286,8 @@ class PicoTrainer(DurableTrainer):
         self.remove_callback(PrototypeCallback)
         self.construction = None if prototypes is None else PrototypeConstruction(prototypes, self.args)
         if self.construction is not None:
-            self.add_callback(PrototypeCallback(self.construction, self._construct))
+            pairs_per_step = self.get_total_train_batch_size(self.args)
+            self.add_callback(PrototypeCallback(self.construction, pairs_per_step, self._construct))
         if self.is_deepspeed_enabled and self.args.gradient_cache_chunk_size is not None:
             raise ValueError(
                 "gradient_cache_chunk_size takes a batch backwards in several parts, which DeepSpeed would count as "
@@ -400,7 +400,7 @@ class PicoTrainer(DurableTrainer):
         # Batches of another collator need not know their captions.
         ids, caption_codes = inputs["image_ids"], inputs.get("caption_codes")
         if collect and self.construction is not None:
-            self._collect(self.construction, outputs)
+            self.construction.collect(outputs)
         if collect:
             for name, value in (outputs.get("auxiliary_losses") or {}).items():
                 self._auxiliary_log.setdefault(name, []).append(value.detach())
@@ -423,28 +423,6 @@ class PicoTrainer(DurableTrainer):
         )
         # Auxiliary losses are over this process's pairs, which the share weighs like those of the other processes.
         return loss * batch.loss_share
-
-    @torch.no_grad()
-    def _collect(self, construction: PrototypeConstruction, outputs: PicoOutput) -> None:
-        """Hands the construction what it needs of this batch: nothing, signs, or signs and columns."""
-        step = self.state.global_step
-        if not construction.needs_statistics(step):
-            return
-        image_tokens, image_mask = outputs["image_tokens"].detach(), outputs["image_mask"]
-        text_tokens, text_mask = outputs["text_tokens"].detach(), outputs["text_mask"]
-        valid = image_mask.any(dim=1) & text_mask.any(dim=1)
-        # What a step that is left out saw must not reach the prototypes either.
-        valid &= image_tokens.flatten(1).sum(dim=1).isfinite() & text_tokens.flatten(1).sum(dim=1).isfinite()
-        prototypes = construction.prototypes
-        agreement = sign_agreement(image_tokens, image_mask, text_tokens, text_mask)
-        construction.collect_statistics(gather_rows(agreement), gather_rows(valid.long()).bool())
-        # Not the length of this batch: shorter last batches may differ between processes, which must decide alike.
-        pairs_per_step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        if construction.needs_columns(step, pairs_per_step):
-            construction.collect_columns(
-                gather_rows(prototypes.columns(image_tokens, image_mask)[valid]),
-                gather_rows(prototypes.columns(text_tokens, text_mask)[valid]),
-            )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`; the training loss is accompanied by its auxiliary terms and the learned logit scale."""
@@ -533,13 +511,8 @@ class PicoTrainer(DurableTrainer):
         construction = self.construction
         if construction is not None and self.is_in_train and metric_key_prefix == self._feedback_prefix():
             if construction.due:
-                images = construction.feedback_images(len(encoded.image_ids))
-                if images is None:
-                    self._propose(construction, encoded, self.evaluator, metrics["rsum"])
-                else:
-                    # One gallery: folds of it would be too small to tell prototypes apart.
-                    self._propose(construction, encoded.subset(images), RetrievalEvaluator())
-            construction.observe(metrics["rsum"])
+                self._construct(encoded, metrics["rsum"])
+            construction.previous_rsum = metrics["rsum"]
         predictions: Any = None if scores is None else scores.cpu().numpy()
         return EvalLoopOutput(
             predictions=predictions,
@@ -606,35 +579,28 @@ class PicoTrainer(DurableTrainer):
 
     # Construction of the prototypes
 
-    def _construct(self) -> None:
-        """A construction at whose step the trainer evaluates nothing."""
-        construction = self.construction
-        assert construction is not None
+    def _construct(self, encoded: EncodedRetrieval | None = None, rsum: float | None = None) -> None:
+        """Builds prototypes. Feedback comes from the first validation set, encoded here unless it has just been."""
+        construction: Any = self.construction
         if not self.args.feedback_needs_validation:
             self.log(construction.propose())
             return
-        # This evaluation feeds the construction alone and leaves the choice of the best checkpoint untouched.
         name = self._feedback_dataset()
         dataset = self.eval_dataset if name is None else self.eval_dataset[name]
-        images = construction.feedback_images(len(dataset))
-        dataset = dataset if images is None else Subset(dataset, images.tolist())
-        encoded = self._encode(self._eval_loader(dataset))
-        self._propose(construction, encoded, self.evaluator if images is None else RetrievalEvaluator())
-
-    def _propose(
-        self,
-        construction: PrototypeConstruction,
-        encoded: EncodedRetrieval,
-        evaluator: RetrievalEvaluator,
-        rsum: float | None = None,
-    ) -> None:
-        model = self._pico_model()
+        images = construction.feedback_images(len(dataset if encoded is None else encoded.image_ids))
+        if encoded is None:
+            # For the construction alone: neither the log nor the choice of the best checkpoint sees it.
+            part = dataset if images is None else Subset(dataset, images.tolist())
+            encoded = self._encode(self._eval_loader(part))
+        elif images is not None:
+            encoded, rsum = encoded.subset(images), None
+        # One gallery: folds of a part would be too small to tell prototypes apart.
+        evaluator = self.evaluator if images is None else RetrievalEvaluator()
 
         def score() -> float:
-            return evaluator.retrieval_metrics(model, encoded)["rsum"]
+            return evaluator.retrieval_metrics(self._pico_model(), encoded)["rsum"]
 
-        # The gain compares two scores of the same images.
-        self.log(construction.propose(score() if rsum is None else rsum, score))
+        self.log(construction.propose(score, rsum))
 
     # Publishing
 

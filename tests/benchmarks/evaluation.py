@@ -40,7 +40,8 @@ def build_model(dim: int) -> PicoModel:
         embedding_dim=dim,
     )
     model = PicoModel(config).eval()
-    model.style_prototypes.stage.fill_(1)
+    for side in model.style_prototypes.values():
+        side.stage.fill_(1)
     return model
 
 

@@ -31,7 +31,7 @@ from modeling_pico.model.backbones_pico import build_backbone
 from modeling_pico.model.loss_pico import image_text_loss
 from modeling_pico.model.scoring_pico import pair_scores
 from modeling_pico.script.from_scratch import small_vision_config
-from modeling_pico.training import staging
+from modeling_pico.training import construction
 from modeling_pico.training.gradient_cache import cached_backward, split_inputs
 
 
@@ -88,11 +88,9 @@ def build_model(towers: str, method: str, dropout: float | None = None) -> PicoM
         )
     model_class, head = METHODS[method]
     model = model_class.from_backbones(build_backbone(vision), build_backbone(text), **head, **options)
-    prototypes = model.style_prototypes
-    if prototypes is not None:
+    for prototypes in (model.style_prototypes or {}).values():
         prototypes.stage.fill_(1)
-        for name in ("visual_prototypes", "textual_prototypes"):
-            getattr(prototypes, name).normal_()
+        prototypes.prototypes.normal_()
     return model.train()
 
 
@@ -259,9 +257,9 @@ def construction_cost(recipe: str, flags: list[str]) -> dict:
 
     watch, clock = _Stopwatch(), _EpochClock()
     undo = [
-        watch.wrap(PicoTrainer, "_collect", "statistics and columns"),
-        watch.wrap(staging, "construct_prototypes", "K-means"),
-        watch.wrap(PicoTrainer, "_propose", "K-means and feedback"),
+        watch.wrap(construction.PrototypeConstruction, "collect", "statistics and columns"),
+        watch.wrap(construction, "build_prototypes", "K-means"),
+        watch.wrap(PicoTrainer, "_construct", "K-means and feedback"),
         watch.wrap(PicoTrainer, "evaluation_loop", "evaluation, feedback included"),
     ]
     build = PicoTrainer.__init__

@@ -277,7 +277,7 @@ def test_what_embeddings_do_not_depend_on_leaves_them_as_they_are(tmp_path, monk
     own = PicoProcessor.from_pretrained(tmp_path / "saved")
     second = made(tmp_path, net=PicoModel.from_pretrained(tmp_path / "saved"))
     second.data_collator = PicoDataCollator(own)
-    second.model.style_prototypes.visual_prototypes.add_(1)
+    second.model.style_prototypes["image"].prototypes.add_(1)
     second.model.config.uncertainty_config["reranking"] = {"text_weight": 1.0}
     with torch.no_grad():
         second.model.uncertainty_prototypes.image.add_(1)

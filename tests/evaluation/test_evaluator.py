@@ -16,18 +16,15 @@ from modeling_pico.evaluation import (
     retrieval_metrics,
     retrieval_ranks,
 )
-from modeling_pico.training import PrototypeState
 
 
 def stage_prototypes(net, seed: int = 0) -> None:
     """Puts random prototypes into use."""
     generator = torch.Generator().manual_seed(seed)
-    prototypes = net.style_prototypes
-    for side in ("visual", "textual"):
-        for name in ("prototypes", "style_rate"):
-            buffer = getattr(prototypes, f"{side}_{name}")
+    for side in net.style_prototypes.values():
+        for buffer in (side.prototypes, side.style_rate):
             buffer.copy_(torch.rand(buffer.shape, generator=generator))
-    prototypes.stage.fill_(1)
+        side.stage.fill_(1)
 
 
 @pytest.fixture
@@ -130,7 +127,7 @@ def test_encoded_once_and_scored_under_other_prototypes(net, data):
     before = evaluator.score(net, encoded)
     other = model(style_probability="purity").eval()
     stage_prototypes(other, seed=9)
-    PrototypeState.of(other.style_prototypes).copy_to(net.style_prototypes)
+    net.style_prototypes.load_state_dict(other.style_prototypes.state_dict())
     after = evaluator.score(net, encoded)
     assert data.reads == reads
     assert not torch.equal(after, before)

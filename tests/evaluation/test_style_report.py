@@ -188,7 +188,8 @@ def data() -> CaptionedImageDataset:
 def test_each_style_is_evaluated_as_a_set_of_its_own(data, monkeypatch):
     monkeypatch.setattr(style_report, "_TEXT_CHUNK", 20)
     net, both = tiny.model(), tiny.processor()
-    net.style_prototypes.stage.fill_(1)
+    for side in net.style_prototypes.values():
+        side.stage.fill_(1)
     report = measure_styles(net, both, data, batch_size=10)
     for style, result in report.styles.items():
         rows = [row for row, name in enumerate(data.styles) if name == style]

@@ -148,7 +148,7 @@ def test_the_script_trains_and_evaluates_it(script, tmp_path):
     again = script("again", model_name_or_path=tmp_path / "run")
     assert again["eval_rsum"] == results["eval_rsum"]
     model = CddsModel.from_pretrained(tmp_path / "run")
-    assert (model.config.noise_groups, int(model.style_prototypes.stage)) == (1, 1)
+    assert (model.config.noise_groups, int(model.style_prototypes["image"].stage)) == (1, 1)
     # Another method on the same checkpoint: projections and towers stay.
     script("ablated", model_name_or_path=tmp_path / "run", method="fine_grained")
 

@@ -28,7 +28,7 @@ def constructed(tmp_path_factory) -> PicoTrainer:
     """A trainer whose model has prototypes in use."""
     made = trainer(tmp_path_factory.mktemp("constructed"), num_train_epochs=2, save_strategy="no")
     made.train()
-    assert made.model.style_prototypes.stage > 0
+    assert made.model.style_prototypes["image"].stage > 0
     return made
 
 
@@ -75,10 +75,10 @@ def test_search_maximises_rsum_with_fresh_prototypes_in_each_trial(tmp_path):
 
     class Watch(TrainerCallback):
         def on_train_begin(self, args, state, control, model=None, **kwargs):
-            stages.append(int(model.style_prototypes.num_constructions))
+            stages.append(int(model.style_prototypes["text"].stage))
 
         def on_train_end(self, args, state, control, model=None, **kwargs):
-            stages.append(int(model.style_prototypes.num_constructions))
+            stages.append(int(model.style_prototypes["text"].stage))
 
     made = PicoTrainer(
         model_init=lambda trial: model(),
@@ -173,7 +173,7 @@ def test_bfloat16_trains_float32_weights_and_prototypes(tmp_path):
     mixed.train()
     losses = [[entry["loss"] for entry in made.state.log_history if "loss" in entry] for made in (exact, mixed)]
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.1)
-    assert mixed.model.style_prototypes.stage > 0
+    assert mixed.model.style_prototypes["image"].stage > 0
     floating = {tensor.dtype for tensor in mixed.model.state_dict().values() if tensor.is_floating_point()}
     assert floating == {torch.float32}
 

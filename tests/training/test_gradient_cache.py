@@ -34,10 +34,11 @@ def batch():
 
 
 def in_use(model):
-    model.style_prototypes.stage.fill_(1)
-    torch.nn.init.normal_(model.style_prototypes.visual_prototypes)
+    for side in model.style_prototypes.values():
+        side.stage.fill_(1)
+    torch.nn.init.normal_(model.style_prototypes["image"].prototypes)
     with torch.no_grad():
-        model.style_prototypes.visual_rates.rate.normal_()
+        model.style_prototypes["image"].rates.rate.normal_()
     return model.train()
 
 

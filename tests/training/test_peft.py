@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from tiny import assert_same_state, model, processor, prototype_log, rows, trainer
 
 from modeling_pico import CddsModel, PicoModel
-from modeling_pico.model.prototypes_pico import STAGE_PLAIN, STAGE_UPDATED
 
 
 peft = pytest.importorskip("peft")
@@ -58,8 +57,8 @@ def test_adapter_and_staged_prototypes_train_together(run):
     prototypes = run.trainer._pico_model().style_prototypes
     assert prototypes is base.alignment_head.modules_to_save["default"].style_prototypes
     assert run.trainer.construction.prototypes is prototypes
-    assert int(prototypes.stage) == STAGE_UPDATED and len(prototype_log(run.trainer)) == 3
-    assert int(base.alignment_head.original_module.style_prototypes.stage) == STAGE_PLAIN
+    assert prototypes["image"].stage == 2 and len(prototype_log(run.trainer)) == 3
+    assert base.alignment_head.original_module.style_prototypes["image"].stage == 0
     # Outside of every module, so an adapter neither trains nor holds it.
     assert not base.logit_scale.requires_grad and "logit_scale" in start
     assert not any("logit_scale" in name for name in load_file(run.last / "adapter_model.safetensors"))
@@ -83,7 +82,11 @@ def test_checkpoint_holds_the_whole_head_and_nothing_of_the_base(run):
     head = {name.removeprefix(prefix): tensor for name, tensor in saved.items() if name.startswith(prefix)}
     expected = run.net.get_base_model().alignment_head.modules_to_save["default"].state_dict()
     assert head.keys() == expected.keys()
-    assert {"style_prototypes.visual_prototypes", "style_prototypes.stage", "text_projection.weight"} <= head.keys()
+    assert {
+        "style_prototypes.image.prototypes",
+        "style_prototypes.text.stage",
+        "text_projection.weight",
+    } <= head.keys()
     assert all(torch.equal(head[name], tensor) for name, tensor in expected.items())
     assert all("lora" in name for name in saved if not name.startswith(prefix))
     assert not (run.last / "model.safetensors").exists()
@@ -95,7 +98,7 @@ def test_adapter_on_a_fresh_base_gives_equal_scores(run):
     assert not torch.equal(scores(model()), scores(run.net))
     assert_same_state(loaded.get_base_model().style_prototypes, run.trainer._pico_model().style_prototypes)
     with run.net.disable_adapter():
-        assert int(run.net.get_base_model().style_prototypes.stage) == STAGE_PLAIN
+        assert run.net.get_base_model().style_prototypes["image"].stage == 0
         assert torch.equal(scores(run.net), scores(model()))
 
 
@@ -143,7 +146,7 @@ def test_an_adapter_added_in_place_is_saved_and_resumed(tmp_path):
     best, last = (tmp_path / "whole" / f"checkpoint-{step}" for step in (whole.state.best_global_step, 15))
     loaded = model()
     loaded.load_adapter(str(last))
-    assert int(loaded.style_prototypes.stage) == STAGE_UPDATED
+    assert loaded.style_prototypes["image"].stage == 2
     resumed = trainer(tmp_path / "resumed", net=adapted_in_place(), num_train_epochs=5)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert_same_state(resumed.model, loaded)

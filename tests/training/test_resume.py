@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from modeling_pico import PicoModel
 from modeling_pico.data import RandomCropFlip
-from modeling_pico.training.staging import STATE_FILE
+from modeling_pico.training.construction import STATE_FILE
 
 
 # Prototypes that change the score at once, so that gains, weights and gradients depend on them.
@@ -88,7 +88,7 @@ def test_whole_run_changes_prototypes_with_weights_between_0_and_1(whole_run):
     log = prototype_log(made)
     assert len(log) >= 3
     assert any(0.02 < entry["prototype_feedback_weight"] < 0.98 for entry in log)
-    assert all(entry["visual_prototype_movement"] > 0 for entry in log)
+    assert all(entry["image_prototype_movement"] > 0 for entry in log)
 
 
 def test_resume_from_any_checkpoint_equals_the_whole_run(whole_run, tmp_path):
@@ -103,7 +103,7 @@ def test_resume_from_any_checkpoint_equals_the_whole_run(whole_run, tmp_path):
         assert_same_state(resumed.model, whole.model)
         assert prototype_log(resumed) == prototype_log(whole)
         assert whole_log(resumed) == whole_log(whole)
-        held_back += "pending.visual_prototypes" in _tensors(checkpoint)
+        held_back += "pending.image.prototypes" in _tensors(checkpoint)
     assert held_back  # some checkpoints were written while an update waited
 
 
@@ -141,7 +141,6 @@ def test_update_stays_out_of_the_checkpoint_of_its_evaluation(whole_run):
     for checkpoint in folder.glob("checkpoint-*"):
         step = int(checkpoint.name.split("-")[1])
         loaded = PicoModel.from_pretrained(checkpoint)
-        assert loaded.style_prototypes.num_constructions <= len(prototype_log(whole))
         evaluation = trainer(folder / "unused", net=loaded, model_options=net_options).evaluate()
         assert evaluation["eval_rsum"] == logged[step]
 
@@ -151,29 +150,24 @@ def test_held_back_update_is_used_in_the_very_next_step(tmp_path):
 
     class Watch(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            seen[state.global_step] = model.style_prototypes.visual_prototypes.clone()
+            seen[state.global_step] = model.style_prototypes["image"].prototypes.clone()
 
     made = trainer(tmp_path, num_train_epochs=2, callbacks=[Watch()], model_options=PURITY)
     made.train()
     tensors = _tensors(tmp_path / "checkpoint-3")
-    saved = PicoModel.from_pretrained(tmp_path / "checkpoint-3").style_prototypes
-    assert saved.stage == 0 and not saved.visual_prototypes.any()
+    saved = PicoModel.from_pretrained(tmp_path / "checkpoint-3").style_prototypes["image"]
+    assert saved.stage == 0 and not saved.prototypes.any()
     assert not seen[2].any()
-    assert torch.equal(seen[3], tensors["pending.visual_prototypes"])
+    assert torch.equal(seen[3], tensors["pending.image.prototypes"])
     assert seen[3].any()
 
 
-def test_checkpoint_without_the_construction_state_warns_and_trains_on(tmp_path, monkeypatch):
-    trainer(tmp_path, num_train_epochs=3).train()
+def test_a_checkpoint_without_the_state_of_the_construction_is_refused(tmp_path):
+    trainer(tmp_path, num_train_epochs=2).train()
     (tmp_path / "checkpoint-3" / STATE_FILE).unlink()
-    warnings: list[str] = []
-    monkeypatch.setattr("modeling_pico.training.staging.logger.warning", warnings.append)
-    resumed = trainer(tmp_path, num_train_epochs=3, save_strategy="no")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    # Beside it stands the warning of a training too short for updates.
-    assert sum(STATE_FILE in warning for warning in warnings) == 1
-    assert resumed.state.global_step == 9
-    assert len(prototype_log(resumed)) == 2  # the lost one was logged before the checkpoint; it is built again
+    resumed = trainer(tmp_path, num_train_epochs=2, save_strategy="no")
+    with pytest.raises(FileNotFoundError, match=STATE_FILE):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
 def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:

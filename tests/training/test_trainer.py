@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 
 import pytest
 import torch
@@ -49,8 +48,7 @@ def test_construction_events_happen_when_configured_and_are_logged(tmp_path):
     assert [entry["prototype_stage"] for entry in log] == [1, 2, 2, 2]
     names = {"prototype_stage", "prototype_feedback_gain", "prototype_feedback_weight"}
     assert all(
-        set(entry) == names | {"visual_prototype_movement", "textual_prototype_movement", "epoch", "step"}
-        for entry in log
+        set(entry) == names | {"image_prototype_movement", "text_prototype_movement", "epoch", "step"} for entry in log
     )
     assert log[0]["prototype_feedback_weight"] == 1
     # w_j = exp(g_j / kappa) / sum over the constructions so far, with kappa = 30 here.
@@ -58,8 +56,8 @@ def test_construction_events_happen_when_configured_and_are_logged(tmp_path):
     for count in range(1, 5):
         weight = log[count - 1]["prototype_feedback_weight"]
         assert weight == pytest.approx(shares[count - 1] / sum(shares[:count]), rel=1e-5)
-    assert made.model.style_prototypes.num_constructions == 4
-    assert made.model.style_prototypes.stage == 2
+    assert made.construction.num_constructions == 4
+    assert [int(side.stage) for side in made.model.style_prototypes.values()] == [2, 2]
 
 
 @pytest.mark.parametrize("strategy", ["epoch", "steps", "no"])
@@ -73,11 +71,11 @@ def test_constructions_fall_on_the_ends_of_epochs(tmp_path, strategy, feedback):
 
 def test_a_training_too_short_for_prototypes_warns(tmp_path, monkeypatch):
     warnings: list[str] = []
-    monkeypatch.setattr("modeling_pico.training.staging.logger.warning", warnings.append)
+    monkeypatch.setattr("modeling_pico.training.callbacks.logger.warning", warnings.append)
     made = trainer(tmp_path, num_train_epochs=2, prototype_start=2, save_strategy="no")
     made.train()
     assert "ends at step 6" in warnings[0] and "`prototype_start`, now 2" in warnings[0]
-    assert prototype_log(made) == [] and made.model.style_prototypes.stage == 0
+    assert prototype_log(made) == [] and made.model.style_prototypes["image"].stage == 0
 
 
 def test_one_pass_over_the_data_and_no_evaluation_of_its_own(tmp_path, monkeypatch):
@@ -103,18 +101,15 @@ def test_a_construction_without_an_evaluation_beside_it_costs_one(tmp_path):
 
 
 def test_statistics_are_collected_in_their_windows_only(tmp_path):
-    counts, columns = {}, Counter()
+    counts, columns = {}, {}
 
-    class Watched(PicoTrainer):
-        def _collect(self, construction, outputs):
-            before = len(self.construction._columns)
-            super()._collect(construction, outputs)
-            columns[self.state.global_step] += len(self.construction._columns) - before
-            counts[self.state.global_step] = float(self.construction.prototypes.matched_count)
+    def watch(step, net):
+        columns[step] = len(made.construction.columns.get("image", ()))
+        counts[step] = float(made.construction.num_pairs)
 
     made = trainer(
         tmp_path,
-        trainer_class=Watched,
+        callbacks=[OnStep(watch)],
         num_train_epochs=5,
         prototype_start=2,
         prototype_update_start=4,
@@ -128,7 +123,7 @@ def test_statistics_are_collected_in_their_windows_only(tmp_path):
         zip(windows, [6, 12, 18, 6, 12, 18], strict=True)
     )
     # Seven pairs come from the last two steps of a window.
-    assert [step for step in range(15) if columns[step]] == [4, 5, 10, 11]
+    assert {step: count for step, count in columns.items() if count} == {4: 6, 5: 7, 10: 6, 11: 7}
 
 
 def test_accumulation_collects_from_every_micro_batch(tmp_path):
@@ -139,7 +134,7 @@ def test_accumulation_collects_from_every_micro_batch(tmp_path):
         per_device_train_batch_size=3,
         gradient_accumulation_steps=2,
         save_strategy="no",
-        callbacks=[OnStep(lambda step, net: counts.append(float(net.style_prototypes.matched_count)))],
+        callbacks=[OnStep(lambda step, net: counts.append(float(made.construction.num_pairs)))],
     )
     made.train()
     assert counts[:3] == [6, 12, 18]
@@ -156,7 +151,6 @@ def test_counterfactual_gain_compares_prototypes_on_the_same_network(tmp_path):
     for name, tensor in tensors.items():
         if name.startswith("pending."):  # weight 1 for the first construction: pending is what was tried
             buffers[name.removeprefix("pending.")].copy_(tensor)
-    buffers["stage"].fill_(1)
     after = trainer(tmp_path / "b", net=saved, num_train_epochs=3).evaluate()["eval_rsum"]
     assert entry["prototype_feedback_gain"] == after - before != 0
 
@@ -178,7 +172,6 @@ def test_counterfactual_gain_of_a_part_of_the_images(tmp_path):
     for name, tensor in tensors.items():
         if name.startswith("pending."):
             buffers[name.removeprefix("pending.")].copy_(tensor)
-    buffers["stage"].fill_(1)
     after = trainer(tmp_path / "b", net=saved).evaluate(part)["eval_rsum"]
     assert entry["prototype_feedback_gain"] == after - before != 0
 
