@@ -310,7 +310,7 @@ def test_auto_starts_anew_and_continues(data, tmp_path):
     again = train(tmp_path, data, resume_from_checkpoint="auto")
     assert times_aside(again) == times_aside(results)
     (tmp_path / "b" / "checkpoint-3").mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds no complete checkpoint. With auto"):
+    with pytest.raises(ValueError, match="checkpoint-3' is not a complete checkpoint"):
         train(tmp_path / "b", data, resume_from_checkpoint="true")
 
 
