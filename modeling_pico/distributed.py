@@ -18,14 +18,11 @@ from torch.distributed.tensor import DTensor
 @dataclass
 class GatheredBatch:
     """
-    Score-ready embeddings of the pairs of all processes, and where this process's own pairs stand among them.
+    Score-ready embeddings, masks, ids and captions of the pairs of all processes, in the order of the processes;
+    `own` are this process's pairs.
 
-    Attributes:
-        image_embeds `(all, patches, dim)`, image_mask `(all, patches)`, text_embeds `(all, words, dim)`,
-        text_mask `(all, words)`, ids `(all,)`, caption_codes `(all,)`: Everything, in the order of the processes.
-        own (`slice`): This process's pairs.
-        loss_share (`float`): Own pairs over the mean number of pairs, 1 for equal batches. With it a mean over
-            processes of per-process mean losses is the mean over all pairs.
+    `loss_share` is their number over the mean number of pairs, 1 for equal batches: with it a mean over processes of
+    per-process mean losses is the mean over all pairs.
     """
 
     image_embeds: torch.Tensor
@@ -41,8 +38,8 @@ class GatheredBatch:
 def gather_batch(
     outputs, ids: torch.Tensor, caption_codes: torch.Tensor | None = None, gather_negatives: bool = True
 ) -> GatheredBatch:
-    r"""
-    Gathers the embeddings of all processes; the gradient of a process's loss reaches the others' embeddings.
+    """
+    Gathers the pairs of all processes; the gradient of a process's loss reaches the others' embeddings.
 
     Args:
         outputs ([`PicoOutput`]): Output of the model on this process's pairs.

@@ -417,7 +417,7 @@ def plot_matches(
     colors: dict[str, Any] = {"cmap": "viridis", "vmin": maps.min(), "vmax": max(maps.max(), maps.min() + 1e-6)}
     panels = right.subplots(lines, _WORD_COLUMNS, squeeze=False).ravel()
     for axes in panels:
-        axes.set_axis_off()
+        axes.set(frame_on=False, xticks=[], yticks=[], anchor="N")
     for index, axes in enumerate(panels[:shown]):
         axes.imshow(pixels.mean(axis=2), cmap="gray", vmin=0, vmax=1, **place)
         axes.imshow(maps[:, index].reshape(grid), interpolation="nearest", alpha=0.75, **colors, **place)
@@ -428,7 +428,8 @@ def plot_matches(
     overview, scale, rest = left.subplots(3, 1, height_ratios=[2.9 * tall + 0.5, 0.12, height - 2.9 * tall - 0.6])
     overview.imshow(pixels, interpolation="nearest", **place)
     overview.set_axis_off()
-    overview.set_title(f"score {score:.2f}; the best patches,\nnumbered by word", fontsize=_LABEL, loc="left")
+    title = f"score {score:.2f}; best patches, numbered by\nword (“3+”: word 3 and later ones)"
+    overview.set_title(title, fontsize=_SMALL + 1, loc="left")
     _outline(overview, best[:shown].tolist(), special, columns, numbered=True)
     rest.set_axis_off()
     shades = ScalarMappable(Normalize(colors["vmin"], colors["vmax"]), colors["cmap"])

@@ -160,7 +160,7 @@ def test_configuration_round_trip(vision, text, tmp_path):
 
 
 def test_only_prototypes_and_temperature_are_kept_in_float32():
-    model = build("clip", "clip", uncertainty_config={"num_prototypes": 2})
+    model = _model.__wrapped__("clip", "clip", uncertainty_config={"num_prototypes": 2})
     names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
     for pattern in model._keep_in_fp32_modules_strict:
         assert any(pattern in name for name in names), pattern

@@ -490,7 +490,7 @@ def test_processes_with_other_data_are_refused_before_the_model_is_built(data, t
 def test_uncertainty_is_added_to_a_trained_model_and_re_ranks(finished, data, tmp_path):
     options = {
         "model_name_or_path": finished.folder,
-        "uncertainty_config": {"num_prototypes": 4},
+        "uncertainty_config": '{"num_prototypes": 4}',
         "num_train_epochs": 1,
     }
     options |= dict.fromkeys(SIZES)

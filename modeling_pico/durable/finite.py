@@ -16,8 +16,8 @@ from ..distributed import gather, gather_object
 logger = logging.get_logger(__name__)
 
 NON_FINITE_LOSSES = ("stop", "skip")
+# So many steps left out one after another are no accident of the data; training stops then as well.
 MAX_SKIPPED_IN_A_ROW = 10
-"""So many steps left out one after another are no accident of the data; training stops then as well."""
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -25,19 +25,15 @@ class NonFiniteLossError(FloatingPointError):
 
 
 class FiniteLossCallback(TrainerCallback):
-    r"""
-    Judges every optimizer step just before it is taken, so that no weight and no checkpoint ever becomes NaN.
+    """
+    Judges every optimizer step just before it is taken, so that no weight and no checkpoint ever becomes NaN: `action`
+    `"stop"` raises [`NonFiniteLossError`], `"skip"` leaves the step out, warns, and logs the count.
 
     Once a step, and not once a micro-batch: all forward and backward passes are under way by then, and a device is
     waited for once. The norm of the gradient says it all, and says the same to all processes, since
     [`spread_non_finite`] makes the gradient NaN where the loss is. Only under loss scaling (fp16), where infinite
     gradients belong to the search for the scale and the scaler leaves such steps out itself, processes ask each other
-    for their losses.
-
-    Args:
-        action (`str`): `"stop"` raises [`NonFiniteLossError`], `"skip"` leaves the step out, warns and counts.
-        describe (`Callable`): Says what the inputs of the micro-batches to blame were; called on all processes.
-        log (`Callable`): Takes `{"skipped_steps": count}`.
+    for their losses. `describe` says, on all processes, what the inputs of the micro-batches to blame were.
     """
 
     def __init__(

@@ -31,14 +31,11 @@ def noting_sigterm() -> Iterator[threading.Event]:
 
 
 def end_with_training_only(worker: int) -> None:
-    r"""
-    Start of a data loader's worker (`worker_init_fn`): SIGTERM ends it only if the training process sends it.
+    """
+    Start of a data loader's `worker` (`worker_init_fn`): SIGTERM ends it only if the training process sends it.
 
     Schedulers send SIGTERM to all processes of a job. Workers that ended then would stop the training with an error
     before it could write its checkpoint; this way they end with the training. Linux only; elsewhere nothing happens.
-
-    Args:
-        worker (`int`): Number of the worker, which plays no role.
     """
     if sys.platform != "linux":
         return

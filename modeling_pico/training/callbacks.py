@@ -24,11 +24,8 @@ class PrototypeCallback(TrainerCallback):
 
     A construction falls on the end of an epoch. It waits for `on_epoch_end`, so that it shares the evaluation the
     trainer makes there; unless an evaluation, or a checkpoint that [`DurableTrainer`] does not put off, follows at the
-    end of the step already: a run that resumes from that checkpoint does not see this epoch end again.
-
-    Args:
-        construction ([`PrototypeConstruction`]): What is built.
-        construct (`Callable`): Builds it where no evaluation follows that would.
+    end of the step already: a run that resumes from that checkpoint does not see this epoch end again. Where no
+    evaluation follows that would, `construct` builds them.
     """
 
     def __init__(self, construction: PrototypeConstruction, construct: Callable[[], None]):
@@ -79,8 +76,8 @@ class UploadCallback(TrainerCallback):
 
 class TrainLoaderCallback(TrainerCallback):
     """
-    Tells the batch sampler its epoch, also where a resumed run wraps it twice and nobody else does; ends persistent
-    workers with the training, which would stay as long as the trainer.
+    Tells the batch sampler its epoch, also where a resumed run wraps it twice; ends persistent workers with the
+    training, which would stay as long as the trainer.
     """
 
     def __init__(self, sampler: UniqueIdBatchSampler):

@@ -1,12 +1,9 @@
 """
-Large batches on small memory: the loss of the whole batch, encoded in chunks.
+Large batches on small memory: the loss of the whole batch, encoded in chunks (GradCache, arXiv 2101.06983).
 
-Method: GradCache, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (arXiv 2101.06983).
 Every chunk is encoded twice: without gradient to get the embeddings that the loss needs, and, once the loss's gradient
-with respect to them is known, with gradient to carry it into the weights.
-
-Auxiliary losses of the model are those of each chunk, averaged over the chunks by their pairs: what they compare
-within a batch (column distributions, other samples) is then the chunk, since the whole batch is never held.
+with respect to them is known, with gradient to carry it into the weights. Auxiliary losses of the model are those of
+each chunk, averaged over the chunks by their pairs: what they compare within a batch is then the chunk.
 """
 
 from __future__ import annotations
@@ -27,19 +24,17 @@ _EMBEDS = ("image_embeds", "text_embeds")
 _OTHERS = ("image_mask", "text_mask", "image_tokens", "text_tokens")
 
 
-class _RandomState:
-    """The state of the generators before a chunk, so that its second pass drops out the same units."""
+def _random_state(device: torch.device) -> tuple[torch.Tensor, list[int], list[torch.Tensor]]:
+    return torch.get_rng_state(), *get_device_states(torch.empty(0, device=device))
 
-    def __init__(self, device: torch.device):
-        self.cpu = torch.get_rng_state()
-        self.devices, self.states = get_device_states(torch.empty(0, device=device))
 
-    @contextmanager
-    def replay(self) -> Iterator[None]:
-        with torch.random.fork_rng(devices=self.devices, enabled=True):
-            torch.set_rng_state(self.cpu)
-            set_device_states(self.devices, self.states)
-            yield
+@contextmanager
+def _replay(cpu: torch.Tensor, devices: list[int], states: list[torch.Tensor]) -> Iterator[None]:
+    """The generators as they were before a chunk, so that its second pass drops out the same units."""
+    with torch.random.fork_rng(devices=devices):
+        torch.set_rng_state(cpu)
+        set_device_states(devices, states)
+        yield
 
 
 def split_inputs(inputs: dict[str, torch.Tensor], chunk_size: int) -> list[dict[str, torch.Tensor]]:
@@ -59,7 +54,7 @@ def cached_backward(
     no_sync: Callable[[], AbstractContextManager],
 ) -> torch.Tensor:
     r"""
-    Computes the loss of all chunks together and accumulates its gradient in the model.
+    Computes the loss of all chunks together, detached, and accumulates its gradient in the model.
 
     Args:
         model (`torch.nn.Module`): A [`PicoModel`], or one wrapped for distributed use.
@@ -67,18 +62,12 @@ def cached_backward(
         loss_function (`Callable`): Gives the loss of a [`PicoOutput`] of the whole batch.
         backward (`Callable`): Runs backward on a scalar (with the scaling that mixed precision and accumulation ask).
         no_sync (`Callable`): Context in which gradients are not exchanged; used for all chunks but the last.
-
-    Returns:
-        The loss, detached.
-
-    Raises:
-        ValueError: for chunks of one pair of a model with auxiliary losses, which then have nothing to compare.
     """
-    states: list[_RandomState] = []
+    states: list[tuple[Any, ...]] = []
     outputs: list[PicoOutput] = []
     with torch.no_grad():
         for chunk in chunks:
-            states.append(_RandomState(chunk["image_ids"].device))
+            states.append(_random_state(chunk["image_ids"].device))
             outputs.append(model(**chunk, return_logits=False))
     if len(chunks) > 1 and len(chunks[0]["image_ids"]) == 1 and outputs[0].auxiliary_losses is not None:
         raise ValueError(
@@ -99,7 +88,7 @@ def cached_backward(
     start = 0
     for index, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
         last = index == len(chunks) - 1
-        with nullcontext() if last else no_sync(), state.replay():
+        with nullcontext() if last else no_sync(), _replay(*state):
             output = model(**chunk, return_logits=False)
             end = start + len(output.image_embeds)
             words = output.text_embeds.shape[1]

@@ -15,20 +15,12 @@ from ..model.modeling_pico import PicoModel
 
 
 def prepare_fsdp(accelerator, model: nn.Module, pico: PicoModel) -> None:
-    r"""
-    Configures Accelerate's FSDP for a model before it is sharded: towers are sharded layer by layer, what is
-    beside them and the temperature stay whole on every process.
+    """
+    Configures Accelerate's FSDP for a model (`model`: `pico`, or an adapter around it) before it is sharded: towers
+    are sharded layer by layer, what is beside them and the temperature stay whole on every process.
 
     They are small, and evaluation uses them outside of the model's forward pass, where sharded parameters are not
     there. Their gradients are averaged here, as FSDP averages its own.
-
-    Args:
-        accelerator (`Accelerator`): Of a run under FSDP.
-        model (`nn.Module`): What will be sharded: a [`PicoModel`], or an adapter around one.
-        pico ([`PicoModel`]): The model itself.
-
-    Raises:
-        ValueError: under the first version of FSDP.
     """
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:

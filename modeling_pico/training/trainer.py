@@ -76,9 +76,8 @@ class PicoTrainer(DurableTrainer):
     for the backbones; retrieval metrics (`eval_rsum`, `eval_image_to_text_recall_at_1`, ...) from an evaluation that
     encodes once; and, for models with style prototypes, their staged construction.
 
-    A run may be resumed with another number of processes. With as large a batch of all processes together it goes on
-    with the same batches, and ends with the same weights and prototypes up to rounding; dropout alone draws other
-    numbers, since each process has a generator of its own.
+    A run may be resumed with another number of processes: with as large a batch of all together it ends with the same
+    weights and prototypes up to rounding; dropout alone draws other numbers.
 
     Args:
         model ([`PicoModel`], *optional*): The model, or give `model_init`.
@@ -521,10 +520,8 @@ class PicoTrainer(DurableTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """
-        Encodes every image and caption once and measures retrieval over the whole set.
-
-        Returns metrics under `{metric_key_prefix}_rsum`, `..._image_to_text_recall_at_1` and so on, and, from
-        `Trainer.predict`, the score matrix `(images, texts)` as predictions.
+        Encodes every image and caption once and measures retrieval over the whole set. Predictions, from
+        `Trainer.predict`, are the score matrix `(images, texts)`.
         """
         if prediction_loss_only is None:
             prediction_loss_only = self.args.prediction_loss_only

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import subprocess
+import multiprocessing
+import os
 import sys
-import textwrap
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -19,26 +20,39 @@ from modeling_pico.durable import files, sole_run
 from modeling_pico.durable.files import LOCK_FILE
 
 
-HOLD = """
-import os, runpy, sys, time
-with runpy.run_path(sys.argv[1])["sole_run"](sys.argv[2]):
-    {then}
-    print("in", flush=True)
-    time.sleep(600)
-"""
+def hold(folder: Path, entered) -> None:
+    with sole_run(folder):
+        entered.set()
+        time.sleep(600)
+
+
+def hold_with_a_child(folder: Path, entered) -> None:
+    with sole_run(folder):
+        if os.fork() == 0:
+            time.sleep(20)
+            os._exit(0)
+        entered.set()
+        time.sleep(600)
+
+
+def enter(folder: Path) -> None:
+    with sole_run(folder):
+        pass
 
 
 @contextlib.contextmanager
-def another_run(folder: Path, then: str = "") -> Iterator[subprocess.Popen]:
+def another_run(folder: Path, target: Callable[..., None] = hold) -> Iterator[BaseProcess]:
     """A process that is in the folder until it is killed."""
-    script = textwrap.dedent(HOLD).format(then=then)
-    command = [sys.executable, "-c", script, files.__file__, str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "in\n"
-        try:
-            yield process
-        finally:
-            process.kill()
+    context = multiprocessing.get_context("forkserver")
+    entered = context.Event()
+    process = context.Process(target=target, args=(folder, entered))
+    process.start()
+    assert entered.wait(120)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -56,8 +70,8 @@ def test_a_folder_in_use_is_refused_and_left_as_it_is(tmp_path):
             with pytest.raises(ValueError, match=f"writing its run into '{tmp_path}'. .*another output_dir; nothing"):
                 write()
         assert contents(tmp_path) == before
-        other.send_signal(signal.SIGKILL)
-        other.wait()
+        other.kill()
+        other.join()
         made.train()  # nothing to clean up after a process that was killed
     made.save_metrics("eval", {"rsum": 1.0})
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -69,10 +83,9 @@ def test_a_folder_in_use_is_refused_and_left_as_it_is(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_children_of_a_killed_process_do_not_hold_its_folder(tmp_path):
-    fork = "os.fork() or (os.close(1), time.sleep(20), os._exit(0))"
-    with another_run(tmp_path, then=fork) as other:
-        other.send_signal(signal.SIGKILL)
-        other.wait()
+    with another_run(tmp_path, hold_with_a_child) as other:
+        other.kill()
+        other.join()
         with sole_run(tmp_path):
             pass
 
@@ -82,10 +95,10 @@ def test_a_process_may_enter_its_own_folder_again(tmp_path):
         with sole_run(tmp_path / "run"):
             pass
         assert (tmp_path / "run" / LOCK_FILE).exists()
-        with pytest.raises(subprocess.CalledProcessError):
-            script = "import runpy, sys; runpy.run_path(sys.argv[1])['sole_run'](sys.argv[2]).__enter__()"
-            command = [sys.executable, "-c", script, files.__file__, str(tmp_path / "run")]
-            subprocess.run(command, check=True, capture_output=True)
+        other = multiprocessing.get_context("forkserver").Process(target=enter, args=(tmp_path / "run",))
+        other.start()
+        other.join()
+        assert other.exitcode == 1
     assert not list((tmp_path / "run").iterdir())
 
 

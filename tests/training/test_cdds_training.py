@@ -91,8 +91,8 @@ def test_uncertainty_alone_costs_nothing_of_the_decoupling(monkeypatch):
     assert set(net.train()(**inputs).auxiliary_losses) == {"uncertainty", "uncertainty_diversity"}
 
 
-def test_nothing_but_the_command_line_knows_it():
-    """Trainer, data and evaluation serve any head; the list of methods is the command line's, and cards name them."""
+def test_nothing_but_command_line_and_card_knows_it():
+    """Trainer, data and evaluation serve any head; the command line lists methods, and cards say what each one is."""
     package = Path(modeling_pico.__file__).parent
     files = [file for part in ("training", "data", "evaluation", "script") for file in (package / part).rglob("*.py")]
     knowing = {file.name for file in files if "cdds" in file.read_text(encoding="utf-8").lower()}
@@ -104,7 +104,7 @@ def test_uploads_have_all_code_and_a_card_of_its_own(hub, tmp_path):  # noqa: F8
     made.train()
     made.push_to_hub()
     [upload] = hub.uploads
-    code = {f"{name}_cdds.py" for name in ("configuration", "decoupling", "modeling")}
+    code = {f"{name}_cdds.py" for name in ("configuration", "modeling")}
     assert set(os.listdir(upload.folder)) >= test_hub.NEEDED | code
     card = (upload.folder / "README.md").read_text()
     assert "2603.05566" in card and "CddsModel.from_pretrained" in card and "Feedback weight" in card

@@ -107,21 +107,26 @@ def test_resume_from_any_checkpoint_equals_the_whole_run(whole_run, tmp_path):
     assert held_back  # some checkpoints were written while an update waited
 
 
+@pytest.fixture(scope="module")
+def five_epochs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("five_epochs")
+    made = trainer(folder, num_train_epochs=5, model_options=PURITY)
+    made.train()
+    return folder, made
+
+
 @pytest.mark.parametrize("epoch", [1, 3, 4])
-def test_stopped_run_leaves_the_checkpoint_of_the_whole_run(epoch, tmp_path):
+def test_stopped_run_leaves_the_checkpoint_of_the_whole_run(five_epochs, epoch, tmp_path):
     """Thereby the test above, which resumes where the whole run passed by, speaks of stopped runs as well."""
+    folder, whole = five_epochs
     options = {"num_train_epochs": 5, "model_options": PURITY}
-    whole, stopped = (
-        trainer(tmp_path / "whole", **options),
-        trainer(tmp_path / "stopped", callbacks=[StopAfter(epoch)], **options),
-    )
-    whole.train()
+    stopped = trainer(tmp_path, callbacks=[StopAfter(epoch)], **options)
     stopped.train()
     assert stopped.state.global_step == 3 * epoch
     name = f"checkpoint-{3 * epoch}"
     for file in ("model.safetensors", STATE_FILE, "scheduler.pt"):
-        assert filecmp.cmp(tmp_path / "whole" / name / file, tmp_path / "stopped" / name / file, shallow=False)
-    resumed = trainer(tmp_path / "stopped", **options)
+        assert filecmp.cmp(folder / name / file, tmp_path / name / file, shallow=False)
+    resumed = trainer(tmp_path, **options)
     resumed.train(resume_from_checkpoint=True)
     assert_same_state(resumed.model, whole.model)
     assert whole_log(resumed) == whole_log(whole)
