@@ -127,7 +127,7 @@ class Script:
         return train_pico.main([*words, "--disable_tqdm", "true"])
 
 
-SIZES = {"hidden_size": 16, "num_layers": 1, "num_heads": 2}
+SIZES = {"hidden_size": 16, "num_layers": 1}
 TOWERS = {"image_size": 16, "patch_size": 8, "embedding_dim": 8}
 TOWERS |= {f"{tower}_{name}": value for tower in ("vision", "text") for name, value in SIZES.items()}
 
