@@ -146,6 +146,6 @@ def test_nothing_in_a_style_report_is_live():
         gallery_share=100.0,
         top_shares={"1": 1.0, "10": 1.0},
     )
-    report = StyleReport(dict.fromkeys(HOSTILE, style), 2, 2).to_markdown()
+    report = StyleReport(dict.fromkeys(HOSTILE, style), 2, 2, None).to_markdown()
     assert live(report) == ([], [])
     assert "+0.0" in report and "-0.0" not in report

@@ -544,7 +544,7 @@ def reported(tmp_path_factory, styled) -> SimpleNamespace:
 def test_style_report_of_a_run(reported):
     results = json.loads((reported.folder / "all_results.json").read_text())
     assert results == pytest.approx(reported.results)
-    assert {"style_ink_rsum", "style_neon_gap", "style_gap"} <= set(results)
+    assert {"style_ink_rsum", "style_neon_gap", "style_gap", "style_probe_weighted_accuracy"} <= set(results)
     report = json.loads((reported.folder / "style_report.json").read_text())
     assert {name: style["seen"] for name, style in report["styles"].items()} == {
         "ink": True,

@@ -20,6 +20,7 @@ from ..model.processing_pico import PicoProcessor
 from .evaluator import EncodedRetrieval, RetrievalEvaluator
 from .retrieval_metrics import RECALL_LEVELS, TIE_TOLERANCE, chance_rsum, num_right_answers, retrieval_metrics
 from .style_alignment import match_moments
+from .style_probe import StyleProbe, probe_styles
 
 
 logger = logging.get_logger(__name__)
@@ -81,11 +82,13 @@ class StyleReport:
         styles (`dict[str, StyleRetrieval]`): By style; seen ones first, then by name.
         equal_wrong_images (`int`): Wrong images that each caption is left with for `equal_rsum`.
         equal_wrong_texts (`int`): Wrong captions that each image is left with for `equal_rsum`.
+        probe ([`StyleProbe`], *optional*): How well the style is read from embeddings; None with a single meaning.
     """
 
     styles: dict[str, StyleRetrieval]
     equal_wrong_images: int
     equal_wrong_texts: int
+    probe: StyleProbe | None
 
     @classmethod
     @torch.no_grad()
@@ -136,7 +139,7 @@ class StyleReport:
         # The captions of an image count as one query.
         weights = (1 / (num_captions * len(num_captions))).repeat_interleave(num_captions)
         mixed = _shares_of_styles(model, encoded, nn.functional.one_hot(image_styles).float(), weights)
-        report = cls({}, left_images, left_texts)
+        report = cls({}, left_images, left_texts, probe_styles(model, encoded, image_styles))
         for name, (images, texts, ranks, wrong), shares in zip(names, galleries, mixed, strict=True):
             report.styles[name] = StyleRetrieval(
                 images=len(images),
@@ -185,6 +188,11 @@ class StyleReport:
         gaps = [result.gap for result in self.styles.values() if result.gap is not None]
         if gaps:
             metrics["style_gap"] = sum(gaps) / len(gaps)
+        if self.probe is not None:
+            metrics["style_probe_accuracy"] = self.probe.accuracy
+            if self.probe.weighted_accuracy is not None:
+                metrics["style_probe_weighted_accuracy"] = self.probe.weighted_accuracy
+            metrics["style_probe_chance"] = self.probe.chance
         return metrics
 
     def to_dict(self) -> dict[str, Any]:
@@ -192,7 +200,7 @@ class StyleReport:
         return asdict(self)
 
     def to_markdown(self) -> str:
-        """Two tables and what their columns mean."""
+        """Two tables, what their columns mean, and the probe."""
         recalls = {
             f"{arrow} R@{k}": f"{direction}_recall_at_{k}"
             for arrow, direction in (("i→t", "image_to_text"), ("t→i", "text_to_image"))
@@ -229,6 +237,8 @@ class StyleReport:
             "Share of each style in percent when captions are ranked against the images of all styles:",
             _table(mixed),
         ]
+        if self.probe is not None:
+            parts.append(self.probe.sentence())
         return "\n\n".join(parts) + "\n"
 
 

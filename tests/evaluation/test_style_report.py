@@ -13,6 +13,7 @@ import modeling_pico
 from modeling_pico import RetrievalEvaluator, StyleReport, match_moments, measure_styles, pair_scores
 from modeling_pico.data import CaptionedImageDataset, PicoDataCollator
 from modeling_pico.evaluation import EncodedRetrieval, style_report
+from modeling_pico.evaluation.style_probe import probe_accuracy
 
 
 class Head:
@@ -249,3 +250,69 @@ def test_wrong_inputs(data):
 def test_public_names():
     assert modeling_pico.measure_styles is measure_styles
     assert {"StyleReport", "measure_styles"} <= set(dir(modeling_pico))
+
+
+# Probe
+
+
+def test_probe_reads_a_style_that_is_there():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    features = torch.randn(60, 8, generator=generator)
+    features[:, :3] += 9 * torch.nn.functional.one_hot(labels, 3)
+    assert probe_accuracy(features, labels, torch.arange(60)) == 100
+    assert probe_accuracy(features, labels[torch.randperm(60, generator=generator)], torch.arange(60)) < 60
+
+
+def test_probe_never_learns_from_the_meaning_it_is_asked_about():
+    # Features tell the meaning, and each meaning has one style only, which two rows show.
+    meanings = torch.arange(20).repeat_interleave(2)
+    features, labels = torch.eye(20)[meanings], (meanings % 7) % 2
+    assert probe_accuracy(features, labels, torch.arange(40), num_folds=5) > 80
+    assert probe_accuracy(features, labels, meanings, num_folds=5) <= 55
+
+
+def test_probe_weighs_styles_alike():
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    assert probe_accuracy(torch.ones(100, 4), labels, torch.arange(100)) == pytest.approx(50)
+    noise = torch.randn(100, 4, generator=torch.Generator().manual_seed(1))
+    assert 35 < probe_accuracy(noise, labels, torch.arange(100)) < 65
+    # A rare style with a weak trace would never be named if the frequent one weighed more.
+    labels = torch.tensor([0] * 300 + [1] * 20)
+    features = torch.randn(320, 4, generator=torch.Generator().manual_seed(0))
+    features[:, 0] += 2 * labels
+    assert probe_accuracy(features, labels, torch.arange(320)) > 75
+
+
+def test_probe_reads_what_a_linear_classifier_can():
+    # Three styles in a line: a regression on indicators never names the one in the middle.
+    labels = torch.arange(90) % 3
+    features = torch.randn(90, 4, generator=torch.Generator().manual_seed(0)) / 10
+    features[:, 0] += labels - 1
+    # The unit of the features does not matter.
+    accuracies = {probe_accuracy(unit * features, labels, torch.arange(90)) for unit in (1, 0.001)}
+    assert len(accuracies) == 1 and min(accuracies) > 95
+
+
+def test_probe_that_is_taught_one_style_names_it():
+    assert probe_accuracy(torch.eye(4), torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 1]), num_folds=2) == 0
+
+
+def test_probe_with_and_without_weights():
+    generator = torch.Generator().manual_seed(0)
+    count = 40
+    tokens = torch.randn(count, 2, 6, generator=generator)
+    tokens[:, :, 0] = (torch.arange(count) % 2 * 2.0 - 1)[:, None] * 3
+    mask = torch.ones(count, 2, dtype=torch.bool)
+    mask[::3, 1] = False
+    tokens[::3, 1] = 1000.0  # padding must not matter
+    ids = torch.arange(count) // 2
+    encoded = EncodedRetrieval(tokens, mask, torch.randn(count, 1, 6), torch.ones(count, 1) > 0, ids, ids)
+    styles, captions = ["ink", "oil"] * 20, torch.ones(count, dtype=torch.int64)
+    kept = torch.tensor([0.0, 1, 1, 1, 1, 1])
+    probe = StyleReport.from_encoded(model_of(kept), encoded, styles, captions).probe
+    assert (probe.accuracy, probe.chance, probe.num_folds) == (100, 50, 5)
+    assert probe.weighted_accuracy < 75
+    assert "100.0% of cases" in probe.sentence() and f"{probe.weighted_accuracy:.1f}%" in probe.sentence()
+    plain = StyleReport.from_encoded(model_of(), encoded, styles, captions)
+    assert plain.probe.weighted_accuracy is None and "weighted ones" not in plain.to_markdown()
