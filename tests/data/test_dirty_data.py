@@ -214,6 +214,7 @@ def test_files_of_captions_name_what_is_wrong(tmp_path):
     for text, message in (
         ('{"1": "a.png", "2": 5}', "an object that gives the file name of each id"),
         ('{"1": ', "is not JSON: .*line 1 column 7"),
+        ('{"1": "a.png", "2": "b.png", "1": "c.png"}', "says twice what '1' is"),
         ("[" * 100_000, "is not JSON: maximum recursion"),
     ):
         mapping.write_text(text)
