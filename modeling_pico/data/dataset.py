@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
 from ..model.image_decoding_pico import decode_image
+from .paths import check_mark
 
 
 Transform = Callable[[Image.Image, random.Random], Image.Image]
@@ -117,6 +118,7 @@ class CaptionedImageDataset(Dataset):
     def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
         row = key.row if isinstance(key, SampleKey) else int(key)
         item = self.dataset[row]
+        check_mark(item["image"] and item["image"]["path"])
         image = decode_image(item["image"])
         image_id = int(self.ids[row])
         if not isinstance(key, SampleKey):
