@@ -287,7 +287,7 @@ FAULTS = (
         "data may name files anywhere",
         "modeling_pico/data/paths.py",
         "        parent, name = os.path.split(path)\n",
-        "        return True\n        parent, name = os.path.split(path)\n",
+        "        return path\n        parent, name = os.path.split(path)\n",
         ("tests/data/test_dirty_data.py::test_the_judge_sees_that_the_fence_is_off",),
     ),
     Fault(

@@ -169,10 +169,23 @@ def _read_text(path: Path) -> str:
 
 
 def _read_json(path: Path) -> Any:
+    text = _read_text(path)
     try:
-        return json.loads(_read_text(path))
+        return json.loads(text, object_pairs_hook=_unique_names)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not JSON: {error}.") from error
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} {error}.") from error
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # `json` takes the last of two values; which of two files is the image of an id must not be left to that.
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"says twice what {name!r} is")
+        found[name] = value
+    return found
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -12,9 +12,13 @@ import datasets
 import pyarrow as pa
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
 from ..model.image_decoding_pico import decode_image
+from .paths import check_mark
+
+
+Transform = Callable[[Image.Image, random.Random], Image.Image]
 
 
 class SampleKey(NamedTuple):
@@ -60,8 +64,9 @@ class CaptionedImageDataset(Dataset):
         dataset (`datasets.Dataset`):
             Rows with the columns `image`, `captions` (list of `str`), `image_id` (`str` or `int`) and, if known,
             `style`.
-        transform (`Callable[[PIL.Image.Image, random.Random], PIL.Image.Image]`, *optional*):
-            Augmentation of training samples, for example [`RandomCropFlip`], random by the given generator alone.
+        transform (`Callable[[PIL.Image.Image, random.Random], PIL.Image.Image]` or a list of these, *optional*):
+            Augmentation of training samples, for example [`RandomCropFlip`], random by the given generator alone; a
+            list has one (or `None`) for each row.
 
     Attributes:
         ids (`torch.Tensor` of shape `(rows,)`, int64):
@@ -75,9 +80,7 @@ class CaptionedImageDataset(Dataset):
         ValueError: if a column is missing or holds something else.
     """
 
-    def __init__(
-        self, dataset: datasets.Dataset, transform: Callable[[Image.Image, random.Random], Image.Image] | None = None
-    ) -> None:
+    def __init__(self, dataset: datasets.Dataset, transform: Transform | list[Transform | None] | None = None) -> None:
         missing = {"image", "captions", "image_id"} - set(dataset.column_names)
         if missing:
             raise ValueError(
@@ -115,12 +118,14 @@ class CaptionedImageDataset(Dataset):
     def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
         row = key.row if isinstance(key, SampleKey) else int(key)
         item = self.dataset[row]
+        check_mark(item["image"] and item["image"]["path"])
         image = decode_image(item["image"])
         image_id = int(self.ids[row])
         if not isinstance(key, SampleKey):
             return {"image": image, "captions": item["captions"], "image_id": image_id, "row": row % len(self)}
-        if self.transform is not None:
-            image = self.transform(image, random.Random(key.seed))
+        transform = self.transform[row] if isinstance(self.transform, list) else self.transform
+        if transform is not None:
+            image = transform(image, random.Random(key.seed))
         return {"image": image, "caption": item["captions"][key.caption], "image_id": image_id}
 
 
@@ -128,8 +133,11 @@ def as_captioned(dataset: Any) -> CaptionedImages:
     """
     Gives a data set the form that training and evaluation ask for.
 
+    Rows of a `Subset` and of a `ConcatDataset` keep the transform of the data set they come from. Equal ids in two
+    parts are one meaning; those that [`load_captioned_images`] makes up differ wherever images do.
+
     Args:
-        dataset ([`CaptionedImageDataset`] or `datasets.Dataset`):
+        dataset ([`CaptionedImageDataset`], `datasets.Dataset`, `Subset` or `ConcatDataset` of these):
             A `datasets.Dataset` needs the columns of [`CaptionedImageDataset`]. Data sets of one's own are taken as
             they are if they have what [`CaptionedImages`] names.
 
@@ -140,6 +148,12 @@ def as_captioned(dataset: Any) -> CaptionedImages:
         return dataset
     if isinstance(dataset, datasets.Dataset):
         return CaptionedImageDataset(dataset)
+    if isinstance(dataset, Subset):
+        whole = _join([dataset.dataset])
+        rows = [int(row) for row in dataset.indices]
+        return CaptionedImageDataset(whole.dataset.select(rows), [whole.transform[row] for row in rows])
+    if isinstance(dataset, ConcatDataset):
+        return _join(dataset.datasets)
     name = type(dataset).__name__
     if isinstance(dataset, (datasets.IterableDataset, IterableDataset)):
         raise ValueError(
@@ -147,10 +161,25 @@ def as_captioned(dataset: Any) -> CaptionedImages:
             "rankings over a whole set, need all rows. Load it without `streaming=True`."
         )
     raise ValueError(
-        f"{name} holds no captioned images. Give a CaptionedImageDataset or a datasets.Dataset with the columns "
-        "`image`, `captions` and `image_id` (`load_captioned_images` makes them); parts of one are made by its "
-        "`select`, several are joined by `datasets.concatenate_datasets`."
+        f"{name} holds no captioned images. Give a CaptionedImageDataset, a datasets.Dataset with the columns "
+        "`image`, `captions` and `image_id` (`load_captioned_images` makes them), or a Subset or ConcatDataset of "
+        "these."
     )
+
+
+def _join(members: Sequence[Any]) -> Any:
+    """The rows of several data sets, each with its own transform."""
+    parts: list[Any] = [as_captioned(member) for member in members]
+    if own := [type(part).__name__ for part in parts if type(part) is not CaptionedImageDataset]:
+        raise ValueError(
+            f"A Subset or ConcatDataset must be of CaptionedImageDataset or datasets.Dataset, not of {own[0]}."
+        )
+    transforms: list[Transform | None] = []
+    for part in parts:
+        transforms += part.transform if isinstance(part.transform, list) else [part.transform] * len(part)
+    columns = ["image", "captions", "image_id"] + ["style"] * all(part.styles is not None for part in parts)
+    table = datasets.concatenate_datasets([part.dataset.select_columns(columns) for part in parts])
+    return CaptionedImageDataset(table, transforms)
 
 
 def _check_types(dataset: datasets.Dataset) -> None:

@@ -14,12 +14,13 @@ from datasets.fingerprint import Hasher
 from transformers.utils import logging
 
 from ..model.image_decoding_pico import BadImageError, describe_image, open_image, to_rgb
+from .paths import OutsideError, check_mark
 
 
 logger = logging.get_logger(__name__)
 
 # Part of the key under which verdicts are cached: raise it whenever `_find_problem` judges differently.
-CHECK_VERSION = 2
+CHECK_VERSION = 3
 
 # Largest share of the rows that is left out without an error: beyond it, the folder is likely the wrong one.
 MAX_SKIPPED = 0.5
@@ -100,6 +101,7 @@ def _find_problem(value: Any) -> str:
     """Why an image cannot be used, or an empty string; reads all its data but computes as few pixels as possible."""
     source = describe_image(value)
     try:
+        check_mark(value and value["path"])
         with open_image(value) as image:
             if image.format == "PNG":
                 image.verify()  # which leaves an image behind that cannot be read any more
@@ -107,7 +109,7 @@ def _find_problem(value: Any) -> str:
             # A JPEG is decoded at an eighth of its size: all of the file is still read, most of the work is not done.
             image.draft(None, (1, 1))
             to_rgb(image, source)
-    except BadImageError as error:
+    except (BadImageError, OutsideError) as error:
         return str(error)
     except Exception as error:
         return f"The image {source} is truncated or damaged: {error}"

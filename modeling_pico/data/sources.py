@@ -20,7 +20,7 @@ from transformers.utils import logging
 from .caption_files import find_caption_files, has_image_list, read_caption_files, read_image_list
 from .columns import column_strings, column_values
 from .images import image_keys, iter_encoded, refuse_if_most
-from .paths import Fence, place_paths
+from .paths import Fence, OutsideError, check_card, check_inside, place_paths
 from .splits import choose_split, split_of_file
 from .styled_shapes import styled_shapes
 
@@ -95,8 +95,9 @@ def load_captioned_images(
     line of a text file of a WebDataset is a caption; in a list of captions line breaks become spaces with a warning,
     and elsewhere they are refused, as a text with line breaks may be one caption or several.
 
-    Images must lie in the folder of the data, in `image_dir`, or in the caches of `datasets` and `huggingface_hub`:
-    paths that lead elsewhere, be it by `..`, as absolute paths or behind symbolic links, are refused.
+    Images, and the files that a data set says its rows are in, must lie in the folder of the data, in `image_dir`, or
+    in the caches of `datasets` and `huggingface_hub`: paths that lead elsewhere, be it by `..`, as absolute paths or
+    behind symbolic links, are refused.
 
     Args:
         dataset_name (`str`):
@@ -204,14 +205,15 @@ def _open_source(name: str, split: str, image_dir: str | None, data_files: Any, 
     else:
         has_ids = False
         if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
-            saved = datasets.load_from_disk(str(path))
+            saved = datasets.load_from_disk(str(path), keep_in_memory=False)
             splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
+            check_inside([file["filename"] for part in splits.values() for file in part.cache_files], fence, name)
         elif path.is_file():
             splits = _read_file(path, hub["cache_dir"])
         else:
             if path.is_dir() and glob.has_magic(str(path.resolve())):
                 raise ValueError(f"The name of the folder {name!r} reads as a pattern of names: rename it.")
-            splits = _load(name, name, data_files=data_files, **hub)
+            splits = _load(name, name, None if data_files else fence, data_files=data_files, **hub)
         rows = choose_split(splits, split, repr(name))
     return _Source(rows, has_ids, start, fence)
 
@@ -225,7 +227,7 @@ def _read_file(path: Path, cache_dir: str | None) -> dict[str, datasets.Dataset]
         raise ValueError(f"Cannot read {str(path)!r}: a data file ends in one of {known}.")
     # Brackets and asterisks of a name are no pattern.
     files = {split_of_file(path): glob.escape(str(path))}
-    return _load(_FILE_BUILDERS[suffix], str(path), data_files=files, cache_dir=cache_dir)
+    return _load(_FILE_BUILDERS[suffix], str(path), None, data_files=files, cache_dir=cache_dir)
 
 
 def _read_table(path: Path) -> datasets.Dataset:
@@ -267,15 +269,20 @@ def _from_rows(rows: list[dict[str, Any]]) -> datasets.Dataset:
     return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
 
 
-def _load(builder: str, source: str, **options: Any) -> dict[str, datasets.Dataset]:
-    """The splits of what `datasets.load_dataset` finds."""
+def _load(builder: str, source: str, fence: Fence | None, **options: Any) -> dict[str, datasets.Dataset]:
+    """The splits of what `datasets.load_dataset` finds, in local files that lie inside the fence if there is one."""
     try:
+        if fence and Path(source).is_dir():
+            check_card(Path(source))
         found = datasets.load_dataset_builder(builder, **options)
+        if fence:
+            files = [file for files in (found.config.data_files or {}).values() for file in files]
+            check_inside([file for file in files if "://" not in file], fence, source)
         splits = _tables(found)
         if splits is None:
             found.download_and_prepare()
             splits = found.as_dataset()
-    except OSError:  # what does not exist or cannot be reached
+    except (OSError, OutsideError):  # what does not exist, cannot be reached, or is not to be read
         raise
     except Exception as error:  # readers of files fail in many ways
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)

@@ -11,7 +11,7 @@ from .configuration_pico import PicoConfig, check_bounds
 # Smallest and largest values. The upper ones are far beyond any use: what exceeds them is a mistake, or meant to
 # exhaust memory.
 _BOUNDS = {
-    "unet_num_layers": (1, 1000),
+    "unet_num_layers": (1, 256),
     "unet_num_heads": (1, 2**16),
     "noise_groups": (1, 1000),
     "threshold_init": (-1e30, 1e30),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -18,6 +19,10 @@ from .configuration_pico import PicoConfig
 # Elements that a configuration may ask for beyond what a file holds: a fresh alignment head on towers that were
 # trained without one is far smaller, and a size that exhausts memory far larger.
 MAX_MISSING_ELEMENTS = 2**27
+
+# Towers are built layer by layer, before the file is looked at.
+MAX_DEPTH = 256
+_DEPTH = re.compile(r"(layers|n_layer|depths?|blocks)$")
 
 # Options with which a checkpoint may be loaded otherwise than it was saved, and what is then freshly initialised.
 FRESH_WITH = {
@@ -46,7 +51,8 @@ def read_config(source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         `dict`: the contents.
 
     Raises:
-        ValueError: if it names a kernel of the Hub as its attention, or weights in another kind of file.
+        ValueError: if it names a kernel of the Hub as its attention, or weights in another kind of file, or holds
+            numbers that make scores NaN or loading endless.
     """
     config, _ = PreTrainedConfig.get_config_dict(
         source, **{name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
@@ -58,12 +64,32 @@ def read_config(source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
                     f"The configuration of {str(source)!r} names code of the Hub as its `{name}`: {value!r}. Take "
                     f"that out of the file; whoever trusts the code passes `{name.lstrip('_')}` on loading."
                 )
+    _check_numbers(config)
     weights = config.get("transformers_weights")
     if weights is not None and not str(weights).endswith((".safetensors", ".safetensors.index.json")):
         raise ValueError(
             f"The configuration of {str(source)!r} names {weights!r} as its weights; only safetensors are read."
         )
     return config
+
+
+def _check_numbers(options: Mapping[str, Any], path: str = "") -> None:
+    """ValueError for a number in a configuration, of any family, that makes scores NaN or loading endless."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            _check_numbers(value, f"{path}{name}.")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                continue
+            allowed = None
+            if isinstance(number, float) and not math.isfinite(number):
+                allowed = "finite"
+            elif name.endswith(("eps", "epsilon", "rope_theta")) and number <= 0:
+                allowed = "greater than 0"
+            elif _DEPTH.search(name) and number > MAX_DEPTH:
+                allowed = f"at most {MAX_DEPTH}"
+            if allowed:
+                raise ValueError(f"`{path}{name}` must be {allowed}, but got {value!r}.")
 
 
 def check_tensors(model: nn.Module, files: Sequence[str], ignore_mismatched_sizes: bool = False) -> None:

@@ -58,7 +58,7 @@ class OptionParser(HfArgumentParser):
             try:
                 of_file = self._words(path.read_text(encoding="utf-8"))
                 self._check(of_file)
-            except (ValueError, yaml.YAMLError) as error:
+            except (ValueError, RecursionError, yaml.YAMLError) as error:
                 raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
             words = of_file + words
         self._check(words)
@@ -102,7 +102,17 @@ class OptionParser(HfArgumentParser):
 
 
 class _Loader(yaml.SafeLoader):
-    """Takes for numbers what YAML 1.2 and JSON do: 1e-3."""
+    """Takes for numbers what YAML 1.2 and JSON do (1e-3), and no aliases that grow."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        is_alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if is_alias and isinstance(node, yaml.CollectionNode):
+            line = node.start_mark.line + 1
+            raise ValueError(
+                f"an alias stands for the list or mapping of line {line}; it may stand for one value only"
+            )
+        return node
 
 
 _Loader.add_implicit_resolver(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import ChainDataset, DataLoader, Subset
+from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, Subset
 
 from modeling_pico.data import (
     BadImageError,
@@ -64,6 +64,39 @@ def test_captions_that_stand_under_several_ids_are_counted(rows):
     assert CaptionedImageDataset(rows).count_shared_captions() == 0
 
 
+def read(dataset, rows) -> list:
+    samples = [dataset[row] for row in rows] + [dataset[SampleKey(row, 0, seed=row)] for row in rows]
+    return [{**sample, "image": np.asarray(sample["image"]).tobytes()} for sample in samples]
+
+
+def test_parts_of_data_sets_are_data_sets(rows):
+    def turn(image, rng):
+        return image.rotate(90, expand=True)
+
+    first, second = CaptionedImageDataset(rows, turn), CaptionedImageDataset(rows.select([2, 1]))
+    # The codes of both start at 0; the strings z, y, z, z, y say what is the same.
+    joined = as_captioned(ConcatDataset([first, second]))
+    assert joined.ids.tolist() == [0, 1, 0, 0, 1] and joined.image_names([1, 0]) == ["y", "z"]
+    assert joined.num_captions.tolist() == [2, 1, 3, 3, 1] and joined.styles == ["ink", "oil", "oil", "oil", "oil"]
+    assert joined[SampleKey(3, 1, 0)]["caption"] == "c2" and joined[4]["captions"] == ["b1"]
+    # Of the same image, the first part's is turned and the second's is not.
+    assert joined[SampleKey(2, 0, 0)]["image"].size != joined[SampleKey(3, 0, 0)]["image"].size == (6, 4)
+
+    subset = as_captioned(Subset(ConcatDataset([first, Subset(second, [1])]), [3, 0, 2]))
+    assert subset.ids.tolist() == [0, 1, 1] and subset.image_names([0]) == ["y"]
+    assert [subset[row]["captions"] for row in range(3)] == [["b1"], ["a1", "a2"], ["c1", "c2", "c3"]]
+    sizes = [subset[SampleKey(row, 0, 0)]["image"].size for row in range(3)]
+    assert sizes[0] != sizes[1] == sizes[2]
+    # The whole in its order is the data set itself.
+    assert read(as_captioned(Subset(first, range(3))), range(3)) == read(first, range(3))
+    assert read(as_captioned(Subset(rows, [2, 1])), range(2)) == read(second, range(2))
+    assert as_captioned(ConcatDataset([first, rows.remove_columns("style")])).styles is None
+
+
+class Own(CaptionedImageDataset):
+    pass
+
+
 def test_what_columns_hold_is_checked(rows):
     def with_column(name, values):
         return rows.remove_columns(name).add_column(name, values)
@@ -86,7 +119,8 @@ def test_what_columns_hold_is_checked(rows):
         (lambda rows: ChainDataset([]), "ChainDataset is a stream"),
         (lambda rows: datasets.DatasetDict(train=rows), "DatasetDict holds no captioned images. Give a Captioned"),
         (lambda rows: [rows[0]], "list holds no captioned images"),
-        (lambda rows: Subset(rows, [0]), "Subset holds no captioned images.*`select`"),
+        (lambda rows: ConcatDataset([rows, [rows[0]]]), "list holds no captioned images"),
+        (lambda rows: Subset(Own(rows), [0]), "must be of CaptionedImageDataset or datasets.Dataset, not of Own"),
         (lambda rows: rows.remove_columns("captions"), r"lacks the column\(s\) \['captions'\]"),
     ],
 )

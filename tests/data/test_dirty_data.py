@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 from test_images import decode_bytes, encode
 
-from modeling_pico.data import BadImageError, check_images, decode_image, load_captioned_images
-from modeling_pico.data.paths import Fence
+from modeling_pico.data import BadImageError, CaptionedImageDataset, check_images, decode_image, load_captioned_images
+from modeling_pico.data.paths import Fence, check_mark
 
 
 images = importlib.import_module("modeling_pico.data.images")
@@ -45,7 +45,7 @@ def test_the_judge_sees_that_the_fence_is_off(tmp_path, monkeypatch):
         return {dirty_tables.run_table(name, "csv", rng, tmp_path / folder / name) for name in names}
 
     assert outcomes("on") == {"refused"}
-    monkeypatch.setattr(Fence, "holds", lambda self, path: True)
+    monkeypatch.setattr(Fence, "mark", lambda self, path: path)
     assert outcomes("off") == {"WRONG: it was not refused"}
 
 
@@ -214,6 +214,7 @@ def test_files_of_captions_name_what_is_wrong(tmp_path):
     for text, message in (
         ('{"1": "a.png", "2": 5}', "an object that gives the file name of each id"),
         ('{"1": ', "is not JSON: .*line 1 column 7"),
+        ('{"1": "a.png", "2": "b.png", "1": "c.png"}', "says twice what '1' is"),
         ("[" * 100_000, "is not JSON: maximum recursion"),
     ):
         mapping.write_text(text)
@@ -268,8 +269,12 @@ def test_the_fence(folder):
         "linked/../data/images/a.png": True,
         "/etc/passwd": False,
     }.items():
-        assert Fence([folder]).holds(str(folder / path)) == inside, path
-    assert Fence([folder, folder.parent / "secret"]).holds(str(folder / "linked" / "s.png"))
+        assert (Fence([folder]).mark(str(folder / path)) is not None) == inside, path
+    secret = folder.parent / "secret"
+    assert Fence([folder, secret]).mark(str(folder / "linked" / "s.png")) == f"{secret}/./s.png"
+    everything = Fence(["/"]).mark(str(folder / "link.png"))
+    assert everything == f"/.{folder}/link.png"
+    check_mark(everything)
 
 
 @pytest.mark.parametrize("path", ["../secret/s.png", "{parent}/secret/s.png", "link.png"])
@@ -313,7 +318,7 @@ def test_a_folder_of_images_cannot_be_left(folder):
     (folder / "images" / "link.png").symlink_to(folder.parent / "secret" / "s.png")
     lines[1]["file_name"] = "images/link.png"
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(ValueError, match=r"1 of 2 image paths lead out of the folder of the data \(row 1"):
+    with pytest.raises(ValueError, match="1 of 3 files of .* are links that lead out of it.*link.png.*image_dir"):
         load_captioned_images(str(folder), split="train")
     opened = load_captioned_images(str(folder), split="train", image_dir=str(folder.parent))
     assert len(check_images(opened)) == 2
@@ -328,6 +333,84 @@ def test_a_snapshot_in_the_cache_of_the_hub_may_link_to_its_blobs(tmp_path, monk
     (snapshot / "a.png").symlink_to(blobs / "0123")
     (snapshot / "data.csv").write_text("image,caption\na.png,x\n")
     assert len(check_images(load_captioned_images(str(snapshot / "data.csv"), split="train"))) == 1
+
+
+def test_a_picture_that_becomes_a_link_is_not_followed(folder):
+    (folder / "images" / "inner.png").symlink_to(folder / "images" / "a.png")
+    (folder / "data.csv").write_text("image,caption\nimages/a.png,x\nimages/inner.png,y\n")
+    rows = load_captioned_images(str(folder / "data.csv"), split="train")
+    data = CaptionedImageDataset(check_images(rows))
+    assert data[0]["image"].size == data[1]["image"].size == (4, 4)
+    (folder / "images" / "a.png").unlink()
+    (folder / "images" / "a.png").symlink_to(folder.parent / "secret" / "s.png")
+    for row in (0, 1):
+        with pytest.raises(ValueError, match="a link that leads out of .*data' since it was loaded"):
+            data[row]
+    with pytest.raises(BadImageError, match="2 of 2 images cannot be read.*\n.*a link that leads out"):
+        check_images(rows)
+
+
+def test_a_card_cannot_name_files_elsewhere(folder, monkeypatch):
+    """Neither a file outside of the folder is read, nor a host asked."""
+    (folder / "data.csv").write_text("image,caption\nimages/a.png,good\n")
+    (folder.parent / "secret" / "data.csv").write_text("image,caption\na.png,secret\n")
+    monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("a host was asked"))
+    for files in (
+        "../secret/data.csv",
+        str(folder.parent / "secret" / "*.csv"),
+        "http://127.0.0.1:9/data.csv",
+        "*.csv::http://127.0.0.1:9/data.csv",
+        ["data.csv", "images/../../secret/data.csv"],
+        [{"split": "train", "path": ["file:///etc/passwd"]}],
+    ):
+        for name, text in (("README.md", "---\n%s\n---\n"), (".huggingface.yaml", "%s\n")):
+            configs = json.dumps({"configs": [{"config_name": "default", "data_files": files}]})
+            (folder / name).write_text(text % configs)
+            with pytest.raises(ValueError, match="README.md of .* names 1 files that do not lie in its folder"):
+                load_captioned_images(str(folder), split="train")
+            (folder / name).unlink()
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: data.csv\n---\n")
+    assert load_captioned_images(str(folder), split="train")["captions"][:] == [["good"]]
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.jsonl", "train.parquet", "metadata.jsonl", "metadata.csv"])
+def test_files_of_rows_cannot_be_links_out_of_the_folder(name, folder):
+    secret = folder.parent / "secret" / name
+    row = {"file_name" if "metadata" in name else "image": "a.png", "text": "secret"}
+    if "parquet" in name:
+        datasets.Dataset.from_list([row]).to_parquet(secret)
+    else:
+        secret.write_text(json.dumps(row) if "json" in name else f"{','.join(row)}\n{','.join(row.values())}")
+    (folder / "images" / name).symlink_to(secret)
+    with pytest.raises(ValueError, match="1 of . files of .* lie outside of its folder or are links that lead out"):
+        load_captioned_images(str(folder), split="train")
+    (folder / "images" / name).unlink()
+    shutil.copy(secret, folder / "images" / name)
+    rows = load_captioned_images(str(folder), split="train", image_dir=str(folder / "images"))
+    assert rows["captions"][:] == [["secret"]]
+
+
+def test_a_saved_data_set_cannot_name_files_elsewhere(folder):
+    for name, caption in (("saved", "good"), ("hidden", "secret")):
+        rows = datasets.Dataset.from_dict({"image": ["a.png"], "caption": [caption]})
+        datasets.DatasetDict(train=rows).save_to_disk(str(folder.parent / name))
+    saved = folder.parent / "saved"
+    file = "data-00000-of-00001.arrow"
+    for place, content in (
+        ("dataset_dict.json", {"splits": ["../hidden/train"]}),
+        ("train/state.json", {"_data_files": [{"filename": f"../../hidden/train/{file}"}]}),
+        ("train/state.json", {"_data_files": [{"filename": str(folder.parent / "hidden" / "train" / file)}]}),
+    ):
+        before = (saved / place).read_text()
+        (saved / place).write_text(json.dumps({**json.loads(before), **content}))
+        with pytest.raises(ValueError, match="files of .*saved' lie outside of its folder"):
+            load_captioned_images(str(saved), split="train")
+        (saved / place).write_text(before)
+    assert load_captioned_images(str(saved), split="train")["captions"][:] == [["good"]]
+    (saved / "train" / file).unlink()
+    (saved / "train" / file).symlink_to(folder.parent / "hidden" / "train" / file)
+    with pytest.raises(ValueError, match="files of .*saved' lie outside of its folder"):
+        load_captioned_images(str(saved), split="train")
 
 
 def test_a_folder_is_not_read_in_place_of_another(tmp_path):

@@ -92,6 +92,13 @@ def test_nested_mappings_keep_their_types(tmp_path, suffix):
         ("seed: [1", r"run.yaml: .*line"),
         ("seed: !!python/name:os.system x", r"run.yaml"),
         ("seed: *none", r"undefined alias"),
+        (
+            "a: &a [x]\nb: &b [*a, *a]\nlr_scheduler_kwargs: {c: *b}",
+            "an alias stands for the list or mapping of line 1",
+        ),
+        ("seed: &a [*a]", "an alias stands for the list"),
+        ("lr_scheduler_kwargs: &a {x: 1}\nfsdp_config: {<<: *a}", "an alias stands for the list or mapping of line 1"),
+        ("seed: " + 5000 * "[", "recursion"),
         ("just words", "expected options as `name: value`"),
     ],
 )
