@@ -142,7 +142,7 @@ def test_noise_groups_by_hand(unet):
 
 
 def test_noise_of_zero_is_alike_at_all_tokens(cdds):
-    unet = cdds().alignment_head.textual_unet
+    unet = cdds().alignment_head.text_unet
     tokens, mask = torch.randn(2, 4, 12), torch.tensor([[True] * 4, [True, True, False, False]])
     with torch.no_grad():
         encoded = unet.encode(tokens, mask)
@@ -152,7 +152,7 @@ def test_noise_of_zero_is_alike_at_all_tokens(cdds):
 
 def test_evaluation_is_close_to_the_mean_over_many_noise_groups(cdds, batch):
     model = cdds()
-    unet = model.alignment_head.visual_unet
+    unet = model.alignment_head.image_unet
     tokens = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(2, 5, dtype=torch.bool)
     with torch.no_grad():
@@ -211,8 +211,8 @@ def test_a_batch_without_a_word_leaves_what_needs_words(cdds, batch):
     outputs.loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.alignment_head.named_parameters()}
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
-    own = gradients["textual_unet.modality_decoder.projections.0.weight"]
-    assert not own.any() and gradients["visual_unet.modality_decoder.projections.0.weight"].any()
+    own = gradients["text_unet.modality_decoder.projections.0.weight"]
+    assert not own.any() and gradients["image_unet.modality_decoder.projections.0.weight"].any()
 
 
 def test_fresh_components_score_like_the_fine_grained_baseline(tiny_clip, batch):
@@ -258,9 +258,7 @@ def test_terms_are_those_of_both_modalities(cdds, batch):
         losses = model(**batch, return_loss=True).auxiliary_losses
         expected = {"integrity": 0.0, "sampled_integrity": 0.0}
         sides = captured["image"], captured["text"]
-        for side, unet, of_other in zip(
-            sides, (head.visual_unet, head.textual_unet), head._sample(*sides), strict=True
-        ):
+        for side, unet, of_other in zip(sides, (head.image_unet, head.text_unet), head._sample(*sides), strict=True):
             # Unit root mean square, whatever the backbone gives.
             torch.testing.assert_close(side.tokens.square().mean(dim=-1), torch.ones_like(side.tokens[..., 0]))
             rest = side.tokens - 0.2 * unet.decode(unet.modality_decoder, side.encoded)
@@ -294,7 +292,7 @@ def test_either_side_is_sampled_from_the_related_columns_of_the_other(cdds):
     image = DecoupledSide(values_v, values_v, None, mask)
     text = DecoupledSide(values_t, values_t, None, words)
     with torch.no_grad():
-        for threshold in (head.visual_threshold, head.textual_threshold):
+        for threshold in (head.image_threshold, head.text_threshold):
             threshold.fill_(9.0)
         sampled_v, sampled_t = head._sample(image, text)
     # In the words' values of the column around the same place, in the patches' order; padding stays out of it.
@@ -323,7 +321,7 @@ def test_gradients_of_the_printed_objective_reach_the_towers_and_both_sides_of_s
     for name in ("semantic", "sampled_integrity"):
         model.zero_grad()
         losses[name].backward(retain_graph=True)
-        for part in (model.vision_model, model.text_model, model.alignment_head.textual_unet.semantic_decoder):
+        for part in (model.vision_model, model.text_model, model.alignment_head.text_unet.semantic_decoder):
             assert any(parameter.grad is not None and parameter.grad.any() for parameter in part.parameters()), name
 
 
@@ -372,7 +370,7 @@ def test_auto_classes_load_it_whole(folder, cdds, use_prototypes, batch):
     for name, tensor in source.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
     half = AutoModel.from_pretrained(folder, dtype=torch.bfloat16)
-    assert half.alignment_head.visual_unet.noise_layer.linear1.weight.dtype == torch.bfloat16
+    assert half.alignment_head.image_unet.noise_layer.linear1.weight.dtype == torch.bfloat16
     assert half.style_prototypes["text"].prototypes.dtype == torch.float32
     with torch.no_grad():
         # Weights of a file lie elsewhere in memory, and products of matrices then round otherwise.
@@ -389,8 +387,8 @@ def test_a_pico_checkpoint_is_a_start(tiny_model, tmp_path):
     own = model.alignment_head
     assert torch.equal(own.visual_projection.weight, source.alignment_head.visual_projection.weight)
     assert torch.equal(own.component_weights, torch.full((3,), 0.5))
-    assert torch.equal(own.visual_unet.semantic_decoder.projections[1].weight, torch.eye(12).repeat(1, 2) / 2)
-    assert own.textual_unet.encoder[0].self_attn.in_proj_weight.std() > 0.01
+    assert torch.equal(own.image_unet.semantic_decoder.projections[1].weight, torch.eye(12).repeat(1, 2) / 2)
+    assert own.text_unet.encoder[0].self_attn.in_proj_weight.std() > 0.01
 
 
 def test_a_checkpoint_is_a_start_of_pico_with_nothing_of_its_own(cdds, tmp_path):
@@ -469,5 +467,5 @@ def test_a_copy_is_independent(cdds, batch):
     model = cdds()
     other = copy.deepcopy(model)
     with torch.no_grad():
-        other.alignment_head.visual_unet.encoder[0].linear1.weight.zero_()
+        other.alignment_head.image_unet.encoder[0].linear1.weight.zero_()
         assert not torch.equal(model(**batch).logits_per_image, other(**batch).logits_per_image)

@@ -155,10 +155,10 @@ def test_the_losses_of_decoupling_have_finite_gradients(tiny_config, batch, case
     elif case == "columns apart":
         # The last layer of the texts moves one column by 30.
         with torch.no_grad():
-            head.textual_unet.semantic_decoder.projections[-1].bias[0] = 30.0
+            head.text_unet.semantic_decoder.projections[-1].bias[0] = 30.0
     elif case == "zeros":
         with torch.no_grad():
-            for unet in (head.visual_unet, head.textual_unet):
+            for unet in (head.image_unet, head.text_unet):
                 unet.semantic_decoder.projections[-1].weight.zero_()
     else:
         inputs["pixel_values"][:] = 0.3

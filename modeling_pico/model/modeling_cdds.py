@@ -307,18 +307,18 @@ class CddsHead(FineGrainedHead):
 
     def __init__(self, config: CddsConfig):
         super().__init__(config)
-        self.visual_unet = DualPathUNet(config)
-        self.textual_unet = DualPathUNet(config)
+        self.image_unet = DualPathUNet(config)
+        self.text_unet = DualPathUNet(config)
         # alpha of Eq. 7, and w_m, w_s and w_x of Eqs. 13 and 14.
-        self.visual_threshold = nn.Parameter(torch.empty(config.embedding_dim))
-        self.textual_threshold = nn.Parameter(torch.empty(config.embedding_dim))
+        self.image_threshold = nn.Parameter(torch.empty(config.embedding_dim))
+        self.text_threshold = nn.Parameter(torch.empty(config.embedding_dim))
         self.component_weights = nn.Parameter(torch.empty(3))
         self.style_prototypes = None
         if config.semantic_probability:
             self.style_prototypes = nn.ModuleDict({side: StylePrototypes(config) for side in ("image", "text")})
 
     def embed(self, token_states, mask, class_state, modality):
-        unet = self.visual_unet if modality == "image" else self.textual_unet
+        unet = self.image_unet if modality == "image" else self.text_unet
         tokens = self.project(token_states, modality) * self.config.embedding_dim**0.5
         encoded = unet.encode(tokens, mask)
         semantic = unet.decode(unet.semantic_decoder, encoded)
@@ -339,8 +339,8 @@ class CddsHead(FineGrainedHead):
             image: The images of this process's batch, decoupled.
             text: Its texts; they need not be as many.
         """
-        modality_v = self.visual_unet.decode(self.visual_unet.modality_decoder, image.encoded)
-        modality_t = self.textual_unet.decode(self.textual_unet.modality_decoder, text.encoded)
+        modality_v = self.image_unet.decode(self.image_unet.modality_decoder, image.encoded)
+        modality_t = self.text_unet.decode(self.text_unet.modality_decoder, text.encoded)
         with torch.autocast(image.tokens.device.type, enabled=False):
             sampled_v, sampled_t = self._sample(image, text)
             sides = ((image, modality_v, sampled_v), (text, modality_t, sampled_t))
@@ -376,11 +376,11 @@ class CddsHead(FineGrainedHead):
         values_v, values_t = image.semantic[image.mask], text.semantic[text.mask]
         if not len(values_v) or not len(values_t):
             # Of nothing there is no distribution. The thresholds stay in the graph: DDP waits for their gradient.
-            nothing = 0.0 * (self.visual_threshold.sum() + self.textual_threshold.sum())
+            nothing = 0.0 * (self.image_threshold.sum() + self.text_threshold.sum())
             return 0.0 * image.semantic + nothing, 0.0 * text.semantic + nothing
         divergence = column_divergence(values_v, values_t)
-        weights_v = related_semantics(divergence, self.visual_threshold.float())
-        weights_t = related_semantics(divergence.T, self.textual_threshold.float())
+        weights_v = related_semantics(divergence, self.image_threshold.float())
+        weights_t = related_semantics(divergence.T, self.text_threshold.float())
         sampled_v = sample_distribution(values_v, values_t, weights_v)
         sampled_t = sample_distribution(values_t, values_v, weights_t)
         return (
@@ -412,7 +412,7 @@ class CddsModel(PicoModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, CddsHead):
-            for threshold in (module.visual_threshold, module.textual_threshold):
+            for threshold in (module.image_threshold, module.text_threshold):
                 init.constant_(threshold, self.config.threshold_init)
             init.constant_(module.component_weights, 0.5)
         elif isinstance(module, SkipProjection):
