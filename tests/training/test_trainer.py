@@ -16,6 +16,7 @@ from tiny import (
     trainer,
     whole_log,
 )
+from torch.utils.data import ConcatDataset, Subset
 from transformers import TrainerCallback
 
 from modeling_pico import PicoModel, PicoProcessor
@@ -512,16 +513,17 @@ def test_shared_captions_are_counted_before_training_and_where_they_are_ranked(t
 # Data sets of other kinds
 
 
-def test_plain_tables_train_as_the_data_set(tmp_path, monkeypatch):
+def test_parts_and_plain_tables_train_as_the_data_set(tmp_path):
     table = rows(20, repeats=2)
     part = table.select(range(9))
     results = []
-    for data in (CaptionedImageDataset(table), table):
+    joined = ConcatDataset([part, CaptionedImageDataset(table.select(range(9, 20)))])
+    for data in (CaptionedImageDataset(table), table, Subset(CaptionedImageDataset(table), range(20)), joined):
         made = trainer(tmp_path, data=data, eval_data={"own": part}, num_train_epochs=2, save_strategy="no")
         made.train()
         assert made.train_dataset.ids.tolist() == [*range(18), 0, 1]
         # What is given later is taken alike.
-        assert made.evaluate(part)["eval_rsum"] == made.evaluate()["eval_own_rsum"]
+        assert made.evaluate(Subset(data, range(9)))["eval_rsum"] == made.evaluate()["eval_own_rsum"]
         assert made.predict(data).predictions.shape[0] == 20
         results.append((made.model.state_dict(), whole_log(made)))
     for state, log in results[1:]:
