@@ -43,7 +43,10 @@ class FineGrainedHead(nn.Module):
     def pool(
         self, tokens: torch.Tensor, mask: torch.Tensor, class_state: torch.Tensor | None, modality: str
     ) -> torch.Tensor:
-        """One unit vector `(batch, dim)` of a sample's tokens `(batch, tokens, dim)`, by `config.pooling`."""
+        """
+        One unit vector `(batch, dim)` per sample: its projected `class_state` `(batch, hidden)` where one is given,
+        else the direction of the mean of its tokens `(batch, tokens, dim)`.
+        """
         if class_state is not None:
             return self.project(class_state, modality)
         return nn.functional.normalize((tokens * mask.unsqueeze(-1)).sum(dim=1), dim=-1, eps=MIN_NORM)

@@ -202,7 +202,7 @@ class PicoConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def validate_architecture(self):
-        """Checks every option; a wrong one is refused with the values that are allowed."""
+        """Refuses a wrong option with the values that are allowed. (The model checks `method`: it knows the heads.)"""
         for name, allowed in CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, but got {value!r}.")

@@ -339,11 +339,11 @@ class CddsHead(FineGrainedHead):
             image: The images of this process's batch, decoupled.
             text: Its texts; they need not be as many.
         """
-        modality_v = self.image_unet.decode(self.image_unet.modality_decoder, image.encoded)
-        modality_t = self.text_unet.decode(self.text_unet.modality_decoder, text.encoded)
+        image_modality = self.image_unet.decode(self.image_unet.modality_decoder, image.encoded)
+        text_modality = self.text_unet.decode(self.text_unet.modality_decoder, text.encoded)
         with torch.autocast(image.tokens.device.type, enabled=False):
-            sampled_v, sampled_t = self._sample(image, text)
-            sides = ((image, modality_v, sampled_v), (text, modality_t, sampled_t))
+            sampled_images, sampled_texts = self._sample(image, text)
+            sides = ((image, image_modality, sampled_images), (text, text_modality, sampled_texts))
             # Without a token on the other side nothing was sampled.
             both = image.mask.any() & text.mask.any()
             w_m, w_s, w_x = self.component_weights.float()
@@ -373,19 +373,19 @@ class CddsHead(FineGrainedHead):
         V_x and T_x: the semantic components of either side in the form of the other; zero at padding, and where the
         other side has no real token.
         """
-        values_v, values_t = image.semantic[image.mask], text.semantic[text.mask]
-        if not len(values_v) or not len(values_t):
-            # Of nothing there is no distribution. The thresholds stay in the graph: DDP waits for their gradient.
+        image_values, text_values = image.semantic[image.mask], text.semantic[text.mask]
+        if not len(image_values) or not len(text_values):
+            # Nothing to estimate a distribution from. The thresholds stay in the graph: DDP waits for their gradient.
             nothing = 0.0 * (self.image_threshold.sum() + self.text_threshold.sum())
             return 0.0 * image.semantic + nothing, 0.0 * text.semantic + nothing
-        divergence = column_divergence(values_v, values_t)
-        weights_v = related_semantics(divergence, self.image_threshold.float())
-        weights_t = related_semantics(divergence.T, self.text_threshold.float())
-        sampled_v = sample_distribution(values_v, values_t, weights_v)
-        sampled_t = sample_distribution(values_t, values_v, weights_t)
+        divergence = column_divergence(image_values, text_values)
+        image_weights = related_semantics(divergence, self.image_threshold.float())
+        text_weights = related_semantics(divergence.T, self.text_threshold.float())
+        sampled_images = sample_distribution(image_values, text_values, image_weights)
+        sampled_texts = sample_distribution(text_values, image_values, text_weights)
         return (
-            torch.zeros_like(image.semantic).masked_scatter(image.mask.unsqueeze(-1), sampled_v),
-            torch.zeros_like(text.semantic).masked_scatter(text.mask.unsqueeze(-1), sampled_t),
+            torch.zeros_like(image.semantic).masked_scatter(image.mask.unsqueeze(-1), sampled_images),
+            torch.zeros_like(text.semantic).masked_scatter(text.mask.unsqueeze(-1), sampled_texts),
         )
 
 

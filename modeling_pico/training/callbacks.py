@@ -1,4 +1,4 @@
-"""Callbacks of PICO training. They decide when; what is done stands elsewhere."""
+"""Callbacks of PICO training."""
 
 from __future__ import annotations
 

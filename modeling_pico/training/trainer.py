@@ -44,8 +44,8 @@ logger = logging.get_logger(__name__)
 
 
 # Arguments of `Trainer` that could do nothing here.
-_WITHOUT_EFFECT = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
-# Training arguments that a model card names.
+_UNUSED_ARGUMENTS = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+# Training arguments that a model card names: some of transformers, and PICO's own but for logs, DDP and evaluation.
 _CARD_ARGUMENTS = (
     "learning_rate",
     "backbone_learning_rate",
@@ -57,13 +57,11 @@ _CARD_ARGUMENTS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "seed",
-    "caption_sampling",
-    "prototype_start",
-    "prototype_update_start",
-    "reservoir_pairs",
-    "feedback",
-    "feedback_images",
-    "feedback_kappa",
+    *(
+        name
+        for name in PicoTrainingArguments.__annotations__
+        if not name.startswith(("logging_", "ddp_", "eval_")) and not name.endswith("learning_rate")
+    ),
 )
 
 
@@ -110,7 +108,7 @@ class PicoTrainer(DurableTrainer):
         args = PicoTrainingArguments("trainer_output") if args is None else args
         if not isinstance(args, PicoTrainingArguments):
             raise ValueError(f"`args` must be PicoTrainingArguments, but got {type(args).__name__}.")
-        for name in _WITHOUT_EFFECT:
+        for name in _UNUSED_ARGUMENTS:
             if kwargs.get(name) is not None:
                 raise ValueError(
                     f"`{name}` is not used: PicoTrainer compares the pairs of all processes in its loss (override "

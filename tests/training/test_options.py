@@ -10,7 +10,7 @@ from tiny import arguments, model, processor, trainer
 from transformers import Trainer, TrainingArguments
 
 from modeling_pico.training import PicoTrainer
-from modeling_pico.training.trainer import _WITHOUT_EFFECT
+from modeling_pico.training.trainer import _UNUSED_ARGUMENTS
 
 
 # A value of each that is not the default.
@@ -157,10 +157,10 @@ def test_batches_of_the_accelerator_are_refused(tmp_path, name):
 def test_every_argument_of_the_trainer_is_sorted():
     ours = set(inspect.signature(PicoTrainer.__init__).parameters) - {"kwargs"}
     transformers = {"model_init", "callbacks", "optimizers", "optimizer_cls_and_kwargs"}
-    assert set(inspect.signature(Trainer.__init__).parameters) == ours | transformers | set(_WITHOUT_EFFECT)
+    assert set(inspect.signature(Trainer.__init__).parameters) == ours | transformers | set(_UNUSED_ARGUMENTS)
 
 
-@pytest.mark.parametrize("name", _WITHOUT_EFFECT)
+@pytest.mark.parametrize("name", _UNUSED_ARGUMENTS)
 def test_arguments_of_the_trainer_without_effect_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match=f"`{name}` is not used: .*PicoTrainer"):
         PicoTrainer(model(), arguments(tmp_path), processing_class=processor(), **{name: lambda *args: None})
