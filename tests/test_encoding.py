@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from modeling_pico import CaptionedImageDataset, PicoDataCollator, PicoModel, PicoProcessor, decode_image
@@ -96,6 +97,10 @@ def test_what_is_no_image_is_named(tiny_processor, tmp_path):
 def test_texts_are_cut_at_the_length_that_is_saved(tiny_processor, tmp_path):
     long = "a red circle " * 20
     tiny_processor.save_pretrained(tmp_path)
+    # Tokenizers may come with a length in their file, as MiniLM's does.
+    backend = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.enable_truncation(16)
+    backend.save(str(tmp_path / "tokenizer.json"))
     processor = PicoProcessor.from_pretrained(tmp_path)
     processor.tokenizer.model_max_length = 7
     samples = [{"image": Image.new("RGB", (16, 16)), "caption": long, "image_id": 0}]

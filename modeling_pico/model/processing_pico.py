@@ -51,6 +51,9 @@ class PicoProcessor(ProcessorMixin):
             self.tokenizer.model_input_names = [*self.tokenizer.model_input_names, "attention_mask"]
         # Gemma's pad on the left. Only what is among the initial arguments is saved.
         self.tokenizer.padding_side = self.tokenizer.init_kwargs["padding_side"] = "right"
+        # A length that the tokenizer's file happens to be set to, as MiniLM's is. Transformers would cut there, but
+        # training cuts at `model_max_length`.
+        self.tokenizer.init_kwargs.pop("max_length", None)
 
     def __call__(self, images=None, text=None, **kwargs):
         if images is not None:
