@@ -59,6 +59,8 @@ _GEMMA_VOCABULARY = 256_000
 
 def num_prefix_tokens(config: PreTrainedConfig) -> int:
     """Number of special tokens before the patches of a vision backbone; ValueError for an unknown family."""
+    if config.model_type == "timm_wrapper":
+        return config.num_prefix_tokens
     if config.model_type not in _PREFIX_TOKENS:
         raise ValueError(
             f"It is not known how many special tokens the vision family {config.model_type!r} puts before its "
@@ -67,6 +69,19 @@ def num_prefix_tokens(config: PreTrainedConfig) -> int:
         )
     registers = config.to_dict().get("num_register_tokens", 0)
     return _PREFIX_TOKENS[config.model_type] + registers
+
+
+def complete_config(vision_model: PreTrainedModel) -> None:
+    """
+    Writes into the configuration of a tower of timm what it lacks and its module knows: the width of its tokens and
+    how many special ones come first. Its pooling, which nothing here needs, is left out.
+    """
+    if vision_model.config.model_type == "timm_wrapper":
+        timm_model: Any = vision_model.timm_model
+        vision_model.config.hidden_size = timm_model.num_features
+        # Models without such tokens do not state their number.
+        vision_model.config.num_prefix_tokens = getattr(timm_model, "num_prefix_tokens", 0)
+        vision_model.config.do_pooling = False
 
 
 def max_text_length(text_model: PreTrainedModel) -> int | None:
@@ -288,10 +303,11 @@ def joint_logit_scale(joint: PreTrainedModel) -> torch.Tensor | None:
 def freeze_unused(vision_model: PreTrainedModel, pooled: bool) -> None:
     """
     Freezes what never sees a gradient, which distributed training would otherwise wait for: the mask token of DINO's
-    pretraining and, unless the score is that of pooled vectors (`pooled`), the query of SigLIP's attention pooling.
+    pretraining, timm's pooling and, unless the score is that of pooled vectors (`pooled`), the query of SigLIP's.
     """
     for name, parameter in vision_model.named_parameters():
-        if name.endswith("mask_token") or (name == "head.probe" and not pooled):
+        is_pooling = name.startswith(("timm_model.head.", "timm_model.fc_norm.", "timm_model.attn_pool."))
+        if name.endswith("mask_token") or is_pooling or (name == "head.probe" and not pooled):
             parameter.requires_grad_(False)
 
 
@@ -331,12 +347,14 @@ def run_text_tower(
 
 def image_token_states(model: PreTrainedModel, outputs) -> torch.Tensor:
     """
-    Hidden states `(batch, tokens, hidden)` of an image's tokens, special ones included. Feature maps
-    `(batch, hidden, height, width)` of convolutional backbones are laid out as tokens.
+    Hidden states `(batch, tokens, hidden)` of an image's tokens, special ones included. Feature maps, with their
+    features first or last (timm's Swin), are laid out as tokens.
     """
     hidden_states = outputs.last_hidden_state
     if hidden_states.dim() == 4:
-        hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if hidden_states.shape[1] == hidden_size(model.config):
+            hidden_states = hidden_states.movedim(1, -1)
+        hidden_states = hidden_states.flatten(1, 2)
     return _finish(model, hidden_states)
 
 

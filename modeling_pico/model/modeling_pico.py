@@ -16,6 +16,7 @@ from .backbones_pico import (
     build_backbone,
     check_vision_family,
     class_token_state,
+    complete_config,
     freeze_unused,
     image_token_states,
     is_joint,
@@ -277,6 +278,7 @@ class PicoModel(PicoPreTrainedModel):
         check_vision_family(config.vision_config)
         self.vision_model = build_backbone(config.vision_config) if vision_model is None else vision_model
         self.text_model = build_backbone(config.text_config) if text_model is None else text_model
+        complete_config(self.vision_model)
         # One object for the composite, the tower and its layers, so that later changes reach them all.
         config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
         if config.method not in self.head_classes:

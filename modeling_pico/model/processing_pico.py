@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessorPil, ProcessorMixin
 from transformers.utils import logging
 
 from .image_decoding_pico import decode_image
@@ -28,7 +29,9 @@ class PicoProcessor(ProcessorMixin):
     Texts are cut to the tokenizer's `model_max_length` unless `truncation` says otherwise.
 
     Args:
-        image_processor (`BaseImageProcessor`): Any image processor of transformers.
+        image_processor (`BaseImageProcessor`):
+            Any image processor of transformers. That of timm's models, which cannot be saved, is replaced by one that
+            resizes, crops and normalises as it does.
         tokenizer (`PreTrainedTokenizerBase`):
             Any tokenizer of transformers. It is made to pad on the right and to return attention masks.
         image_backend (`str`, *optional*):
@@ -43,6 +46,8 @@ class PicoProcessor(ProcessorMixin):
     """
 
     def __init__(self, image_processor=None, tokenizer=None, image_backend=None, **kwargs):
+        if type(image_processor).__name__ == "TimmWrapperImageProcessor":
+            image_processor = _without_timm(image_processor.data_config)
         super().__init__(image_processor, tokenizer, **kwargs)
         self.image_backend = _backend(image_processor) if image_backend is None else image_backend
         _check_image_sizes(self.image_processor)
@@ -230,6 +235,22 @@ class PicoProcessor(ProcessorMixin):
             # They would be ranked first.
             raise ValueError("Some scores are not numbers: embeddings of the queries or of the gallery hold NaN.")
         return scores, indices
+
+
+def _without_timm(data_config: dict[str, Any]) -> CLIPImageProcessorPil:
+    """What timm does to images in evaluation, by an image processor of transformers."""
+    _, height, width = data_config["input_size"]
+    scaled_height, scaled_width = (int(side / data_config["crop_pct"]) for side in (height, width))
+    if data_config["crop_mode"] not in ("center", "squash"):
+        raise ValueError(f"timm's crop_mode must be 'center' or 'squash', but is {data_config['crop_mode']!r}.")
+    squashes = data_config["crop_mode"] == "squash" or height != width
+    return CLIPImageProcessorPil(
+        size={"height": scaled_height, "width": scaled_width} if squashes else {"shortest_edge": scaled_height},
+        crop_size={"height": height, "width": width},
+        resample=Image.Resampling[data_config["interpolation"].upper()],
+        image_mean=list(data_config["mean"]),
+        image_std=list(data_config["std"]),
+    )
 
 
 def _backend(image_processor: Any) -> str | None:

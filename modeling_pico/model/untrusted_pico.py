@@ -58,7 +58,10 @@ def read_config(source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         source, **{name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     )
     for part in (config, config.get("vision_config"), config.get("text_config")):
-        for name, value in part.items() if isinstance(part, Mapping) else ():
+        if not isinstance(part, Mapping):
+            continue
+        _check_timm(source, part)
+        for name, value in part.items():
             if name.lstrip("_") in ("attn_implementation", "experts_implementation") and "/" in str(value):
                 raise ValueError(
                     f"The configuration of {str(source)!r} names code of the Hub as its `{name}`: {value!r}. Take "
@@ -71,6 +74,17 @@ def read_config(source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
             f"The configuration of {str(source)!r} names {weights!r} as its weights; only safetensors are read."
         )
     return config
+
+
+def _check_timm(source: Any, config: Mapping[str, Any]) -> None:
+    # By these timm would read other files than the checkpoint's weights, pickles among them.
+    arguments = config.get("model_args") or {}
+    given = [name for name in arguments if name.startswith("pretrained") or name in ("checkpoint_path", "cache_dir")]
+    if given or ":" in str(config.get("architecture")):
+        what = f"`model_args` {', '.join(given)}" if given else f"the architecture {config['architecture']!r}"
+        raise ValueError(
+            f"The configuration of {str(source)!r} has timm read other files: {what}. Take that out of it."
+        )
 
 
 def _check_numbers(options: Mapping[str, Any], path: str = "") -> None:
