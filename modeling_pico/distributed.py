@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast, gather, gather_object, reduce
+from accelerate.utils import broadcast, gather, gather_object, reduce, wait_for_everyone
 from torch import distributed
 from torch.distributed.tensor import DTensor
 
@@ -114,16 +114,10 @@ def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     sizes = gather(torch.tensor([tensor.shape[:2]], device=tensor.device))
     counts = sizes[:, 0].tolist()
     # Not `pad_across_processes`, which makes integers of the booleans that it pads, on that process alone.
-    padded = tensor.new_zeros((*sizes.amax(dim=0).tolist(), *tensor.shape[2:]))
-    padded[tuple(slice(size) for size in tensor.shape[:2])] = tensor
+    padded = _pad(tensor, *sizes.amax(dim=0).tolist())
     # No `split`, which cannot cut a tensor without rows.
     blocks = gather(padded).unflatten(0, (len(counts), max(counts)))
     return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
-
-
-def wait_for_everyone() -> None:
-    """Returns when all processes have come here."""
-    PartialState().wait_for_everyone()
 
 
 def whole(tensor: Any) -> Any:

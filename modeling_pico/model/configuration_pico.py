@@ -211,7 +211,10 @@ class PicoConfig(PreTrainedConfig):
             try:
                 UncertaintyConfig(**self.uncertainty_config)
             except (TypeError, StrictDataclassError) as error:
-                raise ValueError(f"`uncertainty_config` is wrong: {error.__cause__ or error}") from error
+                options = ", ".join(option.name for option in fields(UncertaintyConfig))
+                raise ValueError(
+                    f"`uncertainty_config` is wrong: {error.__cause__ or error}. Its options are {options}."
+                ) from error
 
     @property
     def uses_prototypes(self) -> bool:

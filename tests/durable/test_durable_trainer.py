@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interruption import Terminate
 from plain import model, trainer
 from safetensors.torch import load_file
 from tiny import assert_same_state, whole_log
@@ -335,18 +336,6 @@ def test_a_best_checkpoint_that_is_gone_does_not_end_the_training(tmp_path):
 
 
 # Being asked to end
-
-
-class Terminate(TrainerCallback):
-    """Sends SIGTERM to the own process at one moment."""
-
-    def __init__(self, event: str, step: int):
-        self.step = step
-        setattr(self, event, self.act)
-
-    def act(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 # The third step ends an epoch, whose evaluation and checkpoint belong to it.

@@ -8,25 +8,13 @@ import signal
 from pathlib import Path
 
 import pytest
+from interruption import Terminate
 from tiny import assert_same_state, trainer, whole_log
-from transformers import TrainerCallback
 
 from modeling_pico.durable.files import last_checkpoint
 
 
 QUICK = {"num_train_epochs": 2, "logging_steps": 2, "model_options": {"dropout": 0.1}}
-
-
-class Terminate(TrainerCallback):
-    """Sends SIGTERM to the own process at one moment."""
-
-    def __init__(self, event: str, step: int):
-        self.step = step
-        setattr(self, event, self.act)
-
-    def act(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.fixture(scope="module")
