@@ -71,6 +71,23 @@ class PicoFeatures(BaseModelOutputWithPooling):
 
 
 @dataclass
+class TokenStates(ModelOutput):
+    r"""
+    What a tower gives the alignment head.
+
+    Args:
+        states (`torch.Tensor` of shape `(batch, tokens, hidden)`): Hidden states of the tokens.
+        mask (`torch.Tensor` of shape `(batch, tokens)`): True at tokens that take part.
+        class_state (`torch.Tensor` of shape `(batch, hidden)`, *optional*):
+            State of the class token, with `pooling="class_token"`.
+    """
+
+    states: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    class_state: torch.Tensor | None = None
+
+
+@dataclass
 class PicoOutput(ModelOutput):
     r"""
     Output of [`PicoModel`].
@@ -339,11 +356,16 @@ class PicoModel(PicoPreTrainedModel):
         return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
     def train(self, mode: bool = True) -> "PicoModel":
-        """As `nn.Module.train`; where no embedding is trained, what makes them stays in evaluation mode."""
+        """
+        As `nn.Module.train`; frozen towers stay in evaluation mode, where no dropout and no statistics of a batch
+        change what they give, and so does the head where no embedding is trained.
+        """
         super().train(mode)
-        if mode and not self.trains_embeddings:
-            for module in (self.vision_model, self.text_model, self.alignment_head):
-                module.eval()
+        for tower in (self.vision_model, self.text_model):
+            if not any(parameter.requires_grad for parameter in tower.parameters()):
+                tower.eval()
+        if not self.trains_embeddings:
+            self.alignment_head.eval()
         return self
 
     def train_uncertainty_only(self) -> None:
@@ -447,11 +469,9 @@ class PicoModel(PicoPreTrainedModel):
             )
         return model.eval()
 
-    def _features(
-        self, token_states: torch.Tensor, mask: torch.Tensor, class_state: torch.Tensor | None, modality: str, weighted
-    ) -> dict[str, Any]:
+    def _features(self, states: TokenStates, modality: str, weighted: bool = True) -> dict[str, Any]:
         head = self.alignment_head
-        tokens, mask, state = head.embed(token_states, mask, class_state, modality)
+        tokens, mask, state = head.embed(states.states, states.mask, states.class_state, modality)
         embeds, probability = head.weight(tokens, mask, modality) if weighted else (tokens, None)
         return {
             "embeds": embeds,
@@ -496,7 +516,7 @@ class PicoModel(PicoPreTrainedModel):
         named = {f"{modality}_{name}": value for name, value in features.items() if name != "state"}
         return {**named, "vision_model_output" if modality == "image" else "text_model_output": outputs}
 
-    def _encode_images(self, pixel_values: torch.Tensor, weighted: bool, **kwargs):
+    def _image_states(self, pixel_values: torch.Tensor, **kwargs):
         config = self.config
         outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
         states = image_token_states(self.vision_model, outputs)
@@ -506,13 +526,12 @@ class PicoModel(PicoPreTrainedModel):
         if not config.vision_special_tokens:
             states = states[:, num_prefix_tokens(config.vision_config) :]
         mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-        return outputs, self._features(states, mask, class_state, "image", weighted)
+        return outputs, TokenStates(states, mask, class_state)
 
-    def _encode_texts(
+    def _text_states(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        weighted: bool,
+        attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         **kwargs,
@@ -535,8 +554,10 @@ class PicoModel(PicoPreTrainedModel):
         class_state = None
         if config.pooling == "class_token":
             class_state = class_token_state(self.text_model, outputs, states, "text")
-        mask = text_token_mask(attention_mask, config.text_special_tokens, config.text_config.model_type)
-        return outputs, self._features(states, mask, class_state, "text", weighted)
+        return outputs, TokenStates(states, self._text_mask(attention_mask), class_state)
+
+    def _text_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        return text_token_mask(attention_mask, self.config.text_special_tokens, self.config.text_config.model_type)
 
     def _auxiliary_losses(
         self,
@@ -575,8 +596,8 @@ class PicoModel(PicoPreTrainedModel):
         Returns:
             [`PicoFeatures`]
         """
-        outputs, features = self._encode_images(pixel_values, weighted, **kwargs)
-        return self._features_output(outputs, features, "image")
+        outputs, states = self._image_states(pixel_values, **kwargs)
+        return self._features_output(outputs, self._features(states, "image", weighted), "image")
 
     @can_return_tuple
     def get_text_features(
@@ -603,10 +624,19 @@ class PicoModel(PicoPreTrainedModel):
         Returns:
             [`PicoFeatures`]
         """
-        outputs, features = self._encode_texts(
-            input_ids, attention_mask, weighted, position_ids=position_ids, token_type_ids=token_type_ids, **kwargs
-        )
-        return self._features_output(outputs, features, "text")
+        outputs, states = self._text_states(input_ids, attention_mask, position_ids, token_type_ids, **kwargs)
+        return self._features_output(outputs, self._features(states, "text", weighted), "text")
+
+    def get_image_states(self, pixel_values: torch.Tensor, **kwargs) -> TokenStates:
+        """
+        What the image tower gives the alignment head; arguments are those of [`get_image_features`]. The states of a
+        frozen tower may be kept, and given to [`forward`] in place of the images.
+        """
+        return self._image_states(pixel_values, **kwargs)[1]
+
+    def get_text_states(self, input_ids: torch.Tensor, **kwargs) -> TokenStates:
+        """What the text tower gives the alignment head; arguments are those of [`get_text_features`]."""
+        return self._text_states(input_ids, **kwargs)[1]
 
     def score(
         self,
@@ -698,6 +728,10 @@ class PicoModel(PicoPreTrainedModel):
         return_loss: bool | None = None,
         return_logits: bool = True,
         interpolate_pos_encoding: bool = False,
+        image_states: torch.FloatTensor | None = None,
+        text_states: torch.FloatTensor | None = None,
+        image_class_state: torch.FloatTensor | None = None,
+        text_class_state: torch.FloatTensor | None = None,
         **kwargs,
     ) -> PicoOutput:
         r"""
@@ -722,12 +756,23 @@ class PicoModel(PicoPreTrainedModel):
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
                 Whether the vision backbone stretches its position encodings to images of another size than it was
                 trained on. Some (DINOv2, DINOv3, Swin, ConvNeXt) take any size without it.
+            image_states (`torch.FloatTensor` of shape `(images, tokens, hidden)`, *optional*):
+                Those of [`get_image_states`] in place of `pixel_values`: the tower is not run.
+            text_states (`torch.FloatTensor` of shape `(texts, words, hidden)`, *optional*):
+                Those of [`get_text_states`] in place of `input_ids`; `attention_mask` says which are real tokens.
+            image_class_state (`torch.FloatTensor` of shape `(images, hidden)`, *optional*):
+                Beside `image_states`, with `pooling="class_token"`.
+            text_class_state (`torch.FloatTensor` of shape `(texts, hidden)`, *optional*): Beside `text_states`.
             kwargs: Passed to both backbones (`output_hidden_states`, `output_attentions`, ...).
 
         Returns:
             [`PicoOutput`]
         """
-        missing = [name for name, given in (("input_ids", input_ids), ("pixel_values", pixel_values)) if given is None]
+        inputs = {"input_ids": (input_ids, text_states), "pixel_values": (pixel_values, image_states)}
+        twice = [name for name, (raw, states) in inputs.items() if raw is not None and states is not None]
+        if twice:
+            raise ValueError(f"Given twice: {', '.join(twice)}, and the hidden states of a tower in its place.")
+        missing = [name for name, (raw, states) in inputs.items() if raw is None and states is None]
         for_loss = return_loss or image_ids is not None or caption_codes is not None
         if len(missing) == 2 or (missing and for_loss):
             raise ValueError(
@@ -737,12 +782,21 @@ class PicoModel(PicoPreTrainedModel):
             )
         # Only where it is asked for, because not every vision backbone knows it.
         image_kwargs = {**kwargs, "interpolate_pos_encoding": True} if interpolate_pos_encoding else kwargs
-        text_kwargs = {"position_ids": position_ids, "token_type_ids": token_type_ids, **kwargs}
-        sides = {}
-        if pixel_values is not None:
-            sides["image"] = self._encode_images(pixel_values, True, **image_kwargs)
-        if input_ids is not None:
-            sides["text"] = self._encode_texts(input_ids, attention_mask, True, **text_kwargs)
+        # Outputs of the tower, of which there are none where its states are given, and what the head is given.
+        towers: dict[str, tuple[Any, TokenStates]] = {}
+        if image_states is not None:
+            mask = torch.ones(image_states.shape[:2], dtype=torch.bool, device=image_states.device)
+            towers["image"] = None, TokenStates(image_states, mask, image_class_state)
+        elif pixel_values is not None:
+            towers["image"] = self._image_states(pixel_values, **image_kwargs)
+        if text_states is not None:
+            mask = self._text_mask(torch.ones_like(text_states[..., 0]) if attention_mask is None else attention_mask)
+            towers["text"] = None, TokenStates(text_states, mask, text_class_state)
+        elif input_ids is not None:
+            towers["text"] = self._text_states(input_ids, attention_mask, position_ids, token_type_ids, **kwargs)
+        sides = {
+            modality: (outputs, self._features(states, modality)) for modality, (outputs, states) in towers.items()
+        }
         encoded: dict[str, Any] = {}
         for modality, side in sides.items():
             encoded |= self._output_of(modality, *side)
