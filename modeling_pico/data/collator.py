@@ -55,10 +55,10 @@ class PicoDataCollator:
         image_ids = torch.tensor([sample["image_id"] for sample in samples], dtype=torch.int64)
         batch = {"pixel_values": self._encode_images([sample["image"] for sample in samples])}
         if kinds == {"caption"}:
-            batch.update(self._encode_texts([sample["caption"] for sample in samples]), image_ids=image_ids)
+            batch.update(self.encode_texts([sample["caption"] for sample in samples]), image_ids=image_ids)
             return batch
         num_captions = torch.tensor([len(sample["captions"]) for sample in samples], dtype=torch.int64)
-        batch.update(self._encode_texts([text for sample in samples for text in sample["captions"]]))
+        batch.update(self.encode_texts([text for sample in samples for text in sample["captions"]]))
         batch.update(
             image_ids=image_ids,
             text_ids=torch.repeat_interleave(image_ids, num_captions),
@@ -76,7 +76,8 @@ class PicoDataCollator:
             )
         return torch.stack([torch.as_tensor(array) for array in arrays])
 
-    def _encode_texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
+    def encode_texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        """The text tensors of a batch."""
         encoded = self.processor.tokenizer(
             texts,
             padding="longest",

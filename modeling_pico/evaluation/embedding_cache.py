@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import transformers
 from accelerate import PartialState
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
+from transformers import PreTrainedConfig
 from transformers.utils import is_peft_available, logging
 
 from ..data import CaptionedImageDataset, PicoDataCollator
@@ -77,37 +78,64 @@ def cache_key(model: PicoModel, loader: DataLoader, precision: str = "no") -> st
     options, the precision, images (by their bytes or by name, size and times of their files), captions as they are
     tokenized, preprocessing, and the code. Prototypes are not among it, since embeddings are kept unweighted.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for part in _described(model, loader, precision):
-        # With its length, so that no part can pass for a piece of another.
-        data = part if isinstance(part, bytes) else str(part).encode(errors="surrogatepass")
-        digest.update(len(data).to_bytes(8, "little") + data)
+    config = model.config
+    dataset: Any = loader.dataset
+    collator: Any = loader.collate_fn
     # Embeddings are kept before weighting.
     weighting = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, StylePrototypes))
     made_by = ("vision_model.", "text_model.", "alignment_head.")
-    for name, tensor in model.state_dict().items():
-        if name.startswith(made_by) and not name.startswith(weighting):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    tensors = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name.startswith(made_by) and not name.startswith(weighting)
+    }
+    parts = [
+        _options({**config.to_dict(), "uncertainty_config": None}),
+        *map(describe_tower, (config.vision_config, config.text_config)),
+        *describe_software(precision, model.device),
+        dataset.ids.tolist(),
+        *describe_images(dataset, collator),
+        *describe_texts(dataset, collator),
+    ]
+    return digest(parts, tensors)
 
 
-def _described(model: PicoModel, loader: Any, precision: str) -> Iterator[Any]:
-    config = model.config
-    yield _options({**config.to_dict(), "uncertainty_config": None})
-    yield config.vision_config._attn_implementation, config.text_config._attn_implementation
-    yield precision, model.device.type
+def digest(parts: Iterable[Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """Digest of values, as bytes or as they are printed, and of named tensors."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        # With its length, so that no part can pass for a piece of another.
+        data = part if isinstance(part, bytes) else str(part).encode(errors="surrogatepass")
+        found.update(len(data).to_bytes(8, "little") + data)
+    for name, tensor in tensors.items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def describe_software(precision: str, device: torch.device) -> Iterator[Any]:
+    """What embeddings depend on beside model and data."""
+    yield precision, device.type
     yield PIL.__version__, torch.__version__, transformers.__version__
     # The code itself: during development its version stays while its maths change.
     for file in sorted(_PACKAGE.rglob("*.py")):
         yield file.read_bytes()
 
-    dataset, collator = loader.dataset, loader.collate_fn
+
+def describe_tower(config: PreTrainedConfig) -> Any:
+    """Options of a tower."""
+    return _options(config.to_dict()), config._attn_implementation
+
+
+def describe_images(dataset: CaptionedImageDataset, collator: PicoDataCollator) -> Iterator[Any]:
+    """Images, by their bytes or by name, size and times of their files, and their preprocessing."""
     image_processor = collator.processor.image_processor
     yield type(image_processor).__name__, _options(image_processor.to_dict())
-    yield dataset.ids.tolist()
     yield from _images(dataset.dataset)
-    # Tokens say all that vocabulary, normalizer and limit make of a caption.
+
+
+def describe_texts(dataset: CaptionedImageDataset, collator: PicoDataCollator) -> Iterator[Any]:
+    """Tokens, which say all that vocabulary, normalizer and limit make of a caption."""
     tokenizer = collator.processor.tokenizer
     yield tokenizer.padding_side
     for captions in dataset.dataset["captions"]:
@@ -186,4 +214,14 @@ def _path(folder: str | os.PathLike, key: str) -> Path:
     return Path(folder) / f"{key}-{state.process_index}-of-{state.num_processes}.safetensors"
 
 
-__all__ = ["cache_key", "cached_embeddings", "load_embeddings", "save_embeddings"]
+__all__ = [
+    "cache_key",
+    "cached_embeddings",
+    "describe_images",
+    "describe_software",
+    "describe_texts",
+    "describe_tower",
+    "digest",
+    "load_embeddings",
+    "save_embeddings",
+]

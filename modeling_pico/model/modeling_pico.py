@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -70,20 +70,19 @@ class PicoFeatures(BaseModelOutputWithPooling):
     uncertainty: torch.Tensor | None = None
 
 
-@dataclass
-class TokenStates(ModelOutput):
-    r"""
+class TokenStates(NamedTuple):
+    """
     What a tower gives the alignment head.
 
-    Args:
+    Attributes:
         states (`torch.Tensor` of shape `(batch, tokens, hidden)`): Hidden states of the tokens.
         mask (`torch.Tensor` of shape `(batch, tokens)`): True at tokens that take part.
         class_state (`torch.Tensor` of shape `(batch, hidden)`, *optional*):
             State of the class token, with `pooling="class_token"`.
     """
 
-    states: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
+    states: torch.Tensor
+    mask: torch.Tensor
     class_state: torch.Tensor | None = None
 
 

@@ -157,6 +157,16 @@ class PicoTrainingArguments(TrainingArguments):
         "For the training script: after training, learn on the validation set how the uncertainty re-ranks scores; "
         "evaluations then report reranked_ metrics beside the plain ones.",
     )
+    tower_cache_dir: str | None = option_field(
+        None,
+        "Folder that keeps the hidden states of frozen towers, in half precision: only the alignment head is run and "
+        "trained then, here and in every later run with these towers on these data (default: nowhere)",
+    )
+    tower_cache_views: _Count = option_field(
+        4,
+        "Drawings of each training image that tower_cache_dir keeps where images are augmented; every epoch takes one "
+        "of them.",
+    )
     eval_cache_dir: str | None = option_field(
         None,
         "Folder that keeps embeddings of evaluations outside of training, in half precision: evaluating the same "

@@ -6,6 +6,7 @@ import functools
 import math
 import operator
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ from .construction import PrototypeConstruction
 from .gradient_cache import cached_backward, split_inputs
 from .model_card import create_model_card
 from .sharding import prepare_fsdp
+from .tower_cache import TowerStates, as_it_is, cached_states
 
 
 if is_peft_available():
@@ -45,7 +47,8 @@ logger = logging.get_logger(__name__)
 
 # Arguments of `Trainer` that could do nothing here.
 _UNUSED_ARGUMENTS = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
-# Training arguments that a model card names: some of transformers, and PICO's own but for logs, DDP and evaluation.
+# Training arguments that a model card names: some of transformers, and PICO's own but for logs, DDP, evaluation and
+# the cache of towers.
 _CARD_ARGUMENTS = (
     "learning_rate",
     "backbone_learning_rate",
@@ -60,7 +63,7 @@ _CARD_ARGUMENTS = (
     *(
         name
         for name in PicoTrainingArguments.__annotations__
-        if not name.startswith(("logging_", "ddp_", "eval_")) and not name.endswith("learning_rate")
+        if not name.startswith(("logging_", "ddp_", "eval_", "tower_")) and not name.endswith("learning_rate")
     ),
 )
 
@@ -130,6 +133,8 @@ class PicoTrainer(DurableTrainer):
         # What the card calls the metrics that evaluations report under these prefixes.
         self.card_split_names: dict[str, str] = {}
         self._card_metrics: dict[str, dict[str, float]] = {}
+        # What the frozen towers make of data sets, for as long as these are in use.
+        self._tower_states: weakref.WeakKeyDictionary[Any, TowerStates] = weakref.WeakKeyDictionary()
         # Auxiliary losses since the last log, by name.
         self._auxiliary_log: dict[str, list[torch.Tensor]] = {}
         super().__init__(
@@ -179,7 +184,8 @@ class PicoTrainer(DurableTrainer):
         )
         self.remove_callback(TrainLoaderCallback)
         self.add_callback(TrainLoaderCallback(sampler))
-        loader = DataLoader(dataset, batch_sampler=sampler, **self._loader_kwargs())
+        dataset, collate = self._by_towers(dataset)
+        loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **self._loader_kwargs())
         return self.accelerator.prepare(loader)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | datasets.Dataset | None = None) -> DataLoader:
@@ -194,11 +200,16 @@ class PicoTrainer(DurableTrainer):
             dataset = self.eval_dataset[eval_dataset]
         return self._eval_loader(as_captioned(dataset))
 
-    def _eval_loader(self, dataset: Any) -> DataLoader:
+    def _eval_loader(self, dataset: Any, images: torch.Tensor | None = None) -> DataLoader:
+        """Batches of a data set, or of some of its images."""
+        dataset, collate = self._by_towers(dataset)
+        if images is not None:
+            dataset = Subset(dataset, images.tolist())
         return DataLoader(
             dataset,
             sampler=own_rows(len(dataset)),
             batch_size=self.args.eval_batch_size,
+            collate_fn=collate,
             # Else a loader draws from the global generator, and dropout would depend on when one evaluates.
             generator=torch.Generator(),
             # Every evaluation has a loader of its own, whose workers have nothing to wait for afterwards.
@@ -212,7 +223,6 @@ class PicoTrainer(DurableTrainer):
     def _loader_kwargs(self) -> dict[str, Any]:
         args = self.args
         kwargs: dict[str, Any] = {
-            "collate_fn": self.data_collator,
             "num_workers": args.dataloader_num_workers,
             "pin_memory": args.dataloader_pin_memory and args.device.type != "cpu",
         }
@@ -222,6 +232,39 @@ class PicoTrainer(DurableTrainer):
             kwargs["prefetch_factor"] = args.dataloader_prefetch_factor
             kwargs["multiprocessing_context"] = args.dataloader_multiprocessing_context
         return kwargs
+
+    def _by_towers(self, dataset: Any) -> tuple[Any, Callable]:
+        """A data set and what makes a batch of its samples; with `tower_cache_dir` what frozen towers make of it."""
+        if self.args.tower_cache_dir is None:
+            return dataset, self.data_collator
+        model = self._pico_model()
+        trained = [
+            name
+            for name, tower in (("vision", model.vision_model), ("text", model.text_model))
+            if any(parameter.requires_grad for parameter in tower.parameters())
+        ]
+        if trained:
+            raise ValueError(
+                f"tower_cache_dir keeps what frozen towers give, but trained: {', '.join(trained)}. Freeze it "
+                f"({', '.join(f'--freeze_{name}' for name in trained)}), or leave tower_cache_dir out."
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "tower_cache_dir runs whole towers, which FSDP and DeepSpeed shard. What is left to train is small: "
+                "launch with examples/accelerate/ddp.yaml, or leave tower_cache_dir out."
+            )
+        if dataset not in self._tower_states:
+            with self.accelerator.autocast():
+                self._tower_states[dataset] = cached_states(
+                    self.args.tower_cache_dir,
+                    model,
+                    dataset,
+                    self.data_collator,
+                    batch_size=self.args.eval_batch_size,
+                    num_views=self.args.tower_cache_views,
+                    precision=f"{self.accelerator.mixed_precision}, tf32 {self.args.tf32}",
+                )
+        return self._tower_states[dataset], as_it_is
 
     # Optimizer
 
@@ -352,7 +395,8 @@ class PicoTrainer(DurableTrainer):
         """Names the images of batches whose loss is not finite, and those whose pixels are not."""
         pixels: list[int] = []
         for inputs in batches:
-            finite = inputs["pixel_values"].flatten(1).isfinite().all(dim=1)
+            images = inputs["pixel_values"] if "pixel_values" in inputs else inputs["image_states"]
+            finite = images.flatten(1).isfinite().all(dim=1)
             pixels += inputs["image_ids"][~finite].tolist()
         ids = gather_object([code for inputs in batches for code in inputs["image_ids"].tolist()])
         pixels = gather_object(pixels)
@@ -588,8 +632,7 @@ class PicoTrainer(DurableTrainer):
         images = construction.feedback_images(len(dataset if encoded is None else encoded.image_ids))
         if encoded is None:
             # For the construction alone: neither the log nor the choice of the best checkpoint sees it.
-            part = dataset if images is None else Subset(dataset, images.tolist())
-            encoded = self._encode(self._eval_loader(part))
+            encoded = self._encode(self._eval_loader(dataset, images))
         elif images is not None:
             encoded, rsum = encoded.subset(images), None
         # One gallery: folds of a part would be too small to tell prototypes apart.

@@ -78,7 +78,7 @@ class FirstGradients(PicoTrainer):
         inputs["image_ids"] %= 5
         inputs["caption_codes"] %= 7  # and so do captions
         self.ids.append(inputs["image_ids"].tolist())
-        self.widths.append(inputs["input_ids"].shape[1])
+        self.widths.append(inputs["attention_mask"].shape[1])
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.losses.append(float(loss))
         if not self.gradients:
@@ -232,6 +232,15 @@ def adapter(folder: Path) -> dict[str, Any]:
     return run(folder, with_adapter(), measure=scores, **EPOCHS)
 
 
+def kept_states(folder: Path) -> dict[str, Any]:
+    """Heads alone, on hidden states that each process has computed for its own rows."""
+    net = model(**PURITY)
+    for tower in (net.vision_model, net.text_model):
+        tower.requires_grad_(False)
+    data = {"data": CaptionedImageDataset(rows(20, repeats=2)), "eval_data": CaptionedImageDataset(rows(9, seed=1))}
+    return run(folder, net, measure=scores, tower_cache_dir=str(folder / "states"), **data, **EPOCHS)
+
+
 def test_batches_differ_in_width_and_repeat_ids_across_processes(one_and_two):
     alone, first, second = one_and_two(infonce)
     assert any(a != b for a, b in zip(first["widths"], second["widths"], strict=True))
@@ -242,13 +251,20 @@ def test_batches_differ_in_width_and_repeat_ids_across_processes(one_and_two):
 # Chunks leave the gradient as it is.
 @pytest.mark.parametrize(
     ("training", "alone"),
-    [(infonce, infonce), (hinge, hinge), (chunks, infonce), (pooled, pooled), (adapter, adapter)],
+    [
+        (infonce, infonce),
+        (hinge, hinge),
+        (chunks, infonce),
+        (pooled, pooled),
+        (adapter, adapter),
+        (kept_states, kept_states),
+    ],
 )
 def test_gradient_and_loss_are_those_of_the_whole_batch(one_and_two, training, alone):
     assert_first_gradients_and_losses(*one_and_two(training, alone))
 
 
-@pytest.mark.parametrize("training", [infonce, hinge, subset_feedback, adapter])
+@pytest.mark.parametrize("training", [infonce, hinge, subset_feedback, adapter, kept_states])
 def test_training_ends_alike_on_both_and_as_with_one_process(one_and_two, training):
     alone, first, second = one_and_two(training)
     assert alone["steps"] == first["steps"] == second["steps"]

@@ -1,0 +1,183 @@
+"""One training of the study with pretrained towers, frozen (their hidden states are computed once) or fine-tuned."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import set_seed
+
+from modeling_pico import (
+    PICO_LITERAL,
+    CaptionedImageDataset,
+    CddsModel,
+    PicoModel,
+    PicoProcessor,
+    PicoTrainer,
+    PicoTrainingArguments,
+    RetrievalEvaluator,
+    load_captioned_images,
+)
+from modeling_pico.data import PicoDataCollator
+from modeling_pico.data.looks import RandomStyle, render
+from modeling_pico.training.tower_cache import TowerStates, cached_states
+
+
+# Images whose hidden states give the moments of training.
+REFERENCE_IMAGES = 1000
+BATCH = 100
+
+
+class Look:
+    """Draws every image in one look."""
+
+    def __init__(self, look: str) -> None:
+        self.look = look
+
+    def __call__(self, image: Image.Image, rng: Any) -> Image.Image:
+        return render(image, self.look)
+
+
+def train(
+    setting: dict[str, Any],
+    options: dict[str, Any],
+    seed: int,
+    splits: list[str],
+    cache: Path,
+    weights: Path,
+    shared_options: dict[str, Any],
+) -> dict[str, Any]:
+    """
+    Trains one variant with one seed, or only evaluates it where `weights` are there from before.
+
+    Args:
+        setting (`dict`): Data, towers and schedule.
+        options (`dict`): The variant.
+        seed (`int`): Initial weights of the head, order of batches and captions.
+        splits (`list[str]`):
+            Names of splits; `test@sketch` is one whose images are drawn in a look, `validation:romantic` one whose
+            captions are those of a column, and `validation:1` one with the first caption of each image alone.
+        cache (`Path`): Keeps the hidden states of frozen towers between trainings.
+        weights (`Path`): Safetensors file that keeps the trained weights.
+        shared_options (`dict`): Options of `PicoTrainingArguments` that all variants share.
+
+    Returns:
+        `dict` with the rSum of each split, plain (`rsum`) and with the images moved to the moments of training at the
+        tower's outputs (`aligned`).
+    """
+    torch.set_num_threads(1)
+    set_seed(seed)
+    model = _build_model(setting, options)
+    frozen = setting.get("frozen", True)
+    if frozen:
+        model.vision_model.requires_grad_(False)
+        model.text_model.requires_grad_(False)
+    processor = PicoProcessor.from_backbones(setting["vision_model_name_or_path"], setting["text_model_name_or_path"])
+    side = {"height": setting["image_size"], "width": setting["image_size"]}
+    processor.image_processor.size = processor.image_processor.crop_size = side
+    collator = PicoDataCollator(processor)
+    augmentation = options.get("data", {}).get("style_augmentation")
+    training_set = _rows(setting, "train")
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        states_folder = cache if frozen else Path(folder, "states")
+        args = PicoTrainingArguments(
+            folder,
+            **{**shared_options, **options.get("args", {}), "tower_cache_dir": str(cache) if frozen else None},
+            backbone_learning_rate=setting.get("backbone_learning_rate"),
+        )
+        trainer = PicoTrainer(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=CaptionedImageDataset(training_set, RandomStyle(augmentation) if augmentation else None),
+            eval_dataset=CaptionedImageDataset(_rows(setting, "validation")),
+            processing_class=processor,
+        )
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if weights.exists():
+            model.load_state_dict(load_file(weights), strict=False)
+        else:
+            start = time.perf_counter()
+            trainer.train()
+            found["seconds"] = time.perf_counter() - start
+            weights.parent.mkdir(parents=True, exist_ok=True)
+            kept = {
+                name: value.contiguous()
+                for name, value in model.state_dict().items()
+                if not frozen or name in trained or not name.startswith(("vision_model.", "text_model."))
+            }
+            save_file(kept, weights)
+            log = trainer.state.log_history
+            found["constructions"] = [entry for entry in log if "prototype_stage" in entry]
+            found["loss"] = next((entry["loss"] for entry in reversed(log) if "loss" in entry), None)
+        model.eval()
+        evaluator = RetrievalEvaluator(image_chunk=1000)
+        step = max(1, len(training_set) // REFERENCE_IMAGES)
+        reference = CaptionedImageDataset(training_set.select(range(0, len(training_set), step)))
+        of_training = _moments(cached_states(states_folder, model, reference, collator))
+        rsum: dict[str, list[float]] = {}
+        aligned: dict[str, list[float]] = {}
+        for split in splits:
+            states = cached_states(states_folder, model, _split(setting, split), collator, num_views=1)
+            for results, moved in ((rsum, None), (aligned, (_moments(states), of_training))):
+                encoded = evaluator.encode(model, _batches(states, moved))
+                results[split] = [evaluator.retrieval_metrics(model, encoded)["rsum"]]
+    return {**found, "rsum": rsum, "aligned": aligned}
+
+
+def _build_model(setting: dict[str, Any], options: dict[str, Any]) -> PicoModel:
+    head = {name: value for name, value in options.items() if name not in ("method", "args", "data")}
+    method = options.get("method", "pico")
+    head = PICO_LITERAL | head if method == "pico_literal" else {"method": method, **head}
+    model_class = CddsModel if method in CddsModel.head_classes else PicoModel
+    return model_class.from_backbones(
+        setting["vision_model_name_or_path"],
+        setting["text_model_name_or_path"],
+        embedding_dim=setting["embedding_dim"],
+        **head,
+    )
+
+
+def _rows(setting: dict[str, Any], split: str, **options: Any) -> Any:
+    files = {split: str(Path(setting["dataset_name"]) / f"{split}.parquet")}
+    return load_captioned_images(
+        setting["dataset_name"], split=split, data_files=files, id_column=setting.get("id_column"), **options
+    )
+
+
+def _split(setting: dict[str, Any], name: str) -> CaptionedImageDataset:
+    """A split, drawn in a look or with other captions where its name says so."""
+    rest, _, look = name.partition("@")
+    split, _, captions = rest.partition(":")
+    if captions == "1":
+        rows = _rows(setting, split).map(lambda row: {"captions": row["captions"][:1]})
+    else:
+        rows = _rows(setting, split, **({"caption_column": captions} if captions else {}))
+    return CaptionedImageDataset(rows, Look(look) if look else None)
+
+
+Moments = tuple[torch.Tensor, torch.Tensor]
+
+
+def _moments(states: TowerStates) -> Moments:
+    """Mean and standard deviation `(hidden,)` of all patches of all images."""
+    images = torch.cat([batch["image_states"] for batch in _batches(states)]).flatten(0, 1)
+    spread, mean = torch.std_mean(images, dim=0, correction=0)
+    return mean, spread
+
+
+def _batches(states: TowerStates, moved: tuple[Moments, Moments] | None = None) -> Iterator[dict[str, torch.Tensor]]:
+    for start in range(0, len(states), BATCH):
+        batch = states.__getitems__(list(range(start, min(start + BATCH, len(states)))))
+        if moved is not None:
+            (mean, spread), (new_mean, new_spread) = moved
+            images = (batch["image_states"] - mean) * (new_spread / spread.clamp(min=1e-6)) + new_mean
+            batch["image_states"] = images
+        yield batch
