@@ -75,53 +75,69 @@ def train(
     set_seed(seed)
     model = _build_model(setting, options)
     frozen = setting.get("frozen", True)
-    if frozen:
-        model.vision_model.requires_grad_(False)
-        model.text_model.requires_grad_(False)
     processor = PicoProcessor.from_backbones(setting["vision_model_name_or_path"], setting["text_model_name_or_path"])
     side = {"height": setting["image_size"], "width": setting["image_size"]}
     processor.image_processor.size = processor.image_processor.crop_size = side
     collator = PicoDataCollator(processor)
     augmentation = options.get("data", {}).get("style_augmentation")
     training_set = _rows(setting, "train")
+    validation = CaptionedImageDataset(_rows(setting, "validation"))
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         states_folder = cache if frozen else Path(folder, "states")
-        args = PicoTrainingArguments(
-            folder,
-            **{**shared_options, **options.get("args", {}), "tower_cache_dir": str(cache) if frozen else None},
-            backbone_learning_rate=setting.get("backbone_learning_rate"),
-        )
-        trainer = PicoTrainer(
-            model=model,
-            args=args,
-            data_collator=collator,
-            train_dataset=CaptionedImageDataset(training_set, RandomStyle(augmentation) if augmentation else None),
-            eval_dataset=CaptionedImageDataset(_rows(setting, "validation")),
-            processing_class=processor,
-        )
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+        def fit(transform: RandomStyle | None, states: Path | None, **changed: Any) -> None:
+            args = {**shared_options, **options.get("args", {}), **changed}
+            args["tower_cache_dir"] = None if states is None else str(states)
+            trainer = PicoTrainer(
+                model=model,
+                args=PicoTrainingArguments(folder, **args),
+                data_collator=collator,
+                train_dataset=CaptionedImageDataset(training_set, transform),
+                eval_dataset=validation,
+                processing_class=processor,
+            )
+            trainer.train()
+            log = trainer.state.log_history
+            found["constructions"] = [entry for entry in log if "prototype_stage" in entry]
+            found["loss"] = next((entry["loss"] for entry in reversed(log) if "loss" in entry), None)
+
         if weights.exists():
             model.load_state_dict(load_file(weights), strict=False)
         else:
             start = time.perf_counter()
-            trainer.train()
+            styles = RandomStyle(augmentation) if augmentation else None
+            towers = (model.vision_model, model.text_model)
+            for tower in towers:
+                tower.requires_grad_(False)
+            if frozen:
+                fit(styles, cache)
+            else:
+                # Heads first: towers would be led astray by heads that know nothing yet.
+                fit(
+                    None,
+                    cache,
+                    num_train_epochs=setting["num_head_epochs"],
+                    learning_rate=setting["head_learning_rate"],
+                )
+                for tower in towers:
+                    tower.requires_grad_(True)
+                model._freeze_unused()
+                fit(styles, None, prototype_start=1, prototype_update_start=2)
             found["seconds"] = time.perf_counter() - start
             weights.parent.mkdir(parents=True, exist_ok=True)
+            of_towers = ("vision_model.", "text_model.")
             kept = {
                 name: value.contiguous()
                 for name, value in model.state_dict().items()
-                if not frozen or name in trained or not name.startswith(("vision_model.", "text_model."))
+                if not (frozen and name.startswith(of_towers))
             }
             save_file(kept, weights)
-            log = trainer.state.log_history
-            found["constructions"] = [entry for entry in log if "prototype_stage" in entry]
-            found["loss"] = next((entry["loss"] for entry in reversed(log) if "loss" in entry), None)
         model.eval()
         evaluator = RetrievalEvaluator(image_chunk=1000)
         step = max(1, len(training_set) // REFERENCE_IMAGES)
-        reference = CaptionedImageDataset(training_set.select(range(0, len(training_set), step)))
-        of_training = _moments(cached_states(states_folder, model, reference, collator))
+        reference = training_set.select(range(0, len(training_set), step)).map(_first_caption)
+        of_training = _moments(cached_states(states_folder, model, CaptionedImageDataset(reference), collator))
         rsum: dict[str, list[float]] = {}
         aligned: dict[str, list[float]] = {}
         for split in splits:
@@ -157,10 +173,14 @@ def _split(setting: dict[str, Any], name: str) -> CaptionedImageDataset:
     rest, _, look = name.partition("@")
     split, _, captions = rest.partition(":")
     if captions == "1":
-        rows = _rows(setting, split).map(lambda row: {"captions": row["captions"][:1]})
+        rows = _rows(setting, split).map(_first_caption)
     else:
         rows = _rows(setting, split, **({"caption_column": captions} if captions else {}))
     return CaptionedImageDataset(rows, Look(look) if look else None)
+
+
+def _first_caption(row: dict[str, Any]) -> dict[str, Any]:
+    return {"captions": row["captions"][:1]}
 
 
 Moments = tuple[torch.Tensor, torch.Tensor]

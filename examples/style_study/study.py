@@ -70,6 +70,11 @@ def train(
         weights learned on `validation`, and `aurc`; with `aligned` the rSum per split under that name.
     """
     # Imported here, since the command that starts the processes and the report need none of it.
+    if "vision_model_name_or_path" in setting:
+        import pretrained
+
+        return pretrained.train(setting, options, seed, splits, cache, weights, training_options(setting, seed))
+
     import torch
     from encoded_data import load_splits
     from safetensors.torch import load_file, save_file
@@ -158,7 +163,7 @@ def training_options(setting: dict[str, Any], seed: int) -> dict[str, Any]:
     """Options of `PicoTrainingArguments` that all variants share."""
     return {
         "learning_rate": setting["learning_rate"],
-        "backbone_learning_rate": setting["learning_rate"],
+        "backbone_learning_rate": setting.get("backbone_learning_rate", setting["learning_rate"]),
         "weight_decay": setting["weight_decay"],
         "warmup_steps": setting["warmup_steps"],
         "lr_scheduler_type": "cosine",
@@ -284,10 +289,15 @@ def _describe_job(
         options = {**(variants[options["base"]] or {}), **options}
         base["base_key"] = _describe_job(setting_name, setting, variants, options["base"], seed)["key"]
     job = {"setting_name": setting_name, "setting": setting, "variant": name, "options": options, "seed": seed}
-    # The folder of the data does not make another study.
-    identity = {**job, "setting": {**setting, "dataset_name": Path(setting["dataset_name"]).name}}
+    identity = {**job, "setting": _without_folders(setting)}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     return {**job, **base, "key": key}
+
+
+def _without_folders(setting: dict[str, Any]) -> dict[str, Any]:
+    """Where data and towers lie does not make another study."""
+    paths = ("dataset_name", "vision_model_name_or_path", "text_model_name_or_path")
+    return {name: Path(value).name if name in paths and value else value for name, value in setting.items()}
 
 
 def _start(job: dict[str, Any], cache: Path, output: Path) -> tuple[bool, str]:
@@ -312,7 +322,7 @@ def _train_job(options: argparse.Namespace) -> None:
     result = train(job["setting"], job["options"], job["seed"], job["splits"], options.cache, weights, base, aligned)
     # One write of one line: processes that append at the same time do not tear each other's.
     with open(options.output, "a") as table:
-        table.write(json.dumps({**job, **result}) + "\n")
+        table.write(json.dumps({**job, "setting": _without_folders(job["setting"]), **result}) + "\n")
     rsum = {name: [round(value, 1) for value in values] for name, values in result["rsum"].items()}
     print(f"{rsum}, {result['seconds']:.0f} s" if "seconds" in result else f"{rsum}, from kept weights")
 
@@ -381,7 +391,7 @@ def report(records: list[dict[str, Any]], baseline: str) -> str:
 
 def _title(record: dict[str, Any], **changed: Any) -> str:
     """Setting of a training, as the heading of its table; with other values than its own where `changed` says so."""
-    setting = {**record["setting"], "dataset_name": Path(record["setting"]["dataset_name"]).name, **changed}
+    setting = {**_without_folders(record["setting"]), **changed}
     name = ", ".join(f"{key}={value}" for key, value in setting.items() if value is not None)
     return f"{record['setting_name']} ({name})"
 
