@@ -162,10 +162,17 @@ def _build_model(setting: dict[str, Any], options: dict[str, Any]) -> PicoModel:
 
 
 def _rows(setting: dict[str, Any], split: str, **options: Any) -> Any:
-    files = {split: str(Path(setting["dataset_name"]) / f"{split}.parquet")}
-    return load_captioned_images(
-        setting["dataset_name"], split=split, data_files=files, id_column=setting.get("id_column"), **options
+    """A split, of which `seen` are images that are held out of `train`, at random but for all trainings alike."""
+    name = "train" if split == "seen" else split
+    files = {name: str(Path(setting["dataset_name"]) / f"{name}.parquet")}
+    rows = load_captioned_images(
+        setting["dataset_name"], split=name, data_files=files, id_column=setting.get("id_column"), **options
     )
+    if name == "train" and "num_seen" in setting:
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        seen, others = order[: setting["num_seen"]], order[setting["num_seen"] :]
+        rows = rows.select((seen if split == "seen" else others).sort().values.tolist())
+    return rows
 
 
 def _split(setting: dict[str, Any], name: str) -> CaptionedImageDataset:
