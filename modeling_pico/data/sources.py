@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import glob
 import hashlib
@@ -46,6 +47,7 @@ CAPTION_COLUMNS = (
 )
 _WEBDATASET = "webdataset"
 _LINE_BREAKS = re.compile(r"[\r\n]+")
+_LIST_OF_TEXTS = re.compile(r"""\s*\[\s*["'].*\]\s*""", re.DOTALL)
 # What is neither printable nor a separator between words: C0 and C1 controls, and the separators of lines.
 _NOT_PRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 # Categories of characters that show nothing: controls, formats, separators. All others count as visible, also those
@@ -129,10 +131,10 @@ def load_captioned_images(
             exists of `image`, `image_name`, `file_name`, else to the only one with the `Image` feature (`jpg` of a
             WebDataset).
         caption_column (`str` or `Sequence[str]`, *optional*):
-            Column with a caption or a list of captions (`str`, or `{"raw": str}`), or several such columns
-            (`["caption_0", "caption_1"]`), whose captions count alike. Defaults to the first that exists of
-            `captions`, `caption`, `sentences`, `sentences_raw`, `text`, `comment`, and of a WebDataset `txt`,
-            `json.captions`, `json.caption` (the entries of its JSON are columns).
+            Column with a caption or a list of captions (`str`, or `{"raw": str}`; also as the text of a list,
+            `'["one", "two"]'`), or several such columns (`["caption_0", "caption_1"]`), whose captions count alike.
+            Defaults to the first that exists of `captions`, `caption`, `sentences`, `sentences_raw`, `text`,
+            `comment`, and of a WebDataset `txt`, `json.captions`, `json.caption` (entries of its JSON are columns).
         id_column (`str`, *optional*):
             Column with the identity of the meaning. Without it each image is a meaning of its own, except in the
             sources that have ids (1, 4, and the layouts of Karpathy and COCO). Ids that are not from a column differ
@@ -444,10 +446,14 @@ def _caption_lists(dataset: datasets.Dataset, column: str, is_entries: bool) -> 
     # A text file holds a caption a line; a text in JSON does not.
     in_lines = _is_webdataset(dataset) and "json" not in column.split(".")
     lists: list[list[str | None]] = []
-    wrong, broken, joined = [], [], []
+    wrong, broken, joined, unread = [], [], [], []
     for row, value in enumerate(column_values(dataset, column)):
         if isinstance(value, dict):
             value = value.get("raw", value)  # {"raw": list} is how older releases of `datasets` stored lists
+        elif isinstance(value, str) and _LIST_OF_TEXTS.fullmatch(value):
+            value = _list_in_text(value.strip())
+            if value is None:
+                unread.append(row)
         is_list = isinstance(value, list)
         texts = [text.get("raw", text) if isinstance(text, dict) else text for text in (value if is_list else [value])]
         if not all(text is None or isinstance(text, str) for text in texts):
@@ -467,6 +473,11 @@ def _caption_lists(dataset: datasets.Dataset, column: str, is_entries: bool) -> 
             f"{len(wrong)} of {len(lists)} rows do not, the first is row {row}, which holds "
             f"{json.dumps(value, default=str)[:80]}."
         )
+    if unread:
+        raise ValueError(
+            f"The column {column!r} holds lists as text in {len(unread)} of {len(lists)} rows, the first are "
+            f"{unread[:5]}, which are neither written as JSON nor as Python writes a list. Store lists, or write JSON."
+        )
     if broken:
         raise ValueError(
             f"The column {column!r} holds texts of several lines in {len(broken)} of {len(lists)} rows, the first are "
@@ -485,6 +496,22 @@ def _caption_lists(dataset: datasets.Dataset, column: str, is_entries: bool) -> 
             f"have several, up to {max(counts)}, and the others one."
         )
     return lists
+
+
+def _list_in_text(text: str) -> list[str] | None:
+    """The list of texts that a cell holds, just as JSON or Python write it; None if it is not written so."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            found = ast.literal_eval(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return None
+        # 'one' 'two', as NumPy writes a list, is a single text to Python.
+        found = found if repr(found) == text else None
+    if not isinstance(found, list) or not all(isinstance(part, str) for part in found):
+        return None
+    return [part.encode(errors="replace").decode() for part in found]  # JSON can write halves of a character
 
 
 def _image_table(source: _Source, column: str) -> datasets.Dataset:

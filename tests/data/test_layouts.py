@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import io
 import json
@@ -143,6 +144,9 @@ def test_a_column_of_splits_that_cannot_be_meant(hub, tmp_path):
             load_captioned_images(name, split="validation", split_column="split")
 
 
+SPLITS = ("train", "restval", "test")
+
+
 # Lists under other names: AnyModal/flickr30k, patomp/thai-mscoco-2014-captions
 
 
@@ -160,6 +164,31 @@ def test_sentences_of_karpathy_in_columns(hub):
     source = hub({"train": [(1, row)], "test": [(2, {**row, "sentences_raw": ["e", "f"]})]})
     assert captions(source, split="test") == [["e", "f"]]
     assert captions(source, split="train") == [["a b", "c"]]
+
+
+@pytest.mark.parametrize("write", [json.dumps, repr])
+def test_lists_as_text(tmp_path, write):
+    """The annotations of nlphuji/flickr30k, and what pandas makes of lists."""
+    texts = {"a": ['A "young" man.', "It's, here"], "b": ["c"], "d": ["e\nf", "g"]}
+    with open(tmp_path / "flickr_annotations.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["raw", "split", "filename"])
+        for (name, lines), split in zip(texts.items(), SPLITS, strict=True):
+            table.writerow([write(lines), split, f"{name}.jpg"])
+        table.writerow(["[sic] a sign, no list]", "test", "h.jpg"])
+    options = {"caption_column": "raw", "image_column": "filename"}
+    source = str(tmp_path / "flickr_annotations.csv")
+    assert captions(source, split="train", **options) == [texts["a"], texts["b"]]
+    assert captions(source, split="test", **options) == [["e f", "g"], ["[sic] a sign, no list]"]]
+
+
+@pytest.mark.parametrize(
+    "text", ["['a b' 'c']", "['a b'\n 'c']", "[ 'a', 'b' ]", "['a', \"b]", "['a', 1]", ' ["a" "b"]\n']
+)
+def test_lists_as_other_texts_are_not_one_caption(tmp_path, text):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"image": "a.jpg", "caption": text}))
+    with pytest.raises(ValueError, match=r"'caption' holds lists as text in 1 of 1 rows, the first are \[0\], which"):
+        load_captioned_images(str(tmp_path / "train.jsonl"), split="train")
 
 
 def test_a_sentence_a_row(hub):
