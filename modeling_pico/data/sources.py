@@ -218,6 +218,7 @@ def _open_source(
     name: str, split: str, split_column: str | None, image_dir: str | None, data_files: Any, hub: dict[str, Any]
 ) -> _Source:
     path = Path(name).expanduser()
+    # Files that the name stands for; those of them, or in the folder, that are COCO's or Karpathy's; caption files.
     paths, lists, files = [], [], None
     if not data_files and name != STYLED_SHAPES:
         paths = [path] if path.is_file() else []
