@@ -1,11 +1,11 @@
 """
 What alignment, the stress test and kept hidden states cost beside plain evaluation and training, in one run.
 
-    python tests/benchmarks/pretrained.py --output DIR --dataset_name FOLDER --vision TOWER --text TOWER [--images 1000]
+    python tests/benchmarks/pretrained.py --output DIR --dataset_name FOLDER --vision TOWER --text TOWER
     python tests/benchmarks/pretrained.py --output DIR --quick    # small towers from scratch on generated scenes
 
-Trains the head alone for an epoch, without and with `tower_cache_dir`, and evaluates a split. Each round runs every row
-once, so that a disturbance meets all; medians are compared with the first row of their table.
+Trains the head alone for an epoch, without and with `tower_cache_dir`, and evaluates a split. Each round runs every
+row once, so that a disturbance meets all; medians are compared with the first row of their table.
 """
 
 from __future__ import annotations
