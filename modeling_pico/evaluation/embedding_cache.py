@@ -42,6 +42,7 @@ def cached_embeddings(
     encode: Callable[[], EncodedRetrieval],
     *,
     precision: str = "no",
+    aligned: bool = False,
 ) -> EncodedRetrieval:
     r"""
     Reads an encoded retrieval set from `folder`, or encodes it and keeps it there: all processes read, or all encode.
@@ -53,6 +54,7 @@ def cached_embeddings(
         loader (`DataLoader`): Batches of a [`CaptionedImageDataset`] made by a [`PicoDataCollator`].
         encode (`Callable`): Encodes what `loader` gives.
         precision (`str`, *optional*, defaults to `"no"`): Names the mixed precision that `encode` uses.
+        aligned (`bool`, *optional*, defaults to `False`): Whether `encode` moves the images to those of training.
 
     Returns:
         [`EncodedRetrieval`]: with embeddings in float16, whether they were read or encoded, so that this evaluation
@@ -62,7 +64,7 @@ def cached_embeddings(
     if reason is not None:
         logger.warning(f"Embeddings are not kept in {str(folder)!r}: {reason}")
         return encode()
-    key = cache_key(model, loader, precision)
+    key = cache_key(model, loader, precision, aligned)
     encoded = load_embeddings(folder, key, model.device)
     if not gather(torch.tensor([encoded is not None], device=model.device)).all():
         encoded = _halved(encode())
@@ -71,11 +73,12 @@ def cached_embeddings(
     return encoded
 
 
-def cache_key(model: PicoModel, loader: DataLoader, precision: str = "no") -> str:
+def cache_key(model: PicoModel, loader: DataLoader, precision: str = "no", aligned: bool = False) -> str:
     r"""
     Names an encoded retrieval set by all that its embeddings depend on: the weights of backbones and projections, the
     options, the precision, images (by their bytes or by name, size and times of their files), captions as they are
-    tokenized, preprocessing, and the code. Prototypes are not among it, since embeddings are kept unweighted.
+    tokenized, preprocessing, and the code; of an aligned one also styles and the moments of training. Prototypes are
+    not among it, since embeddings are kept unweighted.
     """
     digest = hashlib.blake2b(digest_size=16)
     for part in _described(model, loader, precision):
@@ -84,7 +87,10 @@ def cache_key(model: PicoModel, loader: DataLoader, precision: str = "no") -> st
         digest.update(len(data).to_bytes(8, "little") + data)
     # Embeddings are kept before weighting.
     weighting = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, StylePrototypes))
-    made_by = ("vision_model.", "text_model.", "alignment_head.")
+    made_by = ("vision_model.", "text_model.", "alignment_head.") + ("image_moments.",) * aligned
+    if aligned:
+        dataset: Any = loader.dataset
+        digest.update(f"aligned by {dataset.styles}".encode(errors="surrogatepass"))
     for name, tensor in model.state_dict().items():
         if name.startswith(made_by) and not name.startswith(weighting):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

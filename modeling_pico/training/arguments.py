@@ -157,6 +157,11 @@ class PicoTrainingArguments(TrainingArguments):
         "For the training script: after training, learn on the validation set how the uncertainty re-ranks scores; "
         "evaluations then report reranked_ metrics beside the plain ones.",
     )
+    align_gallery: bool = option_field(
+        False,
+        "Evaluations outside of training also report aligned_ metrics: after the images, those of each style by "
+        "themselves, have been moved to where images of training lie at the outputs of the tower.",
+    )
     eval_cache_dir: str | None = option_field(
         None,
         "Folder that keeps embeddings of evaluations outside of training, in half precision: evaluating the same "

@@ -24,9 +24,11 @@ from ..distributed import gather, gather_batch, gather_object, own_rows, reduce
 from ..durable import DurableTrainer, end_with_training_only, spread_non_finite
 from ..evaluation.embedding_cache import cached_embeddings
 from ..evaluation.evaluator import EncodedRetrieval, RetrievalEvaluator
+from ..evaluation.style_alignment import align_encoded, measure_gallery
 from ..evaluation.style_report import StyleReport
 from ..evaluation.uncertainty_reranking import RetrievalUncertainty, learn_reranking
 from ..model.backbones_pico import limit_text_length
+from ..model.gallery_alignment_pico import MIN_IMAGES, spread_rows
 from ..model.modeling_pico import PicoModel, PicoOutput
 from ..model.processing_pico import PicoProcessor
 from .arguments import PicoTrainingArguments
@@ -60,9 +62,11 @@ _CARD_ARGUMENTS = (
     *(
         name
         for name in PicoTrainingArguments.__annotations__
-        if not name.startswith(("logging_", "ddp_", "eval_")) and not name.endswith("learning_rate")
+        if not name.startswith(("logging_", "ddp_", "eval_", "align_")) and not name.endswith("learning_rate")
     ),
 )
+# Images, spread evenly over the training set, that say where images of training lie.
+_REFERENCE_IMAGES = 512
 
 
 class PicoTrainer(DurableTrainer):
@@ -278,7 +282,8 @@ class PicoTrainer(DurableTrainer):
             )
         self._check_adapter(model)
         self._report_shared_captions()
-        # Learned for the weights as they were.
+        # Measured and learned for the weights as they were.
+        model.image_moments.reset()
         if model.config.uncertainty_config is not None:
             model.config.uncertainty_config.pop("reranking", None)
         self.remove_callback(PrototypeCallback)
@@ -312,6 +317,8 @@ class PicoTrainer(DurableTrainer):
         if self.unwrapped_model() is model and not model._hf_peft_config_loaded:
             return
         for name, module in model.beside_towers().items():
+            if module is model.image_moments:  # which are measured again, not learned
+                continue
             learned = {part.split(".")[0] for part in module.state_dict()} - {"visual_projection", "text_projection"}
             if learned and not isinstance(module, ModulesToSaveWrapper):
                 raise ValueError(
@@ -501,10 +508,16 @@ class PicoTrainer(DurableTrainer):
         """
         if prediction_loss_only is None:
             prediction_loss_only = self.args.prediction_loss_only
-        encoded = self._encode(dataloader)
         model = self._pico_model()
+        aligns = self.args.align_gallery and not self.is_in_train
+        if aligns:
+            model.image_moments.check_fitted()
+        encoded = self._encode(dataloader)
         scores = None if prediction_loss_only else self.evaluator.score(model, encoded)
         metrics = self.evaluator.metrics(model, encoded)
+        if aligns:
+            aligned = self.evaluator.retrieval_metrics(model, self._align(dataloader, encoded))
+            metrics.update({f"aligned_{name}": value for name, value in aligned.items()})
         self._card_metrics[metric_key_prefix] = metrics
         construction = self.construction
         if construction is not None and self.is_in_train and metric_key_prefix == self._feedback_prefix():
@@ -542,14 +555,69 @@ class PicoTrainer(DurableTrainer):
     ) -> StyleReport:
         """As [`~modeling_pico.measure_styles`], in the precision and on the processes of this trainer."""
         captioned: Any = as_captioned(dataset)
-        encoded = self._encode(self.get_eval_dataloader(captioned))
+        model, loader = self._pico_model(), self.get_eval_dataloader(captioned)
+        encoded = self._encode(loader)
+        aligned = self._align(loader, encoded, leave_small=True) if model.image_moments.is_fitted else None
         report = StyleReport.from_encoded(
-            self._pico_model(), encoded, captioned.styles, captioned.num_captions, seen_styles
+            model, encoded, captioned.styles, captioned.num_captions, seen_styles, aligned=aligned
         )
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, report.metrics())
         return report
 
+    def fit_alignment(self, reference: Dataset | datasets.Dataset | None = None) -> None:
+        """
+        Measures where images of training lie at the outputs of the trained tower, as [`PicoModel.fit_alignment`] does,
+        in the precision and on the processes of this trainer: on up to 512 images without augmentation, spread evenly
+        over the training set or over `reference`. The model holds them until it is trained again. A set of fewer than
+        32 images has no moments, which is a warning.
+        """
+        dataset: Any = as_captioned(self.train_dataset if reference is None else reference)
+        images = min(len(dataset), _REFERENCE_IMAGES)
+        if images < MIN_IMAGES:
+            logger.warning(
+                f"No gallery can be moved to where images of training lie: there are {images} of them, and their mean "
+                f"and spread need at least {MIN_IMAGES}."
+            )
+            return
+        loader = self._eval_loader(Subset(dataset, spread_rows([None] * len(dataset), images)))
+        model, num_batches = self._evaluated_model(loader)
+        self._pico_model().image_moments.fit(measure_gallery(model, loader, num_batches=num_batches))
+
+    def _align(self, dataloader: DataLoader, encoded: EncodedRetrieval, leave_small: bool = False) -> EncodedRetrieval:
+        """The same set with the images of each of its styles moved to those of training."""
+        model, num_batches = self._evaluated_model(dataloader)
+        dataset = dataloader.dataset
+        styles = dataset.styles if isinstance(dataset, CaptionedImageDataset) else None
+
+        def align() -> EncodedRetrieval:
+            return align_encoded(
+                model,
+                encoded,
+                dataloader,
+                styles,
+                moments=self._pico_model().image_moments,
+                leave_small=leave_small,
+                num_batches=num_batches,
+            )
+
+        return self._cached(dataloader, align, aligned=True)
+
     def _encode(self, dataloader: DataLoader) -> EncodedRetrieval:
+        model, num_batches = self._evaluated_model(dataloader)
+        self.callback_handler.eval_dataloader = dataloader
+
+        def encode() -> EncodedRetrieval:
+            return self.evaluator.encode(
+                model,
+                dataloader,
+                num_batches=num_batches,
+                on_batch=lambda: self.callback_handler.on_prediction_step(self.args, self.state, self.control),
+            )
+
+        return self._cached(dataloader, encode)
+
+    def _evaluated_model(self, dataloader: DataLoader) -> tuple[nn.Module, int]:
+        """The model in evaluation mode as it runs on these processes, and the batches of the longest block."""
         model = self._wrap_model(self.model, training=False)
         if not self.accelerator._models and model is self.model:
             # Evaluation without training: precision and sharding still have to be set up.
@@ -558,22 +626,19 @@ class PicoTrainer(DurableTrainer):
         if isinstance(self.optimizer, AcceleratedOptimizer):
             # Schedule-free optimizers evaluate other weights than they train.
             self.optimizer.eval()
-        self.callback_handler.eval_dataloader = dataloader
         longest = -(-len(dataloader.dataset) // self.args.world_size)  # type: ignore[arg-type]
+        return model.eval(), math.ceil(longest / self.args.eval_batch_size)
 
-        def encode() -> EncodedRetrieval:
-            return self.evaluator.encode(
-                model,
-                dataloader,
-                num_batches=math.ceil(longest / self.args.eval_batch_size),
-                on_batch=lambda: self.callback_handler.on_prediction_step(self.args, self.state, self.control),
-            )
-
+    def _cached(
+        self, dataloader: DataLoader, encode: Callable[[], EncodedRetrieval], aligned: bool = False
+    ) -> EncodedRetrieval:
         # In training the weights change from one evaluation to the next.
         if self.is_in_train or self.args.eval_cache_dir is None:
             return encode()
         precision = f"{self.accelerator.mixed_precision}, tf32 {self.args.tf32}"
-        return cached_embeddings(self.args.eval_cache_dir, self._pico_model(), dataloader, encode, precision=precision)
+        return cached_embeddings(
+            self.args.eval_cache_dir, self._pico_model(), dataloader, encode, precision=precision, aligned=aligned
+        )
 
     # Construction of the prototypes
 
