@@ -139,7 +139,7 @@ def check_sizes(sizes: Mapping[str | None, int], what: str = "gallery") -> None:
         others = f", and {len(small) - 1} other style(s) too few as well" if len(small) > 1 else ""
         raise ValueError(
             f"The {what} has {count} image(s){of_style}{others}; mean and spread need at least {MIN_IMAGES}, or what "
-            "the images show would count as their look. Leave these images as they are, or add more of their look."
+            "the images show would count as their look. Leave these images where they are, or add more of their look."
         )
 
 

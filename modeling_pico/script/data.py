@@ -127,20 +127,21 @@ def load_data(
             data.seen_styles = _seen_styles(data, data_args.seen_styles)
             order_styles(data.styled.styles, data.seen_styles)  # what cannot be reported is refused before training
     if training_args.align_gallery:
-        _check_galleries(data, training_args.do_eval)
+        _check_galleries(data, data_args, training_args)
     check_processes(data.by_name(data_args))
     return data
 
 
-def _check_galleries(data: Data, do_eval: bool) -> None:
-    """ValueError for sets that are to be moved, or moved to, and have too few images for that."""
-    moved = {**({"evaluation": data.evaluation} if do_eval else {}), **data.tests}
+def _check_galleries(data: Data, data_args: DataArguments, training_args: PicoTrainingArguments) -> None:
+    """ValueError for splits that are to be moved, or moved to, and have too few images for that."""
+    moved = dict(data.tests)
+    if training_args.do_eval and data.evaluation is not None:
+        moved[data_args.eval_split] = data.evaluation
     for name, split in moved.items():
-        if split is not None:
-            check_sizes(Counter(split.styles or [None] * len(split)), f"gallery of {name}")
-    for split in (data.train, data.reference):
-        if split is not None:
-            check_sizes({None: len(split)}, "training set")
+        check_sizes(Counter(split.styles or [None] * len(split)), f"split {name!r}")
+    for reference in (data.train, data.reference):
+        if reference is not None:
+            check_sizes({None: len(reference)}, f"split {data_args.train_split!r}")
 
 
 def check_processes(splits: dict[str, CaptionedImageDataset]) -> None:

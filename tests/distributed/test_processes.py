@@ -423,6 +423,44 @@ def test_all_processes_read_kept_embeddings_or_all_encode(results_of, processes)
         assert rsum == pytest.approx([expected] * 3)
 
 
+# Gallery alignment
+
+
+def aligned_evaluations(folder: Path) -> dict[str, Any]:
+    """Moments of training and aligned metrics, of one gallery and by style; blocks of processes differ in size."""
+    data = CaptionedImageDataset(rows(71, seed=4))
+    made = trainer(folder, data=CaptionedImageDataset(rows(49)), eval_data=data, align_gallery=True)
+    made.fit_alignment()
+    found = {}
+    # One process may have no image of a style.
+    for name, styles in {
+        "whole": None,
+        "mixed": ["ink", "oil"] * 35 + ["oil"],
+        "sorted": ["ink"] * 32 + ["oil"] * 39,
+    }.items():
+        data.styles = styles
+        metrics = made.evaluate()
+        found[name] = {key: metrics[key] for key in metrics if "aligned" in key or key == "eval_rsum"}
+    report = made.measure_styles(data)
+    return {
+        "moments": {key: buffer.clone() for key, buffer in made.model.image_moments.named_buffers()},
+        "report": {key: value for key, value in report.metrics().items() if "aligned" in key},
+        **found,
+    }
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_galleries_are_those_of_all_processes(results_of, processes):
+    (expected,), results = results_of(aligned_evaluations), results_of(aligned_evaluations, processes)
+    assert int(expected["moments"]["count"]) == 49
+    assert expected["mixed"] != expected["whole"] != expected["sorted"]
+    for result in results:
+        assert_close(result["moments"], expected["moments"], 1e-5)
+        assert_close(result["moments"], results[0]["moments"], 0.0)
+        for name in ("whole", "mixed", "sorted", "report"):
+            assert result[name] == pytest.approx(expected[name]), name
+
+
 # Losses that are not finite
 
 
