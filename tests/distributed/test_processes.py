@@ -628,6 +628,30 @@ def sharded_adamw(folder: Path, checkpoint: Path | None = None) -> dict[str, Any
     return run(folder, model(), checkpoint=checkpoint, **adamw, **EPOCHS)
 
 
+def aligned_after_training(made: PicoTrainer) -> dict[str, Any]:
+    """The towers are sharded still, and one process has a batch of training images more than the other."""
+    made.fit_alignment()
+    made.args.align_gallery = True
+    moments = {name: whole(buffer).clone() for name, buffer in made._pico_model().image_moments.named_buffers()}
+    return {"aligned": made.evaluate(CaptionedImageDataset(rows(41, seed=4))), "moments": moments}
+
+
+@fsdp()
+def sharded_alignment(folder: Path) -> dict[str, Any]:
+    data = CountedDataset(rows(49))
+    return run(folder, model(), measure=aligned_after_training, data=data, num_train_epochs=1)
+
+
+def test_sharded_towers_move_galleries_as_whole_ones_do(one_and_two):
+    expected, *results = one_and_two(sharded_alignment)
+    aligned = {name: value for name, value in expected["aligned"].items() if "aligned" in name}
+    assert "eval_aligned_rsum" in aligned
+    assert int(expected["moments"]["count"]) == 49
+    for result in results:
+        assert {name: result["aligned"][name] for name in aligned} == pytest.approx(aligned)
+        assert_close(result["moments"], expected["moments"], 1e-4)
+
+
 @pytest.mark.parametrize(
     ("training", "alone"), [(sharded, infonce), (sharded_chunks, sharded_chunks), (sharded_adapter, adapter)]
 )
