@@ -67,8 +67,12 @@ def main(argv: Sequence[str] | None = None, callbacks: list[TrainerCallback] | N
             )
         set_seed(training_args.seed)
 
-        data = load_data(data_args, training_args, plan.config.uses_prototypes)
+        # A model that is made of backbones has not been measured on images of training yet.
+        needs_reference = training_args.align_gallery and not training_args.do_train and plan.source is None
+        data = load_data(data_args, training_args, plan.config.uses_prototypes, needs_reference)
         model, processor = plan.build(data.train_captions, data_args)
+        if training_args.align_gallery and not training_args.do_train and not needs_reference:
+            model.image_moments.check_fitted()
         if model_args.freeze_vision:
             model.vision_model.requires_grad_(False)
         if model_args.freeze_text:
@@ -131,6 +135,7 @@ def train_and_evaluate(trainer: PicoTrainer, data: Data, checkpoint: str | None)
 
     if args.do_train:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        trainer.fit_alignment()
         # An "internal call" uploads nothing: `main` does, once, when results and card are there too.
         trainer.save_model(_internal_call=True)
         trainer.save_state()
@@ -138,8 +143,11 @@ def train_and_evaluate(trainer: PicoTrainer, data: Data, checkpoint: str | None)
             metrics.update(trainer.learn_uncertainty_reranking())
             trainer.save_model(_internal_call=True)  # its configuration holds what was learned
         record("train", metrics)
-    elif args.uncertainty_reranking:
-        record("reranking", trainer.learn_uncertainty_reranking())
+    else:
+        if data.reference is not None:
+            trainer.fit_alignment(data.reference)
+        if args.uncertainty_reranking:
+            record("reranking", trainer.learn_uncertainty_reranking())
     if args.do_eval:
         record("eval", trainer.evaluate())
     if args.do_predict:

@@ -5,14 +5,18 @@ Searches a folder of pictures by text and lays the best ones out on a contact sh
     python examples/retrieve.py outputs/quickstart ~/Pictures "a red circle above a blue star" --output hits.png
 
 What a file holds decides whether it is a picture, not its name. Each picture is encoded once: its embeddings stay in
-`--cache_dir` and are used again for as long as neither the file nor the model changes.
+`--cache_dir` and are used again for as long as neither the file nor the model changes. Where all pictures have one
+look that training has not shown (drawings, scans), `--align` moves them to where images of training lie; then they are
+all encoded again when one of them changes, since the move is that of the whole folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -20,8 +24,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from modeling_pico import PicoModel, PicoProcessor, decode_image
+from modeling_pico import GalleryAlignment, PicoModel, PicoProcessor, decode_image
 from modeling_pico.data import BadImageError
+from modeling_pico.model.gallery_alignment_pico import spread_rows
 
 
 BATCH = 32
@@ -38,6 +43,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("pictures", type=Path, help="folder, searched with all folders in it")
     parser.add_argument("query", help="what to look for")
     parser.add_argument("--top_k", type=int, default=8, help="number of pictures to show (default: 8)")
+    parser.add_argument("--align", action="store_true", help="the pictures have one look, which training did not show")
     parser.add_argument("--output", type=Path, default=Path("hits.png"), help="contact sheet (default: hits.png)")
     parser.add_argument("--cache_dir", type=Path, default=Path.home() / ".cache" / "pico", help="for embeddings")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -60,11 +66,14 @@ def find_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def cache_file(cache_dir: Path, folder: Path, model: PicoModel, processor: PicoProcessor) -> Path:
-    """One file for each folder and model: all that the embeddings depend on is in its name."""
+def cache_file(
+    cache_dir: Path, folder: Path, model: PicoModel, processor: PicoProcessor, aligned: dict[str, Path] | None = None
+) -> Path:
+    """One file for each folder and model, and of aligned pictures for each state of the folder, which moves them."""
     digest = hashlib.blake2b(digest_size=12)
-    for text in (str(folder.resolve()), model.config.to_json_string(), processor.image_processor.to_json_string()):
-        digest.update(text.encode())
+    parts = [str(folder.resolve()), model.config.to_json_string(), processor.image_processor.to_json_string()]
+    for text in parts if aligned is None else [*parts, "aligned", *aligned]:
+        digest.update(text.encode(errors="surrogateescape"))
     for tensor in model.state_dict().values():
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return cache_dir / f"{digest.hexdigest()}.safetensors"
@@ -79,8 +88,31 @@ def read_picture(path: Path) -> Image.Image:
     return picture
 
 
-def encode(files: dict[str, Path], model: PicoModel, processor: PicoProcessor) -> dict[str, torch.Tensor]:
+def measure(files: dict[str, Path], model: PicoModel, processor: PicoProcessor) -> GalleryAlignment:
+    """What moves the pictures to where images of training lie, from as many of them as it takes."""
+
+    def batches() -> Iterator[Mapping[str, torch.Tensor]]:
+        paths = list(files.values())
+        chosen = spread_rows([None] * len(paths))
+        for start in range(0, len(chosen), BATCH):
+            pictures = []
+            for row in chosen[start : start + BATCH]:
+                with contextlib.suppress(BadImageError):  # named when it is to be encoded
+                    pictures.append(read_picture(paths[row]))
+            if pictures:
+                yield processor(images=pictures, return_tensors="pt")
+
+    try:
+        return model.align(batches())
+    except ValueError as error:
+        raise SystemExit(f"--align: {error}") from None
+
+
+def encode(
+    files: dict[str, Path], model: PicoModel, processor: PicoProcessor, align: bool = False
+) -> dict[str, torch.Tensor]:
     """Embeddings `(tokens, dim)` of each picture in half precision; what is no picture is named and left out."""
+    alignment = measure(files, model, processor) if align else False
     embeddings = {}
     names = list(files)
     for start in range(0, len(names), BATCH):
@@ -90,7 +122,7 @@ def encode(files: dict[str, Path], model: PicoModel, processor: PicoProcessor) -
                 images[name] = read_picture(files[name])
             except BadImageError as error:
                 print(f"Left out: {error}")
-        encoded = processor.encode_images(model, list(images.values()), batch_size=BATCH)
+        encoded = processor.encode_images(model, list(images.values()), align=alignment, batch_size=BATCH)
         for name, tokens in zip(images, encoded, strict=True):
             if tokens.isfinite().all():
                 embeddings[name] = tokens.half().cpu()
@@ -125,13 +157,14 @@ def save_cache(gallery: dict[str, torch.Tensor], file: Path) -> None:
 
 
 def load_gallery(
-    files: dict[str, Path], file: Path, model: PicoModel, processor: PicoProcessor
+    files: dict[str, Path], file: Path, model: PicoModel, processor: PicoProcessor, align: bool = False
 ) -> dict[str, torch.Tensor]:
     """Embeddings of all pictures, from the cache as far as they are there; the cache is brought up to date."""
     cached = load_cache(file)
-    missing = {name: path for name, path in files.items() if name not in cached}
+    # Aligned ones are kept all or none: the whole gallery says where each picture goes.
+    missing = {name: path for name, path in files.items() if name not in cached and not (align and cached)}
     print(f"{len(files)} files, {len(missing)} of them to encode.")
-    known = {**cached, **encode(missing, model, processor)}
+    known = {**cached, **encode(missing, model, processor, align and bool(missing))}
     gallery = {name: known[name] for name in files if name in known}
     if not gallery:
         raise SystemExit("None of the files is a picture that can be read.")
@@ -191,7 +224,9 @@ def main(argv: list[str] | None = None) -> list[tuple[Path, float]]:
     files = find_files(args.pictures)
     model = PicoModel.from_pretrained(args.model).to(args.device).eval()
     processor = PicoProcessor.from_pretrained(args.model)
-    gallery = load_gallery(files, cache_file(args.cache_dir, args.pictures, model, processor), model, processor)
+    aligned = files if args.align else None
+    file = cache_file(args.cache_dir, args.pictures, model, processor, aligned)
+    gallery = load_gallery(files, file, model, processor, args.align)
     found = search(args.query, gallery, model, processor, args.top_k)
     hits = [(files[name], score) for name, score in found]
     for rank, (path, score) in enumerate(hits, start=1):

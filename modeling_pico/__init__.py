@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassif
 
 from .model.configuration_cdds import CddsConfig
 from .model.configuration_pico import PICO_LITERAL, PicoConfig
+from .model.gallery_alignment_pico import GalleryAlignment
 from .model.image_decoding_pico import decode_image
 from .model.loss_pico import image_text_loss
 from .model.modeling_cdds import CddsModel
@@ -25,7 +26,7 @@ from .model.scoring_pico import pair_scores
 
 if TYPE_CHECKING:
     from .data import CaptionedImageDataset, PicoDataCollator, load_captioned_images, styled_shapes
-    from .evaluation import RetrievalEvaluator, StyleReport, match_moments, measure_styles
+    from .evaluation import RetrievalEvaluator, StyleReport, align_encoded, measure_styles
     from .evaluation.recall_metric import ImageTextRecall
     from .plots import save_plots
     from .training import PicoTrainer, PicoTrainingArguments
@@ -41,7 +42,7 @@ _LAZY = {
     "ImageTextRecall": "evaluation.recall_metric",
     "RetrievalEvaluator": "evaluation",
     "StyleReport": "evaluation",
-    "match_moments": "evaluation",
+    "align_encoded": "evaluation",
     "measure_styles": "evaluation",
     "save_plots": "plots",
     "PicoTrainer": "training",
@@ -53,6 +54,7 @@ __all__ = [
     "CaptionedImageDataset",
     "CddsConfig",
     "CddsModel",
+    "GalleryAlignment",
     "ImageTextRecall",
     "PicoConfig",
     "PicoDataCollator",
@@ -66,10 +68,10 @@ __all__ = [
     "RetrievalEvaluator",
     "StylePrototypes",
     "StyleReport",
+    "align_encoded",
     "decode_image",
     "image_text_loss",
     "load_captioned_images",
-    "match_moments",
     "measure_styles",
     "pair_scores",
     "save_plots",

@@ -356,6 +356,14 @@ FAULTS = (
         ("tests/evaluation/test_embedding_cache.py",),
     ),
     Fault(
+        "cache_moments",
+        "kept embeddings of aligned images are used although the moments of training changed",
+        "modeling_pico/evaluation/embedding_cache.py",
+        '("image_moments.",) * aligned',
+        "()",
+        ("tests/training/test_alignment.py::test_kept_embeddings_are_plain_or_aligned",),
+    ),
+    Fault(
         "cache_preprocessing",
         "kept embeddings are used although images are preprocessed otherwise",
         "modeling_pico/evaluation/embedding_cache.py",
@@ -503,6 +511,39 @@ FAULTS = (
         "            self.construction.load(folder)\n",
         "            pass\n",
         ("tests/training/test_resume.py::test_resume_from_any_checkpoint_equals_the_whole_run",),
+    ),
+    # Gallery alignment
+    Fault(
+        "moments_merge",
+        "the moments of several batches leave out how far their means are apart",
+        "modeling_pico/model/gallery_alignment_pico.py",
+        "squares = self.squares + other.squares + apart.square() * self.count * share",
+        "squares = self.squares + other.squares",
+        ("tests/test_gallery_alignment_pico.py::test_moments_do_not_depend_on_batches",),
+    ),
+    Fault(
+        "alignment_class_state",
+        "the class token is moved by the moments of the patches",
+        "modeling_pico/model/gallery_alignment_pico.py",
+        "of_class = _map(moments.class_state, self.class_mean, self.class_std, stays)",
+        "of_class = _map(moments.tokens, self.mean, self.std, stays)",
+        ("tests/test_gallery_alignment_pico.py::test_moving_is_that_of_the_definition",),
+    ),
+    Fault(
+        "alignment_styles",
+        "in the evaluation every batch is moved by the styles of the first one",
+        "modeling_pico/evaluation/style_alignment.py",
+        "own[start : start + size]",
+        "own[:size]",
+        ("tests/evaluation/test_style_alignment.py",),
+    ),
+    Fault(
+        "moments_of_before",
+        "a model that is trained again keeps the moments of the training before",
+        "modeling_pico/training/trainer.py",
+        "        model.image_moments.reset()\n",
+        "",
+        ("tests/training/test_alignment.py::test_training_forgets_them_and_is_the_same_without",),
     ),
     # What leaves the house
     Fault(

@@ -160,13 +160,14 @@ def test_configuration_round_trip(vision, text, tmp_path):
     assert model.config.text_config is model.text_model.config
 
 
-def test_only_prototypes_and_temperature_are_kept_in_float32():
+def test_only_prototypes_moments_and_temperature_are_kept_in_float32():
     model = PicoModel.from_backbones(family("clip").build(), uncertainty_config={"num_prototypes": 2})
     names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
     patterns = [pattern.replace("*", ".*") for pattern in model._keep_in_fp32_modules_strict]
     kept = {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
     # A pattern that matched the integer stage would turn it into a float.
     state = {name for name in names if "_prototypes." in name and not name.endswith(".stage")}
+    state |= {name for name in names if "image_moments." in name and not name.endswith(".count")}
     assert kept == {"logit_scale"} | state
     assert all(any(re.search(pattern, name) for name in names) for pattern in patterns)
 

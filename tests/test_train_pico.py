@@ -593,6 +593,67 @@ def test_bad_style_report_is_refused_before_training(styled, tmp_path, options, 
     assert not list(tmp_path.glob("**/*.safetensors"))
 
 
+# Gallery alignment
+
+
+@pytest.fixture(scope="module")
+def galleries(tmp_path_factory) -> str:
+    """Sets of enough images: a test split in two styles, and one in which a style is rare."""
+    folder = tmp_path_factory.mktemp("galleries")
+    names = {"train": 50, "validation": 40, "test": 70, "rare": 40}
+    splits = {name: tiny.rows(count, seed=seed) for seed, (name, count) in enumerate(names.items())}
+    splits["test"] = splits["test"].add_column("style", ["ink", "oil"] * 35)
+    splits["rare"] = splits["rare"].add_column("style", ["ink"] * 35 + ["oil"] * 5)
+    datasets.DatasetDict(splits).save_to_disk(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory, galleries) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("runs") / "aligned"
+    options = {"do_eval": True, "do_predict": True, "align_gallery": True, "max_steps": 2, "save_strategy": "no"}
+    return SimpleNamespace(folder=folder, results=train(folder, galleries, id_column="image_id", **options))
+
+
+def test_a_run_measures_its_training_images_and_reports_aligned_metrics(aligned, galleries, tmp_path):
+    model = PicoModel.from_pretrained(aligned.folder)
+    assert int(model.image_moments.count) == 50
+    assert {"eval_aligned_rsum", "test_aligned_rsum", "test_aligned_image_to_text_recall_at_1"} <= set(aligned.results)
+    # What is saved moves galleries as the run did; the default reports plain metrics alone.
+    options = {"do_predict": True, "model_name_or_path": aligned.folder, "id_column": "image_id"}
+    again = evaluate(tmp_path / "a", galleries, align_gallery=True, **options)
+    plain = evaluate(tmp_path / "b", galleries, **options)
+    rsums = {name: value for name, value in aligned.results.items() if name.endswith("rsum")}
+    assert {name: again[name] for name in rsums} == pytest.approx(rsums)
+    assert {name: value for name, value in rsums.items() if "aligned" not in name} == pytest.approx(
+        {name: value for name, value in plain.items() if name.endswith("rsum")}
+    )
+
+
+def test_a_model_made_of_backbones_is_measured_on_the_training_split(tiny_clip, galleries, tmp_path):
+    options = {"model_name_or_path": tiny_clip.folder, "method": "clip_style", "id_column": "image_id"}
+    results = evaluate(tmp_path, galleries, align_gallery=True, **options)
+    assert results["eval_aligned_rsum"] > 0
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["data"]["train"]["images"] == 50
+
+
+def test_galleries_that_cannot_be_moved_are_refused_before_anything_slow(aligned, galleries, data, tmp_path):
+    options = {"align_gallery": True, "id_column": "image_id"}
+    with pytest.raises(ValueError, match=r"split 'rare' has 5 image\(s\) of the style 'oil'"):
+        train(tmp_path / "a", galleries, do_predict=True, test_split="rare", **options)
+    with pytest.raises(ValueError, match=r"split 'validation' has 9 image\(s\)"):
+        train(tmp_path / "b", data, do_eval=True, **options)
+    with pytest.raises(ValueError, match=r"split 'train' has 20 image\(s\)"):
+        train(tmp_path / "c", data, eval_strategy="no", feedback="constant", **options)
+    model = PicoModel.from_pretrained(aligned.folder)
+    model.image_moments.reset()
+    model.save_pretrained(tmp_path / "model")
+    PicoProcessor.from_pretrained(aligned.folder).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="no moments of training"):
+        evaluate(tmp_path / "d", galleries, model_name_or_path=tmp_path / "model", **options)
+
+
 # Options
 
 

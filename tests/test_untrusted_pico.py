@@ -343,6 +343,21 @@ def test_what_may_be_fresh(folder, tiny_model, tmp_path):
     assert other.style_prototypes["text"].stage == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("mean", torch.nan), ("std", -0.5), ("std", torch.inf), ("class_mean", torch.inf), ("count", -1)],
+)
+def test_moments_that_no_measurement_leaves_behind(name, value, tiny_model, tmp_path):
+    tiny_model(pooling="class_token").save_pretrained(tmp_path)
+    PicoModel.from_pretrained(tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors[f"image_moments.{name}"].fill_(value))
+    with pytest.raises(ValueError, match=f"'image_moments.{name}' .* finite numbers"):
+        PicoModel.from_pretrained(tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors.pop(f"image_moments.{name}"))
+    with pytest.raises(ValueError, match=f"lacks 1 tensors .*: image_moments.{name}"):
+        PicoModel.from_pretrained(tmp_path)
+
+
 def test_the_checks_themselves(tmp_path):
     check_prototypes({"image.prototypes": torch.empty(0), "image.stage": torch.tensor(1, device="meta")})
     check_tensors(torch.nn.Linear(2, 2), [str(tmp_path / "a.bin")])

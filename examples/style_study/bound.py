@@ -14,7 +14,7 @@ of the column, with coefficients for each feature.
 
 Two more are fitted to no caption. `shares` weights each feature of the images by the share of its variance that lies
 between meanings and not between the styles of one meaning, measured on training images, which show meanings in several
-styles. `moments` shifts and scales the features of the images of a half to the mean and spread that they have in
+styles. `moments` moves the images of a half, at the outputs of the tower, to the mean and spread that they have in
 training; it needs a gallery in the new style.
 """
 
@@ -33,7 +33,7 @@ from free_gate import column_statistics
 from safetensors.torch import load_file
 from torch import nn
 
-from modeling_pico import RetrievalEvaluator, match_moments
+from modeling_pico import RetrievalEvaluator, align_encoded
 from modeling_pico.evaluation.evaluator import EncodedRetrieval
 from modeling_pico.model.prototypes_pico import column_weights, feature_columns
 
@@ -125,7 +125,9 @@ def bounds(
     model = study.build_model(setting, record["options"], data, cache)
     model.load_state_dict(load_file(weights))
     evaluator = RetrievalEvaluator()
-    parts = halves(evaluator.encode(model.eval(), data.splits[split].batches(256)))
+    batches = list(data.splits[split].batches(256))
+    encoded = evaluator.encode(model.eval(), batches)
+    parts = halves(encoded)
     plain = [evaluator.retrieval_metrics(model, part)["rsum"] for part in parts]
     found = {}
     for kind in GATES:
@@ -141,15 +143,16 @@ def bounds(
         found[kind] = tuple(sum(values) / 2 for values in zip(*gains, strict=True))
     trained = evaluator.encode(model, data.splits["train"].batches(256))
     means = feature_columns(trained.image_tokens, trained.image_mask)[..., 0]
+    # Each half as a gallery of its own.
+    model.fit_alignment(data.splits["train"].batches(256))
+    of_first = torch.isin(encoded.image_ids, parts[0].image_ids).tolist()
+    moved = halves(align_encoded(model, encoded, batches, [("second", "first")[first] for first in of_first]))
     shares = column_weights(meaning_share(means, trained.image_ids).clamp(min=0.01))
     for kind in WITHOUT_CAPTIONS:
         gain = 0.0
-        for part, before in zip(parts, plain, strict=True):
-            if kind == "shares":
-                tokens = part.image_tokens * shares
-            else:
-                tokens = match_moments(part.image_tokens, part.image_mask, trained.image_tokens, trained.image_mask)
-            metrics = evaluator.retrieval_metrics(model, replace(part, image_tokens=tokens))
+        for part, of_moments, before in zip(parts, moved, plain, strict=True):
+            weighted = replace(part, image_tokens=part.image_tokens * shares)
+            metrics = evaluator.retrieval_metrics(model, weighted if kind == "shares" else of_moments)
             gain += (metrics["rsum"] - before) / len(parts)
         found[kind] = (gain,)
     return found

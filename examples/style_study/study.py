@@ -24,7 +24,6 @@ import tempfile
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +60,8 @@ def train(
         weights (`Path`): Safetensors file that keeps the trained weights.
         base_weights (`Path`, *optional*): Trained weights of which nothing changes but that uncertainty is added.
         aligned (`bool`, *optional*, defaults to `False`):
-            Whether the splits are also evaluated after [`~modeling_pico.match_moments`] has given the features of
-            their images the moments of `seen`.
+            Whether the splits are also evaluated after [`~modeling_pico.align_encoded`] has moved their images, each
+            split as one gallery, to where images of training lie.
 
     Returns:
         `dict` with `rsum` per split (half-way, end; from kept weights the end alone) and, of a training, the log of
@@ -80,7 +79,7 @@ def train(
     from safetensors.torch import load_file, save_file
     from transformers import TrainerCallback, set_seed
 
-    from modeling_pico import PicoTrainer, PicoTrainingArguments, RetrievalEvaluator, match_moments
+    from modeling_pico import PicoTrainer, PicoTrainingArguments, RetrievalEvaluator, align_encoded
     from modeling_pico.evaluation import EncodedRetrieval
 
     torch.set_num_threads(1)
@@ -91,13 +90,10 @@ def train(
     evaluator, history = RetrievalEvaluator(), defaultdict(list)
     encoded: dict[str, EncodedRetrieval] = {}  # of the last evaluation
 
-    def encode(name: str) -> EncodedRetrieval:
-        return evaluator.encode(model, data.splits[name].batches(256))
-
     def evaluate() -> dict[str, dict[str, float]]:
         metrics = {}
         for name in splits:
-            encoded[name] = encode(name)
+            encoded[name] = evaluator.encode(model, data.splits[name].batches(256))
             metrics[name] = evaluator.metrics(model, encoded[name])
             history[name].append(metrics[name]["rsum"])
         model.train()
@@ -149,12 +145,10 @@ def train(
             for name, of in metrics.items()
         }
     if aligned:
-        known = encoded["seen"] if "seen" in encoded else encode("seen")
+        trainer.fit_alignment()
         found["aligned"] = {}
         for name in splits:
-            images, mask = encoded[name].image_tokens, encoded[name].image_mask
-            tokens = match_moments(images, mask, known.image_tokens, known.image_mask)
-            moved = replace(encoded[name], image_tokens=tokens)
+            moved = align_encoded(model, encoded[name], trainer.get_eval_dataloader(data.splits[name]))
             found["aligned"][name] = [evaluator.retrieval_metrics(model, moved)["rsum"]]
     return {**found, "rsum": dict(history)}
 
@@ -486,7 +480,7 @@ def main(arguments: list[str] | None = None) -> None:
     run.add_argument(
         "--aligned",
         action="store_true",
-        help="also evaluate with the features of each split's images moved to the mean and spread of 'seen'",
+        help="also evaluate with each split's images moved to where images of training lie",
     )
     run.add_argument("--dataset_name", help="overrides the setting's")
     run.add_argument(

@@ -9,7 +9,7 @@ from .retrieval_metrics import (
     retrieval_metrics,
     retrieval_ranks,
 )
-from .style_alignment import match_moments
+from .style_alignment import align_encoded, measure_gallery
 from .style_report import StyleReport, measure_styles
 from .uncertainty_reranking import (
     RetrievalUncertainty,
@@ -28,10 +28,11 @@ __all__ = [
     "RiskCoverage",
     "StyleReport",
     "UncertaintyReranking",
+    "align_encoded",
     "chance_rsum",
     "folded_retrieval_metrics",
     "learn_reranking",
-    "match_moments",
+    "measure_gallery",
     "measure_styles",
     "recall_at_k",
     "retrieval_metrics",

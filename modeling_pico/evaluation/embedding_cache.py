@@ -43,6 +43,7 @@ def cached_embeddings(
     encode: Callable[[], EncodedRetrieval],
     *,
     precision: str = "no",
+    aligned: bool = False,
 ) -> EncodedRetrieval:
     r"""
     Reads an encoded retrieval set from `folder`, or encodes it and keeps it there: all processes read, or all encode.
@@ -54,6 +55,7 @@ def cached_embeddings(
         loader (`DataLoader`): Batches of a [`CaptionedImageDataset`] made by a [`PicoDataCollator`].
         encode (`Callable`): Encodes what `loader` gives.
         precision (`str`, *optional*, defaults to `"no"`): Names the mixed precision that `encode` uses.
+        aligned (`bool`, *optional*, defaults to `False`): Whether `encode` moves the images to those of training.
 
     Returns:
         [`EncodedRetrieval`]: with embeddings in float16, whether they were read or encoded, so that this evaluation
@@ -63,7 +65,7 @@ def cached_embeddings(
     if reason is not None:
         logger.warning(f"Embeddings are not kept in {str(folder)!r}: {reason}")
         return encode()
-    key = cache_key(model, loader, precision)
+    key = cache_key(model, loader, precision, aligned)
     encoded = load_embeddings(folder, key, model.device)
     if not gather(torch.tensor([encoded is not None], device=model.device)).all():
         encoded = _halved(encode())
@@ -72,18 +74,19 @@ def cached_embeddings(
     return encoded
 
 
-def cache_key(model: PicoModel, loader: DataLoader, precision: str = "no") -> str:
+def cache_key(model: PicoModel, loader: DataLoader, precision: str = "no", aligned: bool = False) -> str:
     r"""
     Names an encoded retrieval set by all that its embeddings depend on: the weights of backbones and projections, the
     options, the precision, images (by their bytes or by name, size and times of their files), captions as they are
-    tokenized, preprocessing, and the code. Prototypes are not among it, since embeddings are kept unweighted.
+    tokenized, preprocessing, and the code; of an aligned one also styles and the moments of training. Prototypes are
+    not among it, since embeddings are kept unweighted.
     """
     config = model.config
     dataset: Any = loader.dataset
     collator: Any = loader.collate_fn
     # Embeddings are kept before weighting.
     weighting = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, StylePrototypes))
-    made_by = ("vision_model.", "text_model.", "alignment_head.")
+    made_by = ("vision_model.", "text_model.", "alignment_head.") + ("image_moments.",) * aligned
     tensors = {
         name: tensor
         for name, tensor in model.state_dict().items()
@@ -94,6 +97,7 @@ def cache_key(model: PicoModel, loader: DataLoader, precision: str = "no") -> st
         *map(describe_tower, (config.vision_config, config.text_config)),
         *describe_software(precision, model.device),
         dataset.ids.tolist(),
+        f"aligned by {dataset.styles}" if aligned else "",
         *describe_images(dataset, collator),
         *describe_texts(dataset, collator),
     ]

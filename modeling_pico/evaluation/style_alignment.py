@@ -1,63 +1,135 @@
-"""Images of a new style, moved to where training has put the features of the styles it has shown."""
+"""A retrieval set whose images are moved to where images of training lie, on one process or several."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from ..distributed import gather_object
+from ..model.gallery_alignment_pico import GalleryMoments, ImageMoments, measure_galleries
+from ..model.modeling_pico import PicoOutput, image_inputs
+from .evaluator import EncodedRetrieval, concatenate_padded
+
+
+Batches = Iterable[Mapping[str, Any]]
 
 
 @torch.no_grad()
-def match_moments(tokens: Tensor, mask: Tensor, reference_tokens: Tensor, reference_mask: Tensor) -> Tensor:
+def measure_gallery(
+    model: nn.Module, batches: Batches, styles: Sequence[str] | None = None, num_batches: int | None = None
+) -> dict[str | None, GalleryMoments]:
     r"""
-    Gives every feature of a gallery the mean and the standard deviation that it has in a reference *(ours)*.
-
-    What all images of a new style share lies in the mean and spread of their features, as it does within an image in
-    image stylisation. Both are over all real tokens of all images; no caption and no label is needed. The same is done
-    to the statistics of batch normalisation when a network meets a new domain (arXiv 1603.04779). Gallery and
-    reference should show alike meanings, and enough images to estimate two numbers a feature: what differs between
-    their contents is removed as well.
+    Moments of the images of all processes at the outputs of the tower, of each style by itself where there are some.
 
     Args:
-        tokens (`torch.Tensor` of shape `(images, patches, dim)`):
-            Token embeddings before weighting, of images in one style.
-        mask (`torch.Tensor` of shape `(images, patches)`): True at real tokens.
-        reference_tokens (`torch.Tensor` of shape `(reference images, patches, dim)`):
-            The same of images in the styles of training.
-        reference_mask (`torch.Tensor` of shape `(reference images, patches)`): True at real tokens.
+        model (`nn.Module`): A [`PicoModel`], or one wrapped for distributed use.
+        batches (iterable of `dict`): This process's images, as in [`RetrievalEvaluator.encode`].
+        styles (`Sequence[str]`, *optional*): The style of each of them.
+        num_batches (`int`, *optional*): Batches of the longest block, as in [`RetrievalEvaluator.encode`].
 
     Returns:
-        `torch.Tensor` of shape `(images, patches, dim)` in float32. Tokens keep their lengths; masked ones are zero.
+        `dict` of style (None without styles) to [`GalleryMoments`], the same on every process:
+        [`ImageMoments.fit`] and [`ImageMoments.align`] take it.
+    """
+    states = (outputs.image_states for outputs in _run(model, batches, num_batches, return_states=True))
+    found: dict[str | None, GalleryMoments] = {}
+    for own in gather_object([measure_galleries(states, styles)]):
+        for label, moments in own.items():
+            found[label] = found[label].merge(moments) if label in found else moments
+    return found
+
+
+@torch.no_grad()
+def align_encoded(
+    model: nn.Module,
+    encoded: EncodedRetrieval,
+    batches: Batches,
+    styles: Sequence[str] | None = None,
+    *,
+    moments: ImageMoments | None = None,
+    leave_small: bool = False,
+    num_batches: int | None = None,
+) -> EncodedRetrieval:
+    r"""
+    Encodes the images of a retrieval set anew, moved to where images of training lie; texts stay as they are. The
+    tower is run twice over the images, to measure them and to move them, and nothing is kept in between.
+
+    Args:
+        model (`nn.Module`): A [`PicoModel`] with moments of training, or one wrapped for distributed use.
+        encoded ([`EncodedRetrieval`]): What [`RetrievalEvaluator.encode`] made of the batches.
+        batches (iterable of `dict`):
+            The same batches again, with `pixel_values` or `image_states`; gone through twice, as a `DataLoader` or a
+            list can be.
+        styles (`Sequence[str]`, *optional*):
+            The style of each image of all processes, in order; each style is moved by itself. By default all images
+            are one gallery, which should have one look.
+        moments ([`ImageMoments`], *optional*): Those of the model, by default; to be given of a wrapped one.
+        leave_small (`bool`, *optional*, defaults to `False`):
+            Whether styles with too few images stay where they are; else they are refused.
+        num_batches (`int`, *optional*): Batches of the longest block, as in [`RetrievalEvaluator.encode`].
+
+    Returns:
+        [`EncodedRetrieval`]
 
     Raises:
-        `ValueError`: if either side has no real token, a mask does not fit, or the numbers of features differ.
+        ValueError: if the model has no moments of training, a gallery is too small, or styles, batches and the set do
+            not fit.
 
     Example:
 
     ```python
-    >>> gallery, known = evaluator.encode(model, new_style), evaluator.encode(model, training_styles)
-    >>> tokens = match_moments(gallery.image_tokens, gallery.image_mask, known.image_tokens, known.image_mask)
-    >>> embeds, _ = model.alignment_head.weight(tokens, gallery.image_mask, "image")  # score-ready
+    >>> evaluator = RetrievalEvaluator()
+    >>> encoded = evaluator.encode(model, loader)
+    >>> evaluator.retrieval_metrics(model, align_encoded(model, encoded, loader))["rsum"]
     ```
     """
-    for values, valid in ((tokens, mask), (reference_tokens, reference_mask)):
-        if values.shape[:-1] != valid.shape:
-            raise ValueError(f"A mask must have the shape {tuple(values.shape[:-1])}, but has {tuple(valid.shape)}.")
-    if tokens.shape[-1] != reference_tokens.shape[-1]:
-        raise ValueError(
-            f"Gallery and reference must have the same features, but have {tokens.shape[-1]} and "
-            f"{reference_tokens.shape[-1]}."
-        )
-    mask, reference_mask = mask.bool(), reference_mask.bool()
-    if not mask.any() or not reference_mask.any():
-        raise ValueError("Means and spreads need real tokens, but the gallery or the reference has none.")
-    values = tokens.float()
-    spread, mean = torch.std_mean(values[mask], dim=0, correction=0)
-    reference_spread, reference_mean = torch.std_mean(reference_tokens[reference_mask].float(), dim=0, correction=0)
-    # A feature that never varies has only a mean.
-    moved = (values - mean) * (reference_spread / spread.clamp(min=1e-6)) + reference_mean
-    lengths = values.norm(dim=-1, keepdim=True)
-    aligned = nn.functional.normalize(moved, dim=-1) * lengths
-    return aligned.masked_fill(~mask.unsqueeze(-1), 0.0)
+    if isinstance(batches, Iterator):
+        raise ValueError("Batches are gone through twice; give a DataLoader or a list, not an iterator.")
+    if moments is None:
+        moments = model.image_moments  # type: ignore[assignment]
+    assert isinstance(moments, ImageMoments)
+    moments.check_fitted()
+    if styles is not None and len(styles) != len(encoded.image_ids):
+        raise ValueError(f"There are {len(styles)} styles for {len(encoded.image_ids)} images.")
+    first, count = encoded.first_image(), len(encoded.image_tokens)
+    own = None if styles is None else styles[first : first + count]
+    model.eval()
+    alignment = moments.align(measure_gallery(model, batches, own, num_batches), leave_small)
+
+    def alignments() -> Iterator[dict[str, Any]]:
+        start = 0
+        for batch in batches:
+            size = len(next(iter(image_inputs(batch, alignment.scale.device).values())))
+            of_batch = None if own is None else own[start : start + size]
+            yield {**batch, "image_alignment": alignment.for_images(of_batch)}
+            start += size
+
+    parts = [(outputs.image_tokens, outputs.image_mask) for outputs in _run(model, alignments(), num_batches)]
+    tokens, mask = (concatenate_padded(tensors) for tensors in zip(*parts, strict=True))
+    if len(tokens) != count:
+        raise ValueError(f"The batches have {len(tokens)} images, but the encoded set has {count}.")
+    return replace(encoded, image_tokens=tokens.to(encoded.image_tokens.dtype), image_mask=mask)
 
 
-__all__ = ["match_moments"]
+def _run(model: nn.Module, batches: Batches, num_batches: int | None, **options: Any) -> Iterator[PicoOutput]:
+    """The images of each batch, encoded; a process with fewer batches repeats its last one without effect."""
+    device = next(model.parameters()).device
+    inputs: dict[str, Any] = {}
+    done = 0
+    for batch in batches:
+        inputs = image_inputs(batch, device)
+        if "image_alignment" in batch:
+            inputs["image_alignment"] = batch["image_alignment"].to(device)
+        yield model(**inputs, **options, return_logits=False)
+        done += 1
+    if not done:
+        raise ValueError("The gallery is empty (or has fewer images than there are processes).")
+    for _ in range(done, num_batches or 0):
+        model(**inputs, **options, return_logits=False)
+
+
+__all__ = ["align_encoded", "measure_gallery"]

@@ -15,11 +15,12 @@ from transformers.utils import logging
 from ..data import PicoDataCollator, as_captioned
 from ..distributed import own_rows
 from ..markdown import escape_markdown, signed_number
+from ..model.gallery_alignment_pico import MIN_IMAGES
 from ..model.modeling_pico import PicoModel
 from ..model.processing_pico import PicoProcessor
 from .evaluator import EncodedRetrieval, RetrievalEvaluator
 from .retrieval_metrics import RECALL_LEVELS, TIE_TOLERANCE, chance_rsum, num_right_answers, retrieval_metrics
-from .style_alignment import match_moments
+from .style_alignment import align_encoded
 from .style_probe import StyleProbe, probe_styles
 
 
@@ -42,7 +43,9 @@ class StyleRetrieval:
         equal_rsum (`float`): Expected rSum with as few wrong answers as the smallest gallery has, see [`StyleReport`].
         gap (`float`, *optional*): Mean `equal_rsum` of the seen styles minus this one's, for a style not seen.
         aligned_rsum (`float`, *optional*):
-            rSum after [`match_moments`] has moved the images to the features of the seen styles, for a style not seen.
+            rSum after [`align_encoded`] has moved the images, those of the style by themselves, to where images of
+            training lie: what that gains in a style not seen, and costs in a seen one. None for a model without such
+            moments and a style with too few images.
         gallery_share (`float`): Share of the style in the gallery that mixes all styles.
         top_shares (`dict[str, float]`): Its share of the first place (`"1"`) and of the first ten (`"10"`) there.
     """
@@ -99,6 +102,8 @@ class StyleReport:
         styles: Sequence[str] | None,
         num_captions: Tensor,
         seen_styles: Sequence[str] | None = None,
+        *,
+        aligned: EncodedRetrieval | None = None,
     ) -> StyleReport:
         r"""
         Measures a set that is encoded already; with several processes all of them, alike.
@@ -109,6 +114,8 @@ class StyleReport:
             styles (`Sequence[str]`): Style of each image of all processes, in order; at least two different ones.
             num_captions (`torch.Tensor` of shape `(images,)`): Captions of each image, which lie in the same order.
             seen_styles (`Sequence[str]`, *optional*): Those of the styles that training has shown.
+            aligned ([`EncodedRetrieval`], *optional*):
+                The set once more, from [`align_encoded`] with these styles and `leave_small=True`.
 
         Returns:
             [`StyleReport`]
@@ -131,6 +138,7 @@ class StyleReport:
                 f"num_captions adds up to {int(num_captions.sum())}, not to {len(encoded.text_ids)} texts."
             )
         encoded = encoded.gather_images()
+        aligned = None if aligned is None else aligned.gather_images()
         text_styles = image_styles.repeat_interleave(num_captions)
         galleries = [
             _rank_style(model, encoded, image_styles == code, text_styles == code) for code in range(len(names))
@@ -153,20 +161,16 @@ class StyleReport:
                     for k in RECALL_LEVELS
                 ),
                 gap=None,
-                aligned_rsum=None,
+                aligned_rsum=None
+                if aligned is None or len(images) < MIN_IMAGES
+                else RetrievalEvaluator().retrieval_metrics(model, aligned.subset(images, texts))["rsum"],
                 gallery_share=100 * len(images) / len(image_styles),
                 top_shares=shares,
             )
         seen = [result for result in report.styles.values() if result.seen]
         if seen:
-            known = torch.cat([images for images, *_ in galleries[: len(seen)]]).sort().values
-            reference = encoded.image_tokens[known], encoded.image_mask[known]
-            for (images, texts, *_), result in list(zip(galleries, report.styles.values(), strict=True))[len(seen) :]:
+            for result in list(report.styles.values())[len(seen) :]:
                 result.gap = sum(other.equal_rsum for other in seen) / len(seen) - result.equal_rsum
-                gallery = encoded.subset(images, texts)
-                tokens = match_moments(gallery.image_tokens, gallery.image_mask, *reference)
-                aligned = replace(gallery, image_tokens=tokens.to(gallery.image_tokens.dtype))
-                result.aligned_rsum = RetrievalEvaluator().retrieval_metrics(model, aligned)["rsum"]
             report._warn_of_small_galleries()
         return report
 
@@ -231,8 +235,9 @@ class StyleReport:
             "# Style report",
             "Recall in percent, each style's images against the captions of these images. Equal galleries leave each "
             f"caption {self.equal_wrong_images:,} wrong images and each image {self.equal_wrong_texts:,} wrong "
-            "captions; the gap is the mean of the seen styles there minus an unseen one. Aligned: the rSum after the "
-            "features of an unseen style's images have been given mean and spread of those of the seen styles.",
+            "captions; the gap is the mean of the seen styles there minus an unseen one. Aligned: the rSum after a "
+            "style's images have been given, at the outputs of the tower, mean and spread that images of training "
+            f"have there; – where the model has none, or the style fewer than {MIN_IMAGES} images.",
             _table(by_style),
             "Share of each style in percent when captions are ranked against the images of all styles:",
             _table(mixed),
@@ -286,7 +291,12 @@ def measure_styles(
         generator=torch.Generator(),  # else the loader draws from the global one
     )
     encoded = RetrievalEvaluator().encode(model, loader)
-    return StyleReport.from_encoded(model, encoded, captioned.styles, captioned.num_captions, seen_styles)
+    aligned = None
+    if model.image_moments.is_fitted:
+        aligned = align_encoded(model, encoded, loader, captioned.styles, leave_small=True)
+    return StyleReport.from_encoded(
+        model, encoded, captioned.styles, captioned.num_captions, seen_styles, aligned=aligned
+    )
 
 
 def order_styles(styles: Sequence[str] | None, seen_styles: Sequence[str] | None) -> list[str]:

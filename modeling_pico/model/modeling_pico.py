@@ -1,6 +1,7 @@
 """PICO model: backbones → token embeddings → alignment head → score."""
 
 import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from .backbones_pico import (
     class_token_state,
     complete_config,
     freeze_unused,
+    hidden_size,
     image_token_states,
     is_joint,
     joint_logit_scale,
@@ -34,11 +36,12 @@ from .backbones_pico import (
     tower_of,
 )
 from .configuration_pico import PicoConfig, UncertaintyConfig
+from .gallery_alignment_pico import GalleryAlignment, GalleryMoments, ImageMoments, measure_galleries
 from .loss_pico import image_text_loss
 from .prototypes_pico import StylePrototypes, StyleRates
 from .scoring_pico import pair_scores
 from .uncertainty_pico import UncertaintyPrototypes
-from .untrusted_pico import check_missing, check_prototypes, check_tensors, read_config
+from .untrusted_pico import check_image_moments, check_missing, check_prototypes, check_tensors, read_config
 
 
 logger = logging.get_logger(__name__)
@@ -114,6 +117,8 @@ class PicoOutput(ModelOutput):
         auxiliary_losses (`dict[str, torch.Tensor]`, *optional*, where `auxiliary_loss` is):
             Its terms by name, weighted: their sum is `auxiliary_loss`.
         vision_model_output, text_model_output: Outputs of the backbones.
+        image_states, text_states ([`TokenStates`], *optional*, returned with `return_states=True`):
+            What the alignment head was given.
     """
 
     loss: torch.Tensor | None = None
@@ -135,6 +140,8 @@ class PicoOutput(ModelOutput):
     auxiliary_losses: dict[str, torch.Tensor] | None = None
     vision_model_output: BaseModelOutputWithPooling | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
+    image_states: TokenStates | None = None
+    text_states: TokenStates | None = None
 
     def to_tuple(self) -> tuple:
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
@@ -147,6 +154,7 @@ class PicoPreTrainedModel(PreTrainedModel):
     logit_scale: torch.Tensor
     config_class: type[PicoConfig] = PicoConfig
     vision_model: PreTrainedModel
+    image_moments: ImageMoments
     base_model_prefix = "pico"
     main_input_name = "input_ids"
     input_modalities = ["image", "text"]
@@ -166,6 +174,10 @@ class PicoPreTrainedModel(PreTrainedModel):
         "style_prototypes.*.temperature",
         "style_prototypes.*.rates",
         "uncertainty_prototypes",
+        "image_moments.mean",
+        "image_moments.std",
+        "image_moments.class_mean",
+        "image_moments.class_std",
     ]
 
     @classmethod
@@ -196,6 +208,7 @@ class PicoPreTrainedModel(PreTrainedModel):
             check_missing(source, saved, model.config, info["missing_keys"])
         if model.style_prototypes is not None:
             check_prototypes(dict(model.style_prototypes.named_buffers()))
+        check_image_moments(dict(model.image_moments.named_buffers()))
         # Loading makes every parameter trainable.
         model._freeze_unused()
         return (model, info) if output_loading_info else model
@@ -254,6 +267,9 @@ class PicoPreTrainedModel(PreTrainedModel):
         elif isinstance(module, UncertaintyPrototypes):
             init.xavier_uniform_(module.image)
             init.xavier_uniform_(module.text)
+        elif isinstance(module, ImageMoments):
+            for buffer in module.buffers():
+                init.zeros_(buffer)
 
 
 class PicoModel(PicoPreTrainedModel):
@@ -308,6 +324,7 @@ class PicoModel(PicoPreTrainedModel):
         if config.uncertainty_config is not None:
             options = UncertaintyConfig(**config.uncertainty_config)
             self.uncertainty_prototypes = UncertaintyPrototypes(options, config.embedding_dim)
+        self.image_moments = ImageMoments(hidden_size(config.vision_config), config.pooling == "class_token")
         # With a dimension: neither FSDP nor DeepSpeed takes parameters without one.
         logit_scale = torch.tensor([float(config.logit_scale_init_value)])
         if config.loss_type == "infonce":
@@ -580,7 +597,13 @@ class PicoModel(PicoPreTrainedModel):
         return {**losses, **self.uncertainty_prototypes.losses(images, texts, scale, image_ids, caption_codes)}
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, weighted: bool = True, **kwargs) -> PicoFeatures:
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        weighted: bool = True,
+        alignment: GalleryAlignment | None = None,
+        **kwargs,
+    ) -> PicoFeatures:
         r"""
         Encodes images, so that a gallery is encoded once and scored with [`pair_scores`] or
         [`PicoProcessor.score_retrieval`].
@@ -590,12 +613,15 @@ class PicoModel(PicoPreTrainedModel):
             weighted (`bool`, *optional*, defaults to `True`):
                 Whether the semantic probability is folded into `embeds`. Embeddings cached without it can be made
                 score-ready later by `model.alignment_head.weight(embeds, mask, "image")`.
+            alignment ([`GalleryAlignment`], *optional*):
+                Moves the images' hidden states before the head: what [`align`] gives for the gallery they belong to.
             kwargs: Passed to the vision backbone (`interpolate_pos_encoding`, `output_hidden_states`, ...).
 
         Returns:
             [`PicoFeatures`]
         """
         outputs, states = self._image_states(pixel_values, **kwargs)
+        states = states if alignment is None else alignment(states)
         return self._features_output(outputs, self._features(states, "image", weighted), "image")
 
     @can_return_tuple
@@ -636,6 +662,69 @@ class PicoModel(PicoPreTrainedModel):
     def get_text_states(self, input_ids: torch.Tensor, **kwargs) -> TokenStates:
         """What the text tower gives the alignment head; arguments are those of [`get_text_features`]."""
         return self._text_states(input_ids, **kwargs)[1]
+
+    def fit_alignment(self, reference: Iterable[Mapping[str, Any]]) -> None:
+        """
+        Measures where images of training lie, so that [`align`] can move galleries there. The moments are part of the
+        model: `save_pretrained` keeps them, and another training forgets them.
+
+        Args:
+            reference (iterable of `dict`):
+                Batches of a few hundred images as training has shown them, as an image processor, a collator or a
+                `DataLoader` gives them: with `pixel_values`, or with `image_states` (and `image_class_state`).
+                Whatever else they hold is left alone.
+
+        Raises:
+            ValueError: if there are too few images, or their states are not finite.
+
+        Example:
+
+        ```python
+        >>> model.fit_alignment([processor(images=training_pictures, return_tensors="pt")])
+        >>> model.save_pretrained("path/to/checkpoint")
+        ```
+        """
+        self.image_moments.fit(self._measure(reference, None))
+
+    def align(self, gallery: Iterable[Mapping[str, Any]], styles: Sequence[str] | None = None) -> GalleryAlignment:
+        """
+        Measures a gallery of one look and gives what moves it to the mean and spread that images of training have at
+        the outputs of the tower *(ours)*. No caption is needed. It may be used for images that are added later.
+
+        Args:
+            gallery (iterable of `dict`):
+                Batches of its images as in [`fit_alignment`]; all of them, or some that are spread evenly over it.
+            styles (`Sequence[str]`, *optional*):
+                The style of each image. A gallery that mixes looks is only helped when each is moved by itself.
+
+        Returns:
+            [`GalleryAlignment`], for [`get_image_features`] and [`PicoProcessor.encode_images`].
+
+        Raises:
+            ValueError: if the model has no moments of training, the gallery or one of its styles has too few images,
+                or there is not one style for each image.
+        """
+        self.image_moments.check_fitted()
+        return self.image_moments.align(self._measure(gallery, styles))
+
+    @torch.no_grad()
+    def _measure(self, batches: Any, styles: Sequence[str] | None) -> dict[str | None, GalleryMoments]:
+        def states() -> Iterator[TokenStates]:
+            for batch in batches:
+                if not isinstance(batch, Mapping):
+                    raise ValueError(
+                        "Images are given as batches, such as [processor(images=pictures, return_tensors='pt')] or a "
+                        f"DataLoader, but this holds {type(batch).__name__}."
+                    )
+                outputs = self(**image_inputs(batch, self.device, self.dtype), return_states=True)
+                yield outputs.image_states
+
+        training = self.training
+        self.eval()
+        try:
+            return measure_galleries(states(), styles)
+        finally:
+            self.train(training)
 
     def score(
         self,
@@ -731,6 +820,8 @@ class PicoModel(PicoPreTrainedModel):
         text_states: torch.FloatTensor | None = None,
         image_class_state: torch.FloatTensor | None = None,
         text_class_state: torch.FloatTensor | None = None,
+        image_alignment: GalleryAlignment | None = None,
+        return_states: bool = False,
         **kwargs,
     ) -> PicoOutput:
         r"""
@@ -762,6 +853,9 @@ class PicoModel(PicoPreTrainedModel):
             image_class_state (`torch.FloatTensor` of shape `(images, hidden)`, *optional*):
                 Beside `image_states`, with `pooling="class_token"`.
             text_class_state (`torch.FloatTensor` of shape `(texts, hidden)`, *optional*): Beside `text_states`.
+            image_alignment ([`GalleryAlignment`], *optional*): Moves the images' hidden states; see [`align`].
+            return_states (`bool`, *optional*, defaults to `False`):
+                Whether to return the hidden states that the alignment head is given.
             kwargs: Passed to both backbones (`output_hidden_states`, `output_attentions`, ...).
 
         Returns:
@@ -793,12 +887,17 @@ class PicoModel(PicoPreTrainedModel):
             towers["text"] = None, TokenStates(text_states, mask, text_class_state)
         elif input_ids is not None:
             towers["text"] = self._text_states(input_ids, attention_mask, position_ids, token_type_ids, **kwargs)
+        if image_alignment is not None and "image" in towers:
+            outputs, states = towers["image"]
+            towers["image"] = outputs, image_alignment(states)
         sides = {
             modality: (outputs, self._features(states, modality)) for modality, (outputs, states) in towers.items()
         }
         encoded: dict[str, Any] = {}
         for modality, side in sides.items():
             encoded |= self._output_of(modality, *side)
+            if return_states:
+                encoded[f"{modality}_states"] = towers[modality][1]
         if missing:
             modality, (_, features) = next(iter(sides.items()))
             pooled = self.alignment_head.pool(features["embeds"], features["mask"], None, modality)
@@ -827,3 +926,11 @@ class PicoModel(PicoPreTrainedModel):
             auxiliary_losses=auxiliary or None,
             **encoded,
         )
+
+
+def image_inputs(
+    batch: Mapping[str, Any], device: torch.device, dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
+    """What a batch holds of its images, `pixel_values` or the states of the tower, on a device."""
+    names = ("pixel_values", "image_states", "image_class_state")
+    return {name: batch[name].to(device, dtype) for name in names if name in batch}

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessorPil, ProcessorMixin
 from transformers.utils import logging
 
+from .gallery_alignment_pico import GalleryAlignment, spread_rows
 from .image_decoding_pico import decode_image
 from .scoring_pico import pair_scores
 from .untrusted_pico import HUB_OPTIONS
@@ -104,7 +105,14 @@ class PicoProcessor(ProcessorMixin):
         )
 
     def encode_images(
-        self, model: Any, images: Any, *, batch_size: int = 32, convert_to_numpy: bool = False
+        self,
+        model: Any,
+        images: Any,
+        *,
+        align: bool | GalleryAlignment = False,
+        styles: str | Sequence[str] | None = None,
+        batch_size: int = 32,
+        convert_to_numpy: bool = False,
     ) -> list[torch.Tensor] | list[np.ndarray]:
         r"""
         Encodes images batch by batch, for [`score_retrieval`] and [`retrieve`]: decoded as in training, without
@@ -114,19 +122,49 @@ class PicoProcessor(ProcessorMixin):
             model ([`PicoModel`]): The model, which is left in the mode that it is in.
             images (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, or a sequence of them):
                 Paths, encoded images or PIL images. Paths are opened when their batch is encoded.
+            align (`bool` or [`GalleryAlignment`], *optional*, defaults to `False`):
+                True moves these images, a gallery of one look, to where images of training lie; see
+                [`PicoModel.align`]. It is measured first, on up to 1,000 images that are spread evenly over it, which
+                are thus encoded twice. What [`PicoModel.align`] gave moves images that are added to a gallery later.
+            styles (`Sequence[str]`, *optional*):
+                With `align`, the style of each image; each style is measured and moved by itself.
             batch_size (`int`, *optional*, defaults to 32): Images encoded at a time.
             convert_to_numpy (`bool`, *optional*, defaults to `False`): Whether to return arrays in main memory.
 
         Returns:
             `list[torch.Tensor]` or `list[numpy.ndarray]`: for each image its score-ready token embeddings
             `(tokens, dim)` in float32, without padding.
+
+        Raises:
+            ValueError: for an image that cannot be decoded, and with `align` what [`PicoModel.align`] refuses.
         """
+        _check_batch_size(batch_size)
+        images = _as_sequence(images)
+        labels = [None] * len(images) if styles is None else list(_as_sequence(styles))
+        if len(labels) != len(images) or (styles is not None and align is False):
+            raise ValueError(
+                f"`styles` goes with `align` and holds the style of each image, but there are {len(labels)} styles "
+                f"for {len(images)} images, and align={align!r}."
+            )
+
+        def inputs(batch: Any) -> Any:
+            return self(images=list(batch), return_tensors="pt").to(model.device, model.dtype)
+
+        alignment = align if isinstance(align, GalleryAlignment) else None
+        if align is True:
+            rows = spread_rows(labels)
+            parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+            sample = (inputs(images[row] for row in part) for part in parts)
+            alignment = model.align(sample, None if styles is None else [labels[row] for row in rows])
 
         def encode(batch: Any):
-            inputs = self(images=list(batch), return_tensors="pt").to(model.device, model.dtype)
-            return model.get_image_features(**inputs)
+            of_batch, of_styles = zip(*batch, strict=True)
+            if alignment is None:
+                return model.get_image_features(**inputs(of_batch))
+            own = alignment.for_images(None if styles is None else of_styles)
+            return model.get_image_features(**inputs(of_batch), alignment=own)
 
-        return _encode(model, images, encode, batch_size, convert_to_numpy)
+        return _encode(model, list(zip(images, labels, strict=True)), encode, batch_size, convert_to_numpy)
 
     def encode_texts(
         self, model: Any, texts: Any, *, batch_size: int = 32, convert_to_numpy: bool = False
@@ -145,7 +183,7 @@ class PicoProcessor(ProcessorMixin):
             inputs = self(text=list(batch), padding=True, return_tensors="pt").to(model.device)
             return model.get_text_features(**inputs)
 
-        return _encode(model, texts, encode, batch_size, convert_to_numpy)
+        return _encode(model, _as_sequence(texts), encode, batch_size, convert_to_numpy)
 
     @torch.no_grad()
     def score_retrieval(
@@ -264,15 +302,21 @@ def _decoded(images: Any) -> Any:
     return images if isinstance(images, (np.ndarray, torch.Tensor)) else decode_image(images)
 
 
-@torch.no_grad()
-def _encode(
-    model: Any, items: Any, encode: Callable, batch_size: int, convert_to_numpy: bool
-) -> list[torch.Tensor] | list[np.ndarray]:
-    """Encodes one item or a sequence of them, with a progress bar if it takes more than five seconds."""
+def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    if isinstance(items, (str, bytes)) or not isinstance(items, Sequence):
-        items = [items]
+
+
+def _as_sequence(items: Any) -> Any:
+    return [items] if isinstance(items, (str, bytes)) or not isinstance(items, Sequence) else items
+
+
+@torch.no_grad()
+def _encode(
+    model: Any, items: Sequence, encode: Callable, batch_size: int, convert_to_numpy: bool
+) -> list[torch.Tensor] | list[np.ndarray]:
+    """Encodes items, with a progress bar if it takes more than five seconds."""
+    _check_batch_size(batch_size)
     encoded: list[Any] = []
     training = model.training
     model.eval()

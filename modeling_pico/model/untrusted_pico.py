@@ -30,6 +30,7 @@ FRESH_WITH = {
     "style_probability": (".rates.",),
     "semantic_probability": ("style_prototypes.",),
     "uncertainty_config": ("uncertainty_prototypes.",),
+    "pooling": ("image_moments.class_",),
 }
 
 # Arguments of `from_pretrained` that say where files are.
@@ -199,6 +200,19 @@ def check_prototypes(buffers: Mapping[str, torch.Tensor]) -> None:
             found = f"values from {buffer.min().item():g} to {buffer.max().item():g}"
             raise ValueError(
                 f"The buffer {name!r} of the checkpoint holds {found}; allowed are values from {low:g} to {high:g}."
+            )
+
+
+def check_image_moments(buffers: Mapping[str, torch.Tensor]) -> None:
+    """ValueError for moments of training ([`ImageMoments`]) that no measurement leaves behind."""
+    for name, buffer in buffers.items():
+        if buffer.is_meta:
+            continue
+        signed = name.endswith("mean")
+        if not bool(buffer.isfinite().all()) or (not signed and bool((buffer < 0).any())):
+            raise ValueError(
+                f"The buffer 'image_moments.{name}' of the checkpoint holds values from {buffer.min().item():g} to "
+                f"{buffer.max().item():g}; allowed are finite numbers{'' if signed else ' of at least 0'}."
             )
 
 

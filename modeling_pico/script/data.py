@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..data import (
 )
 from ..distributed import gather_object
 from ..evaluation.style_report import order_styles
+from ..model.gallery_alignment_pico import check_sizes
 from ..training.arguments import PicoTrainingArguments
 from .arguments import DataArguments
 from .record import fingerprint
@@ -35,6 +37,8 @@ class Data:
     Attributes:
         train, evaluation ([`CaptionedImageDataset`] or `None`): What is trained on, and what selects and feeds back.
         tests (`dict[str, CaptionedImageDataset]`): What is reported only, by name of the split.
+        reference ([`CaptionedImageDataset`] or `None`): Images of training of a run that does not train, to which
+            galleries are moved.
         styled ([`CaptionedImageDataset`] or `None`): All test splits together, for the style report.
         seen_styles (`list[str]` or `None`): The styles among them that training has shown, if known.
     """
@@ -42,12 +46,14 @@ class Data:
     train: CaptionedImageDataset | None
     evaluation: CaptionedImageDataset | None
     tests: dict[str, CaptionedImageDataset]
+    reference: CaptionedImageDataset | None = None
     styled: CaptionedImageDataset | None = None
     seen_styles: list[str] | None = None
 
     def by_name(self, data_args: DataArguments) -> dict[str, CaptionedImageDataset]:
         """All splits under their own names."""
-        named = {data_args.train_split: self.train, data_args.eval_split: self.evaluation, **self.tests}
+        training = self.reference if self.train is None else self.train
+        named = {data_args.train_split: training, data_args.eval_split: self.evaluation, **self.tests}
         return {name: dataset for name, dataset in named.items() if dataset is not None}
 
     @property
@@ -80,9 +86,23 @@ def check_data_arguments(data_args: DataArguments, training_args: PicoTrainingAr
         )
 
 
-def load_data(data_args: DataArguments, training_args: PicoTrainingArguments, uses_prototypes: bool) -> Data:
-    """Loads the splits that the run needs, on the main process first."""
-    train = evaluation = None
+def load_data(
+    data_args: DataArguments,
+    training_args: PicoTrainingArguments,
+    uses_prototypes: bool,
+    needs_reference: bool = False,
+) -> Data:
+    r"""
+    Loads the splits that the run needs, on the main process first.
+
+    Args:
+        data_args (`DataArguments`): Where they are.
+        training_args ([`PicoTrainingArguments`]): What is done with them.
+        uses_prototypes (`bool`): Whether the model has style prototypes, which validation feeds back on.
+        needs_reference (`bool`, *optional*, defaults to `False`):
+            Whether images of training are needed though nothing is trained, see [`Data`].
+    """
+    train = evaluation = reference = None
     tests = {}
     needs_feedback = training_args.do_train and training_args.feedback_needs_validation and uses_prototypes
     with training_args.main_process_first(desc="loading data"):
@@ -98,14 +118,30 @@ def load_data(data_args: DataArguments, training_args: PicoTrainingArguments, us
             style_column = data_args.style_column or ("style" if data_args.style_report else None)
             of_tests = replace(data_args, style_column=style_column)
             tests = {split: _load_split(split, of_tests, data_args.max_eval_samples) for split in data_args.test_split}
-        data = Data(train, evaluation, tests)
+        if needs_reference:
+            reference = _load_split(data_args.train_split, data_args, data_args.max_train_samples)
+        data = Data(train, evaluation, tests, reference)
         check_distinct({name: split.dataset for name, split in data.by_name(data_args).items()})
         if data_args.style_report:
             data.styled = CaptionedImageDataset(concatenate_datasets([split.dataset for split in tests.values()]))
             data.seen_styles = _seen_styles(data, data_args.seen_styles)
             order_styles(data.styled.styles, data.seen_styles)  # what cannot be reported is refused before training
+    if training_args.align_gallery:
+        _check_galleries(data, data_args, training_args)
     check_processes(data.by_name(data_args))
     return data
+
+
+def _check_galleries(data: Data, data_args: DataArguments, training_args: PicoTrainingArguments) -> None:
+    """ValueError for splits that are to be moved, or moved to, and have too few images for that."""
+    moved = dict(data.tests)
+    if training_args.do_eval and data.evaluation is not None:
+        moved[data_args.eval_split] = data.evaluation
+    for name, split in moved.items():
+        check_sizes(Counter(split.styles or [None] * len(split)), f"split {name!r}")
+    for reference in (data.train, data.reference):
+        if reference is not None:
+            check_sizes({None: len(reference)}, f"split {data_args.train_split!r}")
 
 
 def check_processes(splits: dict[str, CaptionedImageDataset]) -> None:

@@ -18,7 +18,7 @@ from ..training.secrets import without_secrets
 logger = hf_logging.get_logger(__name__)
 
 # Of an evaluation during training; the rest stands in the log of the trainer's state.
-_MAIN_METRICS = ("loss", "rsum", "image_to_text_recall_at_1", "text_to_image_recall_at_1")
+_MAIN_METRICS = ("loss", "rsum", "aligned_rsum", "image_to_text_recall_at_1", "text_to_image_recall_at_1")
 
 
 def set_up_logging(level: int) -> None:

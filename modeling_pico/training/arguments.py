@@ -167,6 +167,11 @@ class PicoTrainingArguments(TrainingArguments):
         "Drawings of each training image that tower_cache_dir keeps where images are augmented; every epoch takes one "
         "of them.",
     )
+    align_gallery: bool = option_field(
+        False,
+        "Evaluations outside of training also report aligned_ metrics: after the images, those of each style by "
+        "themselves, have been moved to where images of training lie at the outputs of the tower.",
+    )
     eval_cache_dir: str | None = option_field(
         None,
         "Folder that keeps embeddings of evaluations outside of training, in half precision: evaluating the same "

@@ -36,10 +36,13 @@ class TowerStates(Dataset):
         dataset ([`CaptionedImageDataset`]): The data set that they were made of.
         images (`list[Path]`): Folders with the states of the images of consecutive blocks of rows.
         texts (`list[Path]`): The same of the captions.
-        num_views (`int`): Drawings of each image that are kept; `SampleKey.seed` chooses one of them.
+        num_views (`int`, *optional*):
+            Drawings of each image that are kept, of which `SampleKey.seed` chooses one; None: the images as they are.
     """
 
-    def __init__(self, dataset: CaptionedImageDataset, images: list[Path], texts: list[Path], num_views: int) -> None:
+    def __init__(
+        self, dataset: CaptionedImageDataset, images: list[Path], texts: list[Path], num_views: int | None = None
+    ) -> None:
         self.ids, self.num_captions, self.styles = dataset.ids, dataset.num_captions, dataset.styles
         captions = [text for texts in dataset.dataset["captions"][:] for text in texts]
         self._codes = torch.tensor([caption_code(text) for text in captions], dtype=torch.int64)
@@ -53,11 +56,16 @@ class TowerStates(Dataset):
         drawings: list[int] = []
         texts: list[int] = []
         rows: list[int] = []
+        views = self._num_views or 1
         for key in keys:
-            row, view = (key.row, key.seed % self._num_views) if isinstance(key, SampleKey) else (key, 0)
+            if not isinstance(key, SampleKey) and self._num_views is not None:
+                raise ValueError(
+                    "These are augmented images, which are for training; an evaluation asks for plain ones."
+                )
+            row, view = (key.row, key.seed % views) if isinstance(key, SampleKey) else (key, 0)
             numbers = range(self._first_text[row], self._first_text[row + 1])
             texts += [numbers[key.caption]] if isinstance(key, SampleKey) else numbers
-            drawings.append(row * self._num_views + view)
+            drawings.append(row * views + view)
             rows.append(row)
         words = [torch.from_numpy(states).float() for states in self._texts.states(texts)]
         lengths = torch.tensor([len(states) for states in words])
@@ -120,7 +128,7 @@ def cached_states(
     collator: Any,
     *,
     batch_size: int = 64,
-    num_views: int = 4,
+    num_views: int | None = None,
     precision: str = "no",
 ) -> TowerStates:
     r"""
@@ -130,10 +138,12 @@ def cached_states(
     Args:
         folder (`str` or `Path`): Folder of the cache, which all processes must see.
         model ([`PicoModel`]): The model, on its device.
-        dataset ([`CaptionedImageDataset`]): Where it has a `transform`, it is the drawings by it that are kept.
+        dataset ([`CaptionedImageDataset`]): Images and captions.
         collator ([`PicoDataCollator`]): Preprocesses images and captions.
         batch_size (`int`, *optional*, defaults to 64): Images, or captions, encoded at a time.
-        num_views (`int`, *optional*, defaults to 4): Drawings of each image, where there is a `transform`.
+        num_views (`int`, *optional*):
+            Drawings of each image by the data set's `transform` that are kept, for training; by default the images as
+            they are.
         precision (`str`, *optional*, defaults to `"no"`): Names the mixed precision that the towers run in.
 
     Returns:
@@ -149,14 +159,14 @@ def cached_states(
             "tower_cache_dir needs a CaptionedImageDataset and a PicoDataCollator, whose images and captions can be "
             f"told apart from others, but got {found[0].__name__} and {found[1].__name__}."
         )
-    views = 1 if dataset.transform is None else num_views
-    rows = own_rows(len(dataset))
+    rows, views = own_rows(len(dataset)), num_views or 1
 
     def images() -> Iterator[tuple[TokenStates, torch.Tensor]]:
         drawings = [(row, view) for row in rows for view in range(views)]
         for start in logging.tqdm(range(0, len(drawings), batch_size), desc="Encoding images", delay=5):
+            chosen = drawings[start : start + batch_size]
             samples = [
-                dataset[SampleKey(row, 0, _seed(row, view))] for row, view in drawings[start : start + batch_size]
+                dataset[row if num_views is None else SampleKey(row, 0, _seed(row, view))] for row, view in chosen
             ]
             pixels = collator(samples)["pixel_values"].to(model.device, model.dtype)
             states = model.get_image_states(pixels)
@@ -174,13 +184,13 @@ def cached_states(
 
     config = model.config
     software = list(describe_software(precision, model.device))
-    of_images = [describe_tower(config.vision_config), config.pooling, config.vision_special_tokens, views]
-    of_images += [Hasher.hash(dataset.transform), *describe_images(dataset, collator)]
+    of_images = [describe_tower(config.vision_config), config.pooling, config.vision_special_tokens, num_views]
+    of_images += [num_views and Hasher.hash(dataset.transform), *describe_images(dataset, collator)]
     of_texts = [describe_tower(config.text_config), config.pooling, *describe_texts(dataset, collator)]
     image_key = digest([*software, *of_images], model.vision_model.state_dict())
     text_key = digest([*software, *of_texts], model.text_model.state_dict())
     kept_images = _kept(Path(folder), f"images-{image_key}", model, images)
-    return TowerStates(dataset, kept_images, _kept(Path(folder), f"texts-{text_key}", model, texts), views)
+    return TowerStates(dataset, kept_images, _kept(Path(folder), f"texts-{text_key}", model, texts), num_views)
 
 
 def _kept(

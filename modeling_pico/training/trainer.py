@@ -25,9 +25,11 @@ from ..distributed import gather, gather_batch, gather_object, own_rows, reduce
 from ..durable import DurableTrainer, end_with_training_only, spread_non_finite
 from ..evaluation.embedding_cache import cached_embeddings
 from ..evaluation.evaluator import EncodedRetrieval, RetrievalEvaluator
+from ..evaluation.style_alignment import align_encoded, measure_gallery
 from ..evaluation.style_report import StyleReport
 from ..evaluation.uncertainty_reranking import RetrievalUncertainty, learn_reranking
 from ..model.backbones_pico import limit_text_length
+from ..model.gallery_alignment_pico import MIN_IMAGES, spread_rows
 from ..model.modeling_pico import PicoModel, PicoOutput
 from ..model.processing_pico import PicoProcessor
 from .arguments import PicoTrainingArguments
@@ -63,9 +65,12 @@ _CARD_ARGUMENTS = (
     *(
         name
         for name in PicoTrainingArguments.__annotations__
-        if not name.startswith(("logging_", "ddp_", "eval_", "tower_")) and not name.endswith("learning_rate")
+        if not name.startswith(("logging_", "ddp_", "eval_", "align_", "tower_"))
+        and not name.endswith("learning_rate")
     ),
 )
+# Images, spread evenly over the training set, that say where images of training lie.
+_REFERENCE_IMAGES = 512
 
 
 class PicoTrainer(DurableTrainer):
@@ -133,8 +138,8 @@ class PicoTrainer(DurableTrainer):
         # What the card calls the metrics that evaluations report under these prefixes.
         self.card_split_names: dict[str, str] = {}
         self._card_metrics: dict[str, dict[str, float]] = {}
-        # What the frozen towers make of data sets, for as long as these are in use.
-        self._tower_states: weakref.WeakKeyDictionary[Any, TowerStates] = weakref.WeakKeyDictionary()
+        # What the frozen towers make of data sets, plain and augmented, for as long as these are in use.
+        self._tower_states: weakref.WeakKeyDictionary[Any, dict[bool, TowerStates]] = weakref.WeakKeyDictionary()
         # Auxiliary losses since the last log, by name.
         self._auxiliary_log: dict[str, list[torch.Tensor]] = {}
         super().__init__(
@@ -184,7 +189,7 @@ class PicoTrainer(DurableTrainer):
         )
         self.remove_callback(TrainLoaderCallback)
         self.add_callback(TrainLoaderCallback(sampler))
-        dataset, collate = self._by_towers(dataset)
+        dataset, collate = self._by_towers(dataset, augmented=getattr(dataset, "transform", None) is not None)
         loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **self._loader_kwargs())
         return self.accelerator.prepare(loader)
 
@@ -233,7 +238,7 @@ class PicoTrainer(DurableTrainer):
             kwargs["multiprocessing_context"] = args.dataloader_multiprocessing_context
         return kwargs
 
-    def _by_towers(self, dataset: Any) -> tuple[Any, Callable]:
+    def _by_towers(self, dataset: Any, augmented: bool = False) -> tuple[Any, Callable]:
         """A data set and what makes a batch of its samples; with `tower_cache_dir` what frozen towers make of it."""
         if self.args.tower_cache_dir is None:
             return dataset, self.data_collator
@@ -253,18 +258,19 @@ class PicoTrainer(DurableTrainer):
                 "tower_cache_dir runs whole towers, which FSDP and DeepSpeed shard. What is left to train is small: "
                 "launch with examples/accelerate/ddp.yaml, or leave tower_cache_dir out."
             )
-        if dataset not in self._tower_states:
+        of_dataset = self._tower_states.setdefault(dataset, {})
+        if augmented not in of_dataset:
             with self.accelerator.autocast():
-                self._tower_states[dataset] = cached_states(
+                of_dataset[augmented] = cached_states(
                     self.args.tower_cache_dir,
                     model,
                     dataset,
                     self.data_collator,
                     batch_size=self.args.eval_batch_size,
-                    num_views=self.args.tower_cache_views,
+                    num_views=self.args.tower_cache_views if augmented else None,
                     precision=f"{self.accelerator.mixed_precision}, tf32 {self.args.tf32}",
                 )
-        return self._tower_states[dataset], as_it_is
+        return of_dataset[augmented], as_it_is
 
     # Optimizer
 
@@ -321,7 +327,8 @@ class PicoTrainer(DurableTrainer):
             )
         self._check_adapter(model)
         self._report_shared_captions()
-        # Learned for the weights as they were.
+        # Measured and learned for the weights as they were.
+        model.image_moments.reset()
         if model.config.uncertainty_config is not None:
             model.config.uncertainty_config.pop("reranking", None)
         self.remove_callback(PrototypeCallback)
@@ -355,6 +362,8 @@ class PicoTrainer(DurableTrainer):
         if self.unwrapped_model() is model and not model._hf_peft_config_loaded:
             return
         for name, module in model.beside_towers().items():
+            if module is model.image_moments:  # which are measured again, not learned
+                continue
             learned = {part.split(".")[0] for part in module.state_dict()} - {"visual_projection", "text_projection"}
             if learned and not isinstance(module, ModulesToSaveWrapper):
                 raise ValueError(
@@ -545,10 +554,16 @@ class PicoTrainer(DurableTrainer):
         """
         if prediction_loss_only is None:
             prediction_loss_only = self.args.prediction_loss_only
-        encoded = self._encode(dataloader)
         model = self._pico_model()
+        aligns = self.args.align_gallery and not self.is_in_train
+        if aligns:
+            model.image_moments.check_fitted()
+        encoded = self._encode(dataloader)
         scores = None if prediction_loss_only else self.evaluator.score(model, encoded)
         metrics = self.evaluator.metrics(model, encoded)
+        if aligns:
+            aligned = self.evaluator.retrieval_metrics(model, self._align(dataloader, encoded))
+            metrics.update({f"aligned_{name}": value for name, value in aligned.items()})
         self._card_metrics[metric_key_prefix] = metrics
         construction = self.construction
         if construction is not None and self.is_in_train and metric_key_prefix == self._feedback_prefix():
@@ -586,14 +601,69 @@ class PicoTrainer(DurableTrainer):
     ) -> StyleReport:
         """As [`~modeling_pico.measure_styles`], in the precision and on the processes of this trainer."""
         captioned: Any = as_captioned(dataset)
-        encoded = self._encode(self.get_eval_dataloader(captioned))
+        model, loader = self._pico_model(), self.get_eval_dataloader(captioned)
+        encoded = self._encode(loader)
+        aligned = self._align(loader, encoded, leave_small=True) if model.image_moments.is_fitted else None
         report = StyleReport.from_encoded(
-            self._pico_model(), encoded, captioned.styles, captioned.num_captions, seen_styles
+            model, encoded, captioned.styles, captioned.num_captions, seen_styles, aligned=aligned
         )
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, report.metrics())
         return report
 
+    def fit_alignment(self, reference: Dataset | datasets.Dataset | None = None) -> None:
+        """
+        Measures where images of training lie at the outputs of the trained tower, as [`PicoModel.fit_alignment`] does,
+        in the precision and on the processes of this trainer: on up to 512 images without augmentation, spread evenly
+        over the training set or over `reference`. The model holds them until it is trained again. A set of fewer than
+        32 images has no moments, which is a warning.
+        """
+        dataset: Any = as_captioned(self.train_dataset if reference is None else reference)
+        images = min(len(dataset), _REFERENCE_IMAGES)
+        if images < MIN_IMAGES:
+            logger.warning(
+                f"No gallery can be moved to where images of training lie: there are {images} of them, and their mean "
+                f"and spread need at least {MIN_IMAGES}."
+            )
+            return
+        loader = self._eval_loader(dataset, torch.tensor(spread_rows([None] * len(dataset), images)))
+        model, num_batches = self._evaluated_model(loader)
+        self._pico_model().image_moments.fit(measure_gallery(model, loader, num_batches=num_batches))
+
+    def _align(self, dataloader: DataLoader, encoded: EncodedRetrieval, leave_small: bool = False) -> EncodedRetrieval:
+        """The same set with the images of each of its styles moved to those of training."""
+        model, num_batches = self._evaluated_model(dataloader)
+        dataset = dataloader.dataset
+        styles = dataset.styles if isinstance(dataset, (CaptionedImageDataset, TowerStates)) else None
+
+        def align() -> EncodedRetrieval:
+            return align_encoded(
+                model,
+                encoded,
+                dataloader,
+                styles,
+                moments=self._pico_model().image_moments,
+                leave_small=leave_small,
+                num_batches=num_batches,
+            )
+
+        return self._cached(dataloader, align, aligned=True)
+
     def _encode(self, dataloader: DataLoader) -> EncodedRetrieval:
+        model, num_batches = self._evaluated_model(dataloader)
+        self.callback_handler.eval_dataloader = dataloader
+
+        def encode() -> EncodedRetrieval:
+            return self.evaluator.encode(
+                model,
+                dataloader,
+                num_batches=num_batches,
+                on_batch=lambda: self.callback_handler.on_prediction_step(self.args, self.state, self.control),
+            )
+
+        return self._cached(dataloader, encode)
+
+    def _evaluated_model(self, dataloader: DataLoader) -> tuple[nn.Module, int]:
+        """The model in evaluation mode as it runs on these processes, and the batches of the longest block."""
         model = self._wrap_model(self.model, training=False)
         if not self.accelerator._models and model is self.model:
             # Evaluation without training: precision and sharding still have to be set up.
@@ -602,22 +672,19 @@ class PicoTrainer(DurableTrainer):
         if isinstance(self.optimizer, AcceleratedOptimizer):
             # Schedule-free optimizers evaluate other weights than they train.
             self.optimizer.eval()
-        self.callback_handler.eval_dataloader = dataloader
         longest = -(-len(dataloader.dataset) // self.args.world_size)  # type: ignore[arg-type]
+        return model.eval(), math.ceil(longest / self.args.eval_batch_size)
 
-        def encode() -> EncodedRetrieval:
-            return self.evaluator.encode(
-                model,
-                dataloader,
-                num_batches=math.ceil(longest / self.args.eval_batch_size),
-                on_batch=lambda: self.callback_handler.on_prediction_step(self.args, self.state, self.control),
-            )
-
+    def _cached(
+        self, dataloader: DataLoader, encode: Callable[[], EncodedRetrieval], aligned: bool = False
+    ) -> EncodedRetrieval:
         # In training the weights change from one evaluation to the next.
         if self.is_in_train or self.args.eval_cache_dir is None:
             return encode()
         precision = f"{self.accelerator.mixed_precision}, tf32 {self.args.tf32}"
-        return cached_embeddings(self.args.eval_cache_dir, self._pico_model(), dataloader, encode, precision=precision)
+        return cached_embeddings(
+            self.args.eval_cache_dir, self._pico_model(), dataloader, encode, precision=precision, aligned=aligned
+        )
 
     # Construction of the prototypes
 

@@ -439,6 +439,44 @@ def test_all_processes_read_kept_embeddings_or_all_encode(results_of, processes)
         assert rsum == pytest.approx([expected] * 3)
 
 
+# Gallery alignment
+
+
+def aligned_evaluations(folder: Path) -> dict[str, Any]:
+    """Moments of training and aligned metrics, of one gallery and by style; blocks of processes differ in size."""
+    data = CaptionedImageDataset(rows(71, seed=4))
+    made = trainer(folder, data=CaptionedImageDataset(rows(49)), eval_data=data, align_gallery=True)
+    made.fit_alignment()
+    found = {}
+    # One process may have no image of a style.
+    for name, styles in {
+        "whole": None,
+        "mixed": ["ink", "oil"] * 35 + ["oil"],
+        "sorted": ["ink"] * 32 + ["oil"] * 39,
+    }.items():
+        data.styles = styles
+        metrics = made.evaluate()
+        found[name] = {key: metrics[key] for key in metrics if "aligned" in key or key == "eval_rsum"}
+    report = made.measure_styles(data)
+    return {
+        "moments": {key: buffer.clone() for key, buffer in made.model.image_moments.named_buffers()},
+        "report": {key: value for key, value in report.metrics().items() if "aligned" in key},
+        **found,
+    }
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_galleries_are_those_of_all_processes(results_of, processes):
+    (expected,), results = results_of(aligned_evaluations), results_of(aligned_evaluations, processes)
+    assert int(expected["moments"]["count"]) == 49
+    assert expected["mixed"] != expected["whole"] != expected["sorted"]
+    for result in results:
+        assert_close(result["moments"], expected["moments"], 1e-5)
+        assert_close(result["moments"], results[0]["moments"], 0.0)
+        for name in ("whole", "mixed", "sorted", "report"):
+            assert result[name] == pytest.approx(expected[name]), name
+
+
 # Losses that are not finite
 
 
@@ -604,6 +642,30 @@ def sharded_adamw(folder: Path, checkpoint: Path | None = None) -> dict[str, Any
     """With SGD there would be no state of the optimizer to save."""
     adamw = {"optim": "adamw_torch", "learning_rate": 1e-2, "backbone_learning_rate": 1e-2, "save_strategy": "epoch"}
     return run(folder, model(), checkpoint=checkpoint, **adamw, **EPOCHS)
+
+
+def aligned_after_training(made: PicoTrainer) -> dict[str, Any]:
+    """The towers are sharded still, and one process has a batch of training images more than the other."""
+    made.fit_alignment()
+    made.args.align_gallery = True
+    moments = {name: whole(buffer).clone() for name, buffer in made._pico_model().image_moments.named_buffers()}
+    return {"aligned": made.evaluate(CaptionedImageDataset(rows(41, seed=4))), "moments": moments}
+
+
+@fsdp()
+def sharded_alignment(folder: Path) -> dict[str, Any]:
+    data = CountedDataset(rows(49))
+    return run(folder, model(), measure=aligned_after_training, data=data, num_train_epochs=1)
+
+
+def test_sharded_towers_move_galleries_as_whole_ones_do(one_and_two):
+    expected, *results = one_and_two(sharded_alignment)
+    aligned = {name: value for name, value in expected["aligned"].items() if "aligned" in name}
+    assert "eval_aligned_rsum" in aligned
+    assert int(expected["moments"]["count"]) == 49
+    for result in results:
+        assert {name: result["aligned"][name] for name in aligned} == pytest.approx(aligned)
+        assert_close(result["moments"], expected["moments"], 1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import modeling_pico
-from modeling_pico import RetrievalEvaluator, StyleReport, match_moments, measure_styles, pair_scores
+from modeling_pico import RetrievalEvaluator, StyleReport, align_encoded, measure_styles, pair_scores
 from modeling_pico.data import CaptionedImageDataset, PicoDataCollator
 from modeling_pico.evaluation import EncodedRetrieval, style_report
 from modeling_pico.evaluation.style_probe import probe_accuracy
@@ -79,29 +80,30 @@ def test_by_hand():
     assert report.metrics()["style_oil_gap"] == report.metrics()["style_gap"] == pytest.approx(100)
 
 
-def test_alignment_undoes_what_a_style_does_to_all_features():
+def test_alignment_is_reported_for_every_style_of_enough_images():
     generator = torch.Generator().manual_seed(0)
-    meaning = torch.nn.functional.normalize(torch.randn(8, 1, 6, generator=generator), dim=-1)
-    # The unseen style draws the same meanings, with its own offset and scale on every feature.
-    unseen = torch.nn.functional.normalize(
-        meaning * torch.linspace(0.2, 2, 6) + torch.tensor([0, 0, 3.0, 0, 0, -2]), dim=-1
-    )
-    images, texts, mask = torch.cat([meaning, unseen]), meaning.repeat(2, 1, 1), torch.ones(16, 1, dtype=torch.bool)
-    ids = torch.arange(8).repeat(2)
-    encoded = EncodedRetrieval(images, mask, texts, mask, ids, ids)
-    styles, captions = ["ink"] * 8 + ["neon"] * 8, torch.ones(16, dtype=torch.int64)
+    meaning = torch.nn.functional.normalize(torch.randn(40, 1, 6, generator=generator), dim=-1)
+    # Images of the style not seen are those of another meaning, and moved they are those of their own.
+    drawn = {"ink": meaning[:32], "neon": meaning[:32].flip(0), "rare": meaning[:8].flip(0)}
+    meant = torch.cat([meaning[: len(images)] for images in drawn.values()])
+    mask, ids = torch.ones(72, 1, dtype=torch.bool), torch.cat([torch.arange(count) for count in (32, 32, 8)])
+    encoded = EncodedRetrieval(torch.cat([*drawn.values()]), mask, meant, mask, ids, ids)
+    aligned = replace(encoded, image_tokens=torch.cat([meaning[:32].flip(0), meaning[:32], meaning[:8]]))
+    styles = ["ink"] * 32 + ["neon"] * 32 + ["rare"] * 8
+    captions = torch.ones(72, dtype=torch.int64)
+    report = StyleReport.from_encoded(model_of(), encoded, styles, captions, ["ink"], aligned=aligned)
+    ink, neon, rare = report.styles.values()
+    # What it gains in a style not seen, and what it costs in a seen one.
+    assert neon.retrieval["rsum"] < 300 and neon.aligned_rsum == 600
+    assert ink.retrieval["rsum"] == 600 and ink.aligned_rsum == neon.retrieval["rsum"]
+    assert report.metrics()["style_ink_aligned_rsum"] == ink.aligned_rsum
+    assert rare.aligned_rsum is None and "style_rare_aligned_rsum" not in report.metrics()
+    rows = [line for line in report.to_markdown().splitlines() if line.startswith("|")]
+    assert rows[3].endswith("| 600.0 |") and rows[4].endswith("| – |")
+    # It takes no style for a seen one.
+    unknown = StyleReport.from_encoded(model_of(), encoded, styles, captions, aligned=aligned)
+    assert unknown.styles["neon"].aligned_rsum == 600
     report = StyleReport.from_encoded(model_of(), encoded, styles, captions, ["ink"])
-    ink, neon = report.styles["ink"], report.styles["neon"]
-    assert ink.aligned_rsum is None and ink.retrieval["rsum"] == 600
-    assert neon.aligned_rsum > neon.retrieval["rsum"] + 50
-    assert report.metrics()["style_neon_aligned_rsum"] == neon.aligned_rsum
-    assert "style_ink_aligned_rsum" not in report.metrics()
-    aligned = EncodedRetrieval(
-        match_moments(unseen, mask[:8], meaning, mask[:8]), mask[:8], texts[:8], mask[:8], ids[:8], ids[:8]
-    )
-    assert neon.aligned_rsum == RetrievalEvaluator().retrieval_metrics(model_of(), aligned)["rsum"]
-    # Where no style is known to be seen, there is nothing to align to.
-    report = StyleReport.from_encoded(model_of(), encoded, styles, captions)
     assert report.styles["neon"].aligned_rsum is None and "aligned" not in " ".join(report.metrics())
 
 
@@ -204,6 +206,21 @@ def test_each_style_is_evaluated_as_a_set_of_its_own(data, monkeypatch):
     for shares in ([of.gallery_share for of in results], [of.top_shares["1"] for of in results]):
         assert sum(shares) == pytest.approx(100, abs=1e-3)
     assert measure_styles(net, both, data, batch_size=10) == report
+
+
+def test_each_style_is_moved_by_itself():
+    net, both = tiny.model(), tiny.processor()
+    data = CaptionedImageDataset(tiny.rows(75, seed=4).add_column("style", ["ink", "oil"] * 37 + ["rare"]))
+    assert measure_styles(net, both, data).styles["ink"].aligned_rsum is None  # a model without moments
+    net.fit_alignment([{"pixel_values": torch.randn(40, 3, tiny.SIZE, tiny.SIZE)}])
+    report = measure_styles(net, both, data, batch_size=10)
+    assert report.styles["rare"].aligned_rsum is None
+    for style in ("ink", "oil"):
+        alone = CaptionedImageDataset(data.dataset.select([row for row in range(75) if data.styles[row] == style]))
+        loader = DataLoader(alone, batch_size=6, collate_fn=PicoDataCollator(both))
+        aligned = align_encoded(net, RetrievalEvaluator().encode(net, loader), loader)
+        assert report.styles[style].aligned_rsum == RetrievalEvaluator().retrieval_metrics(net, aligned)["rsum"]
+        assert report.styles[style].aligned_rsum != report.styles[style].retrieval["rsum"]
 
 
 def test_report_as_json_and_markdown(data):

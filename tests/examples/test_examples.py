@@ -81,7 +81,7 @@ def search(retrieve, tiny_model, use_prototypes, tiny_processor, tmp_path):
 
     def run(query: str = "the red star", **options):
         options = {"output": tmp_path / "hits.png", "cache_dir": tmp_path / "cache", "device": "cpu", **options}
-        flags = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+        flags = [str(word) for name, value in options.items() for word in (f"--{name}", value) if word is not None]
         return retrieve.main([str(tmp_path / "model"), str(folder), query, *flags])
 
     return run
@@ -134,6 +134,31 @@ def test_retrieve_encodes_only_what_is_new(search, tmp_path, to_encode):
     model.save_pretrained(tmp_path / "model")
     search()
     assert to_encode() == 3  # another model, other embeddings
+
+
+def test_retrieve_moves_the_whole_folder(search, tmp_path, to_encode, monkeypatch):
+    folder, known = tmp_path / "pictures", [noise(seed, (20, 20)) for seed in range(40)]
+    with pytest.raises(SystemExit, match="--align: The model has no moments of training"):
+        search(align=None)
+    model, processor = (kind.from_pretrained(tmp_path / "model") for kind in (PicoModel, PicoProcessor))
+    model.fit_alignment([processor(images=known, return_tensors="pt")])
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match=r"--align: The gallery has 4 image\(s\)"):
+        search(align=None)
+    monkeypatch.setattr("modeling_pico.model.gallery_alignment_pico.MIN_IMAGES", 4)
+    to_encode()
+    plain, aligned = search(), search(align=None)
+    assert search(align=None) == aligned != plain and search() == plain
+    names = [path for path, _ in aligned]
+    embeds = processor.encode_images(model, names, align=True)
+    scores = processor.score_retrieval(embeds, processor.encode_texts(model, ["the red star"]))[:, 0]
+    assert scores.tolist() == pytest.approx([score for _, score in aligned], abs=2e-3)
+    to_encode()
+    assert len(search(align=None)) == 4
+    assert to_encode() == -2  # nothing, files that are no pictures neither
+    noise(9).save(folder / "a.png")
+    assert search(align=None) != aligned
+    assert to_encode() == 4
 
 
 def test_retrieve_sees_that_a_file_of_the_same_size_has_changed(search, tmp_path, to_encode):

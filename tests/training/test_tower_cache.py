@@ -89,6 +89,17 @@ def test_the_towers_run_once_for_all_trainings(tmp_path, monkeypatch):
     assert second.evaluate()["eval_rsum"] > 0
 
 
+def test_moments_of_training_are_those_of_images_as_they_are(tmp_path):
+    moments = []
+    for transform, cache in ((None, None), (draw, str(tmp_path / "cache"))):
+        data = CaptionedImageDataset(tiny.rows(40), transform)
+        made = tiny.trainer(tmp_path / "run", net=frozen(), data=data, tower_cache_dir=cache, tower_cache_views=2)
+        made.fit_alignment()
+        moments.append(made.model.image_moments)
+    for name in ("mean", "std"):
+        torch.testing.assert_close(getattr(moments[1], name), getattr(moments[0], name), rtol=0, atol=1e-3)
+
+
 def test_chunks_of_a_batch_may_be_kept_states(tmp_path):
     options = {"data": dataset(), "eval_data": None, "eval_strategy": "no", "tower_cache_dir": str(tmp_path / "cache")}
     weights = []
@@ -106,14 +117,15 @@ def test_chunks_of_a_batch_may_be_kept_states(tmp_path):
 
 
 def test_what_a_tower_gives_depends_on_its_weights_images_captions_and_drawings(tmp_path):
-    def folders(net=None, data=None, views=4):
+    def folders(net=None, data=None, views=None):
         cached_states(tmp_path, net or frozen(), data or dataset(), collator(), num_views=views)
         return len(list(tmp_path.glob("images-*"))), len(list(tmp_path.glob("texts-*")))
 
     assert folders() == (1, 1)
     assert folders(frozen(method="fine_grained", embedding_dim=4)) == (1, 1)
     assert folders(frozen(seed=1)) == (2, 2)
-    assert folders(data=dataset(draw)) == (3, 2)
+    assert folders(data=dataset(draw)) == (2, 2)  # not augmented
+    assert folders(data=dataset(draw), views=3) == (3, 2)
     assert folders(data=dataset(draw), views=2) == (4, 2)
     others = tiny.rows(20, repeats=2).map(lambda row: {"captions": [text + "!" for text in row["captions"]]})
     assert folders(data=CaptionedImageDataset(others)) == (4, 3)
@@ -122,6 +134,9 @@ def test_what_a_tower_gives_depends_on_its_weights_images_captions_and_drawings(
 def test_each_epoch_takes_one_of_the_kept_drawings(tmp_path):
     net, data = frozen().eval(), dataset(draw)
     states = cached_states(tmp_path, net, data, collator(), num_views=3)
+
+    with pytest.raises(ValueError, match="an evaluation asks for plain ones"):
+        states.__getitems__([5])
 
     def of(seed):
         return states.__getitems__([SampleKey(5, 0, seed)])["image_states"]

@@ -1,0 +1,298 @@
+"""Images of one look, moved at the tower's outputs to where images of training lie; against plain numpy in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from modeling_pico import GalleryAlignment, PicoModel
+from modeling_pico.model.gallery_alignment_pico import (
+    MIN_IMAGES,
+    FeatureMoments,
+    ImageMoments,
+    check_sizes,
+    measure_galleries,
+    spread_rows,
+)
+from modeling_pico.model.modeling_pico import TokenStates
+
+
+HIDDEN = 6
+
+
+def some_states(images: int, seed: int, class_state: bool = False) -> TokenStates:
+    """Images of one to four tokens whose features differ in mean and spread; padding is absurd."""
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(images, 4, HIDDEN, generator=generator) * torch.linspace(0.5, 3, HIDDEN) + 10 * seed
+    mask = torch.arange(4) < torch.randint(1, 5, (images, 1), generator=generator)
+    states[~mask] = torch.nan
+    own = torch.randn(images, HIDDEN, generator=generator) * 2 - seed if class_state else None
+    return TokenStates(states, mask, own)
+
+
+def moved_by_numpy(values: np.ndarray, gallery: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """The definition, in float64."""
+    values, gallery, reference = (array.astype(np.float64) for array in (values, gallery, reference))
+    return (values - gallery.mean(0)) / gallery.std(0) * reference.std(0) + reference.mean(0)
+
+
+def fitted(states: TokenStates, class_state: bool = False) -> ImageMoments:
+    moments = ImageMoments(HIDDEN, class_state)
+    moments.fit(measure_galleries([states]))
+    return moments
+
+
+# Moments
+
+
+def test_moments_do_not_depend_on_batches():
+    states = some_states(60, 1)
+    values = states.states[states.mask].double().numpy()
+    batches = [TokenStates(states.states[part], states.mask[part]) for part in torch.arange(60).split(7)]
+    for given in ([states], batches, batches[::-1]):
+        moments = measure_galleries(given)[None]
+        assert (moments.images, moments.tokens.count, moments.class_state) == (60, len(values), None)
+        np.testing.assert_allclose(moments.tokens.mean, values.mean(0), rtol=1e-6)
+        np.testing.assert_allclose(moments.tokens.std, values.std(0), rtol=1e-6)
+
+
+def test_a_small_spread_around_a_large_mean_keeps_its_digits():
+    values = torch.randn(5000, 2, generator=torch.Generator().manual_seed(0)) / 8 + 3000
+    merged = FeatureMoments.of(values[:17])
+    for part in values[17:].split(499):
+        merged = merged.merge(FeatureMoments.of(part))
+    np.testing.assert_allclose(merged.std, values.double().numpy().std(0), rtol=1e-5)
+
+
+def test_nothing_has_no_part_in_moments():
+    values = FeatureMoments.of(torch.tensor([[1.0], [3.0]]))
+    nothing = FeatureMoments.of(torch.zeros(0, 1))
+    for merged in (values.merge(nothing), nothing.merge(values)):
+        assert (merged.count, float(merged.mean), float(merged.std)) == (2, 2.0, 1.0)
+
+
+def test_half_precision_is_measured_in_float32():
+    states = (torch.full((40, 300, 1), 300.0) + torch.arange(300)[:, None] % 2).half()
+    moments = measure_galleries([TokenStates(states, torch.ones(40, 300))])[None].tokens
+    assert (float(moments.mean), float(moments.std)) == (300.5, 0.5)
+
+
+# Moving
+
+
+@pytest.mark.parametrize("class_state", [False, True])
+def test_moving_is_that_of_the_definition(class_state):
+    reference, gallery = some_states(50, 1, class_state), some_states(40, 2, class_state)
+    alignment = fitted(reference, class_state).align(measure_galleries([gallery]))
+    moved = alignment(gallery)
+    values = gallery.states[gallery.mask].numpy()
+    expected = moved_by_numpy(values, values, reference.states[reference.mask].numpy())
+    np.testing.assert_allclose(moved.states[gallery.mask].numpy(), expected, rtol=1e-4, atol=1e-4)
+    assert moved.mask is gallery.mask
+    if class_state:
+        # By moments of its own: it is not distributed as the patches are.
+        own = gallery.class_state.numpy()
+        expected = moved_by_numpy(own, own, reference.class_state.numpy())
+        np.testing.assert_allclose(moved.class_state.numpy(), expected, rtol=1e-4, atol=1e-4)
+    # An image that is added later moves as the gallery did.
+    later = some_states(1, 3, class_state)
+    expected = moved_by_numpy(later.states[later.mask].numpy(), values, reference.states[reference.mask].numpy())
+    np.testing.assert_allclose(alignment(later).states[later.mask].numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_reference_stays_where_it_is():
+    reference = some_states(50, 1, True)
+    moved = fitted(reference, True).align(measure_galleries([reference]))(reference)
+    torch.testing.assert_close(moved.states, reference.states, equal_nan=True)
+    torch.testing.assert_close(moved.class_state, reference.class_state)
+
+
+def test_a_feature_that_never_varies_has_only_a_mean():
+    reference, gallery = some_states(50, 1), some_states(40, 2)
+    # Float32 holds 0.1 with an error, which is no spread.
+    gallery.states[..., 0], gallery.states[..., 1], reference.states[..., 2] = 0.0, 1000.1, -3.0
+    moments = fitted(reference)
+    moved = moments.align(measure_galleries([gallery]))(gallery).states[gallery.mask]
+    torch.testing.assert_close(moved[:, 0], moments.mean[0].expand(len(moved)))
+    torch.testing.assert_close(moved[:, 1], moments.mean[1].expand(len(moved)))
+    torch.testing.assert_close(moved[:, 2], torch.full((len(moved),), -3.0))
+    # Later images may differ from it, by no more than they do.
+    later = gallery.states[gallery.mask][:1].clone()
+    later[:, 0] = 5.0
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    again = moments.align(measure_galleries([gallery]))(TokenStates(later[None], mask)).states
+    torch.testing.assert_close(again[0, 0, 0], moments.mean[0] + 5)
+
+
+def test_each_style_is_moved_by_itself():
+    reference, ink, oil = some_states(50, 1), some_states(40, 2), some_states(33, 3)
+    # In turns, over batches that hold both and one that holds one.
+    styles = ["ink", "oil"] * 33 + ["ink"] * 7
+    order = torch.tensor([index // 2 + 40 * (index % 2) if index < 66 else index - 33 for index in range(73)])
+    mixed = TokenStates(torch.cat([ink.states, oil.states])[order], torch.cat([ink.mask, oil.mask])[order])
+    batches = [TokenStates(mixed.states[part], mixed.mask[part]) for part in torch.arange(73).split(10)]
+    moments = fitted(reference)
+    alignment = moments.align(measure_galleries(batches, styles))
+    assert alignment.styles == ("ink", "oil")
+    moved = alignment.for_images(styles)(mixed)
+    for style, states in (("ink", ink), ("oil", oil)):
+        rows = torch.tensor([label == style for label in styles])
+        expected = moments.align(measure_galleries([states]))(states).states
+        torch.testing.assert_close(moved.states[rows], expected, equal_nan=True)
+    with pytest.raises(ValueError, match=r"for_images\(styles\)"):
+        alignment(mixed)
+    with pytest.raises(ValueError, match=r"no style \['pencil'\], but \['ink', 'oil'\]"):
+        alignment.for_images(["ink", "pencil"])
+    with pytest.raises(ValueError, match="the style of each image must be given"):
+        alignment.for_images(None)
+    with pytest.raises(ValueError, match="was measured without styles, so no style may"):
+        moments.align(measure_galleries([ink])).for_images(["ink"])
+
+
+def test_half_precision_stays_half_precision():
+    reference, gallery = some_states(50, 1), some_states(40, 2)
+    alignment = fitted(reference).align(measure_galleries([gallery]))
+    half = alignment(TokenStates(gallery.states.half(), gallery.mask)).states
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), alignment(gallery).states, rtol=5e-3, atol=0.1, equal_nan=True)
+
+
+# What is refused
+
+
+def test_galleries_that_are_too_small_are_refused_by_name():
+    moments, small = fitted(some_states(50, 1)), some_states(MIN_IMAGES - 1, 2)
+    with pytest.raises(ValueError, match=rf"gallery has {MIN_IMAGES - 1} image\(s\); mean and spread need at least"):
+        moments.align(measure_galleries([small]))
+    with pytest.raises(ValueError, match="gallery has 0"):
+        moments.align({})
+    moments.align(measure_galleries([some_states(MIN_IMAGES, 2)]))
+    sizes = {"ink": 40, "oil": 5, "neon": 7}
+    with pytest.raises(ValueError, match=r"has 5 image\(s\) of the style 'oil', and 1 other style"):
+        check_sizes(sizes)
+    # Or they stay where they are.
+    alignment = moments.align(measure_galleries([small], ["oil"] * len(small.states)), leave_small=True)
+    moved = alignment.for_images(["oil"] * len(small.states))(small)
+    torch.testing.assert_close(moved.states, small.states, equal_nan=True, rtol=0, atol=0)
+
+
+def test_a_model_without_moments_says_what_to_do():
+    moments = ImageMoments(HIDDEN, False)
+    assert not moments.is_fitted
+    with pytest.raises(ValueError, match=r"no moments of training .* `model.fit_alignment\(batches\)`"):
+        moments.align(measure_galleries([some_states(40, 1)]))
+    with pytest.raises(ValueError, match=r"reference has 31 image\(s\)"):
+        moments.fit(measure_galleries([some_states(31, 1)]))
+    moments.fit(measure_galleries([some_states(40, 1)]))
+    assert moments.is_fitted and int(moments.count) == 40
+    moments.reset()
+    assert not moments.is_fitted and not moments.std.any()
+
+
+def test_states_that_are_not_finite_are_refused():
+    reference, broken = some_states(50, 1), some_states(40, 2)
+    broken.states[3, 0, 0] = torch.inf
+    with pytest.raises(ValueError, match="NaN or infinite for images of the style 'ink'"):
+        fitted(reference).align(measure_galleries([broken], ["ink"] * 40))
+    with pytest.raises(ValueError, match="NaN or infinite for images"):
+        fitted(broken)
+
+
+def test_every_image_has_one_style():
+    batches = [some_states(20, 1), some_states(20, 2)]
+    for count in (10, 30, 41):
+        with pytest.raises(ValueError, match="one style for each image"):
+            measure_galleries(batches, ["ink"] * count)
+
+
+def test_rows_that_say_where_a_gallery_lies():
+    assert spread_rows([None] * 3) == [0, 1, 2]
+    assert spread_rows([None] * 10, 4) == [0, 2, 5, 7]
+    # Of each style as many, however rare it is.
+    assert spread_rows(["ink"] * 8 + ["oil"] * 3, 2) == [0, 4, 8, 9]
+
+
+# In the model
+
+
+def pictures(count: int, seed: int) -> torch.Tensor:
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * seed + seed - 1
+
+
+@pytest.fixture(params=["mean", "class_token"])
+def model(request, tiny_model) -> PicoModel:
+    return tiny_model(pooling=request.param)
+
+
+def test_model_moves_what_its_tower_gives(model):
+    known, gallery = pictures(50, 1), pictures(40, 2)
+    model.train()
+    model.fit_alignment([{"pixel_values": known[:20]}, {"pixel_values": known[20:], "image_ids": torch.arange(30)}])
+    alignment = model.align({"pixel_values": part} for part in gallery.split(9))
+    assert isinstance(alignment, GalleryAlignment) and model.training
+    model.eval()
+    with torch.no_grad():
+        of_known, of_gallery = model.get_image_states(known), model.get_image_states(gallery)
+        moved = alignment(of_gallery)
+        outputs = model(pixel_values=gallery, image_alignment=alignment, return_states=True)
+        features = model.get_image_features(gallery, alignment=alignment)
+        given = model(image_states=moved.states, image_class_state=moved.class_state)
+        cached = {"image_states": of_gallery.states}
+        if of_gallery.class_state is not None:
+            cached["image_class_state"] = of_gallery.class_state
+        from_states = model(**cached, image_alignment=model.align([cached]))
+        plain = model(pixel_values=gallery)
+    expected = moved_by_numpy(*(s.states.flatten(0, 1).numpy() for s in (of_gallery, of_gallery, of_known)))
+    np.testing.assert_allclose(outputs.image_states.states.flatten(0, 1).numpy(), expected, atol=1e-5)
+    if model.config.pooling == "class_token":
+        own = [s.class_state.numpy() for s in (of_gallery, of_gallery, of_known)]
+        np.testing.assert_allclose(outputs.image_states.class_state.numpy(), moved_by_numpy(*own), atol=1e-5)
+    for tokens in (outputs.image_embeds, features.embeds, from_states.image_embeds):
+        torch.testing.assert_close(tokens, given.image_embeds)
+    assert not torch.allclose(plain.image_embeds, given.image_embeds, atol=0.01)
+    assert plain.image_states is None
+
+
+def test_class_token_alone_is_moved_for_a_pooled_score(tiny_model):
+    model = tiny_model(method="clip_style", pooling="class_token")
+    known, gallery = pictures(50, 1), pictures(40, 2)
+    model.fit_alignment([{"pixel_values": known}])
+    with torch.no_grad():
+        moved = model.get_image_features(gallery, alignment=model.align([{"pixel_values": gallery}])).pooler_output
+        state = model.get_image_states(gallery).class_state.numpy()
+        expected = moved_by_numpy(state, state, model.get_image_states(known).class_state.numpy())
+        expected = model.alignment_head.project(torch.from_numpy(expected).float(), "image")
+    torch.testing.assert_close(moved, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_moments_are_saved_with_the_model(model, tmp_path):
+    model.fit_alignment([{"pixel_values": pictures(50, 1)}])
+    model.save_pretrained(tmp_path)
+    loaded, info = PicoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    for name, buffer in model.image_moments.named_buffers():
+        assert torch.equal(dict(loaded.image_moments.named_buffers())[name], buffer)
+    half = PicoModel.from_pretrained(tmp_path, dtype=torch.float16)
+    assert torch.equal(half.image_moments.mean, model.image_moments.mean)
+    assert half.image_moments.count.dtype == torch.int64
+    # They are no weights.
+    assert not any("image_moments" in name for name, _ in model.named_parameters())
+
+
+def test_another_pooling_needs_moments_of_its_own(tiny_model, tmp_path):
+    model = tiny_model()
+    model.fit_alignment([{"pixel_values": pictures(50, 1)}])
+    model.save_pretrained(tmp_path)
+    loaded = PicoModel.from_pretrained(tmp_path, pooling="class_token")
+    with pytest.raises(ValueError, match="no moments of the class token"):
+        loaded.align([{"pixel_values": pictures(40, 2)}])
+
+
+def test_what_is_no_batch_is_refused(tiny_model):
+    model = tiny_model()
+    for wrong in ({"pixel_values": pictures(40, 1)}, pictures(40, 1)):
+        with pytest.raises(ValueError, match="given as batches"):
+            model.fit_alignment(wrong)
+    with pytest.raises(ValueError, match="no moments of training"):
+        model.align([])
