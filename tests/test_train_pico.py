@@ -22,7 +22,8 @@ import train_pico
 from modeling_pico import PicoConfig, PicoModel, PicoProcessor
 from modeling_pico.data import CaptionedImageDataset
 from modeling_pico.model.backbones_pico import build_backbone
-from modeling_pico.script.data import check_processes
+from modeling_pico.script.arguments import DataArguments
+from modeling_pico.script.data import augmentation, check_processes
 from modeling_pico.script.output import OneLineErrors, main_metrics
 from modeling_pico.script.record import (
     describe_run,
@@ -196,6 +197,19 @@ def test_seed_decides_a_run_from_scratch(finished, data, tmp_path):
     again = train(tmp_path, data, do_eval=True)
     assert again["eval_loss"] == finished.results["eval_loss"]
     assert train(tmp_path / "b", data, do_eval=True, seed=1)["eval_loss"] != again["eval_loss"]
+
+
+def test_training_images_are_drawn_again_in_random_styles(data, tmp_path):
+    assert augmentation(DataArguments()) is None
+    both = augmentation(DataArguments(min_crop_scale=0.5, style_augmentation=0.25))
+    crop, style = both.transforms
+    assert (crop.min_scale, crop.flip, style.probability) == (0.5, False, 0.25)
+    options = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "no"}
+    plain, drawn, again = (
+        train(tmp_path / name, data, style_augmentation=share, **options)["train_loss"]
+        for name, share in (("a", 0), ("b", 1), ("c", 1))
+    )
+    assert drawn == again != plain
 
 
 def times_aside(results: dict[str, float]) -> dict[str, float]:
@@ -689,6 +703,9 @@ def test_bad_flag_names_what_is_allowed(tmp_path, capsys, options, words):
         ({"patch_size": 7}, ["image_size", "patch_size", "16", "7"]),
         ({"min_crop_scale": -1}, ["min_scale", "-1"]),
         ({"max_text_length": 0}, ["max_text_length", "at least 1", "0"]),
+        ({"style_augmentation": 1.5}, ["style_augmentation", "at least 0 and at most 1", "1.5"]),
+        ({"style_augmentation": -0.5}, ["style_augmentation", "at least 0 and at most 1", "-0.5"]),
+        ({"style_augmentation": "nan"}, ["style_augmentation", "at least 0 and at most 1", "nan"]),
         ({"per_device_train_batch_size": 50}, ["50", "20"]),
         ({"train_split": "trian"}, ["trian", "train", "validation"]),
         ({"eval_split": "held_out"}, ["held_out", "test", "validation"]),

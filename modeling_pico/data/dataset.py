@@ -249,3 +249,15 @@ class RandomCropFlip:
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image
+
+
+class Compose:
+    """Several transforms, one after another, which share the generator of a sample."""
+
+    def __init__(self, transforms: Sequence[Transform]) -> None:
+        self.transforms = list(transforms)
+
+    def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
+        for transform in self.transforms:
+            image = transform(image, rng)
+        return image

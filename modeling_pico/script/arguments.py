@@ -187,6 +187,9 @@ class DataArguments:
     preprocessing_num_workers: int | None = option_field(None, "Processes that check images (default: this one alone)")
     min_crop_scale: float = option_field(1.0, "Smallest area of random training crops; 1 is off.")
     random_flip: bool = option_field(False, "Mirror half of the training images.")
+    style_augmentation: float = option_field(
+        0.0, "Share of the training images that are drawn again in a random style, each anew; 0 is off."
+    )
     plots: bool = option_field(True, "Draw pictures of the run into output_dir/plots, if matplotlib is installed.")
 
     def __post_init__(self) -> None:
@@ -194,6 +197,7 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None:
                 Range(1).check(name, value)
+        Range(0.0, 1.0).check("style_augmentation", self.style_augmentation)
         if self.seen_styles is not None and not self.style_report:
             raise ValueError("--seen_styles is for the style report; give --style_report true as well.")
 

@@ -12,11 +12,14 @@ from transformers.utils import logging
 
 from ..data import (
     CaptionedImageDataset,
+    Compose,
     RandomCropFlip,
+    RandomStyle,
     check_distinct,
     check_images,
     load_captioned_images,
 )
+from ..data.dataset import Transform
 from ..distributed import gather_object
 from ..evaluation.style_report import order_styles
 from ..training.arguments import PicoTrainingArguments
@@ -87,9 +90,7 @@ def load_data(data_args: DataArguments, training_args: PicoTrainingArguments, us
     needs_feedback = training_args.do_train and training_args.feedback_needs_validation and uses_prototypes
     with training_args.main_process_first(desc="loading data"):
         if training_args.do_train:
-            transform = None
-            if data_args.min_crop_scale != 1 or data_args.random_flip:
-                transform = RandomCropFlip(data_args.min_crop_scale, data_args.random_flip)
+            transform = augmentation(data_args)
             train = _load_split(data_args.train_split, data_args, data_args.max_train_samples, transform)
         if training_args.do_eval or needs_feedback or training_args.uncertainty_reranking:
             evaluation = _load_split(data_args.eval_split, data_args, data_args.max_eval_samples)
@@ -106,6 +107,16 @@ def load_data(data_args: DataArguments, training_args: PicoTrainingArguments, us
             order_styles(data.styled.styles, data.seen_styles)  # what cannot be reported is refused before training
     check_processes(data.by_name(data_args))
     return data
+
+
+def augmentation(data_args: DataArguments) -> Transform | None:
+    """What becomes of the training images; None where they stay as they are."""
+    transforms: list[Transform] = []
+    if data_args.min_crop_scale != 1 or data_args.random_flip:
+        transforms.append(RandomCropFlip(data_args.min_crop_scale, data_args.random_flip))
+    if data_args.style_augmentation:
+        transforms.append(RandomStyle(data_args.style_augmentation))
+    return Compose(transforms) if transforms else None
 
 
 def check_processes(splits: dict[str, CaptionedImageDataset]) -> None:
@@ -172,4 +183,4 @@ def _seen_styles(data: Data, given: list[str] | None) -> list[str] | None:
     return sorted(set(data.train.styles) & set(data.styled.styles))  # type: ignore[union-attr, arg-type]
 
 
-__all__ = ["Data", "check_data_arguments", "check_processes", "load_data", "report_truncation"]
+__all__ = ["Data", "augmentation", "check_data_arguments", "check_processes", "load_data", "report_truncation"]
