@@ -25,7 +25,14 @@ from .model.scoring_pico import pair_scores
 
 if TYPE_CHECKING:
     from .data import CaptionedImageDataset, PicoDataCollator, load_captioned_images, styled_shapes
-    from .evaluation import RetrievalEvaluator, StyleReport, match_moments, measure_styles
+    from .evaluation import (
+        RetrievalEvaluator,
+        StyleReport,
+        StyleStress,
+        match_moments,
+        measure_style_stress,
+        measure_styles,
+    )
     from .evaluation.recall_metric import ImageTextRecall
     from .plots import save_plots
     from .training import PicoTrainer, PicoTrainingArguments
@@ -41,7 +48,9 @@ _LAZY = {
     "ImageTextRecall": "evaluation.recall_metric",
     "RetrievalEvaluator": "evaluation",
     "StyleReport": "evaluation",
+    "StyleStress": "evaluation",
     "match_moments": "evaluation",
+    "measure_style_stress": "evaluation",
     "measure_styles": "evaluation",
     "save_plots": "plots",
     "PicoTrainer": "training",
@@ -66,10 +75,12 @@ __all__ = [
     "RetrievalEvaluator",
     "StylePrototypes",
     "StyleReport",
+    "StyleStress",
     "decode_image",
     "image_text_loss",
     "load_captioned_images",
     "match_moments",
+    "measure_style_stress",
     "measure_styles",
     "pair_scores",
     "save_plots",

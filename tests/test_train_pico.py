@@ -20,7 +20,8 @@ from transformers import BertModel, ViTModel
 
 import train_pico
 from modeling_pico import PicoConfig, PicoModel, PicoProcessor
-from modeling_pico.data import CaptionedImageDataset
+from modeling_pico.data import LOOKS, CaptionedImageDataset, decode_image, render
+from modeling_pico.evaluation import retrieval_metrics, retrieval_ranks
 from modeling_pico.model.backbones_pico import build_backbone
 from modeling_pico.script.arguments import DataArguments
 from modeling_pico.script.data import augmentation, check_processes
@@ -605,6 +606,110 @@ def test_bad_style_report_is_refused_before_training(styled, tmp_path, options, 
         train(tmp_path, styled, **{**REPORT, **options})
     assert all(word in str(error.value) for word in words), str(error.value)
     assert not list(tmp_path.glob("**/*.safetensors"))
+
+
+# Style stress test
+
+
+@pytest.fixture(scope="module")
+def stressed(tmp_path_factory) -> str:
+    """Data with captions in two more styles; `romantic` has gaps, lists and single captions, and none in `bare`."""
+    folder = tmp_path_factory.mktemp("stressed")
+    rows = tiny.rows(8, seed=4)
+    rows = rows.add_column("humorous", [f"{row} tries to be left" for row in range(8)])
+    told = [
+        None,
+        ["red and far", "blue and near"],
+        ["green heart"],
+        [],
+        *[[f"{row} in the middle"] for row in range(4)],
+    ]
+    feature = datasets.List(datasets.Value("string"))
+    splits = {"test": rows.add_column("romantic", told, feature=feature)}
+    splits["bare"] = tiny.rows(7, seed=5).add_column("romantic", [None] * 7, feature=feature)
+    datasets.DatasetDict(splits).save_to_disk(folder)
+    return str(folder)
+
+
+def test_style_stress_of_a_clip_before_any_training(tiny_clip, stressed, tmp_path, messages):
+    options = {"model_name_or_path": tiny_clip.folder, "method": "clip_style", "do_eval": None, "do_predict": True}
+    asked = {"style_stress": ["gray", "negative"], "caption_style_columns": ["romantic", "humorous"], "plots": True}
+    results = evaluate(tmp_path, stressed, **options, **asked)
+    assert results == pytest.approx(json.loads((tmp_path / "all_results.json").read_text()))
+    assert results["test_plain_rsum"] == pytest.approx(results["test_rsum"], abs=1e-4)
+    for look in ("gray", "negative"):
+        drop = results["test_plain_rsum"] - results[f"test_{look}_rsum"]
+        assert results[f"test_{look}_drop"] == pytest.approx(drop)
+    report = json.loads((tmp_path / "style_stress.json").read_text())["test"]
+    assert list(report["looks"]) == ["gray", "negative"]
+    romantic, humorous = report["captions"]["romantic"], report["captions"]["humorous"]
+    # Images 0 and 3 are left out; image 1 has two captions of each kind.
+    assert (romantic["images"], romantic["texts"], humorous["images"], humorous["texts"]) == (6, 7, 8, 8)
+    assert romantic["drop"] == results["test_captions_romantic_drop"]
+    table = (tmp_path / "style_stress.md").read_text()
+    assert (
+        table.startswith("# Style stress test\n\n## test\n\n") and "| negative |" in table and "| humorous |" in table
+    )
+    assert (tmp_path / "plots" / "style_stress.png").is_file()
+    # The model is CLIP: its own cosines, of the images as they are drawn.
+    encoded = style_stress_by_hand(tiny_clip, stressed, "negative")
+    assert results["test_negative_rsum"] == pytest.approx(encoded, abs=1e-4)
+
+
+def style_stress_by_hand(tiny_clip, data: str, look: str) -> float:
+    rows = datasets.load_from_disk(data)["test"]
+    processor = PicoProcessor.from_backbones(tiny_clip.folder)
+    pictures = [render(decode_image(image), look) for image in rows["image"]]
+    texts = [text for texts in rows["captions"] for text in texts]
+    ids = [row for row, texts in enumerate(rows["captions"]) for _ in texts]
+    inputs = processor(images=pictures, text=texts, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        scores = tiny_clip.model(**inputs).logits_per_image
+    return retrieval_metrics(*retrieval_ranks(scores, torch.arange(8), torch.tensor(ids)))["rsum"]
+
+
+def test_style_stress_after_a_training_and_of_all_looks(stressed, data, tmp_path):
+    splits = {**datasets.load_from_disk(data), "test": datasets.load_from_disk(stressed)["test"]}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "data")
+    options = {"max_steps": 2, "save_strategy": "no", "do_predict": True}
+    results = train(tmp_path / "run", tmp_path / "data", style_stress="all", **options)
+    assert {f"test_{look}_drop" for look in LOOKS} <= set(results)
+    assert not (tmp_path / "run" / "plots").exists()
+    # Of the saved model the same.
+    again = evaluate(
+        tmp_path / "again",
+        str(tmp_path / "data"),
+        model_name_or_path=tmp_path / "run",
+        do_eval=None,
+        do_predict=True,
+        style_stress=["sketch"],
+    )
+    assert again["test_sketch_rsum"] == pytest.approx(results["test_sketch_rsum"])
+    assert "test_gray_rsum" not in again
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"style_stress": "grey"}, ["grey", "gray", "sketch", "all"]),
+        ({"style_stress": "gray", "do_predict": None, "do_eval": True}, ["--style_stress", "--do_predict"]),
+        (
+            {"caption_style_columns": "romantic", "do_predict": None, "do_eval": True},
+            ["--caption_style_columns", "--do_predict"],
+        ),
+        ({"caption_style_columns": "romantik"}, ["no column 'romantik'", "'romantic'"]),
+        ({"caption_style_columns": "romantic", "test_split": "bare"}, ["None of the 7 images", "'romantic'"]),
+        ({"style_stress": "gray", "test_split": "style_stress"}, ["--test_split style_stress", "results of its own"]),
+    ],
+)
+def test_bad_style_stress_is_refused_before_anything_is_encoded(
+    stressed, tiny_clip, tmp_path, options, words, monkeypatch
+):
+    monkeypatch.setattr(PicoModel, "forward", lambda *args, **kwargs: pytest.fail("encoded"))
+    defaults = {"model_name_or_path": tiny_clip.folder, "do_eval": None, "do_predict": True}
+    with pytest.raises(ValueError) as error:
+        evaluate(tmp_path, stressed, **{**defaults, **options})
+    assert all(word in str(error.value) for word in words), str(error.value)
 
 
 # Options

@@ -6,7 +6,7 @@ training is augmented. The two have no look in common.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 
 import numpy as np
 from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
@@ -99,7 +99,7 @@ LOOKS: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
-def check_looks(looks: Sequence[str]) -> list[str]:
+def check_looks(looks: Collection[str]) -> list[str]:
     """The looks by name, each once and in their order; ValueError for none, or for one that does not exist."""
     unknown = [look for look in looks if look not in LOOKS]
     if unknown or not looks:

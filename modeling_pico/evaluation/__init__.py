@@ -11,6 +11,7 @@ from .retrieval_metrics import (
 )
 from .style_alignment import match_moments
 from .style_report import StyleReport, measure_styles
+from .style_stress import StyleStress, measure_style_stress
 from .uncertainty_reranking import (
     RetrievalUncertainty,
     RiskCoverage,
@@ -27,11 +28,13 @@ __all__ = [
     "RetrievalUncertainty",
     "RiskCoverage",
     "StyleReport",
+    "StyleStress",
     "UncertaintyReranking",
     "chance_rsum",
     "folded_retrieval_metrics",
     "learn_reranking",
     "match_moments",
+    "measure_style_stress",
     "measure_styles",
     "recall_at_k",
     "retrieval_metrics",

@@ -74,8 +74,9 @@ def cached_embeddings(
 def cache_key(model: PicoModel, loader: DataLoader, precision: str = "no") -> str:
     r"""
     Names an encoded retrieval set by all that its embeddings depend on: the weights of backbones and projections, the
-    options, the precision, images (by their bytes or by name, size and times of their files), captions as they are
-    tokenized, preprocessing, and the code. Prototypes are not among it, since embeddings are kept unweighted.
+    options, the precision, images (by their bytes or by name, size and times of their files) and the look they are
+    drawn in, captions as they are tokenized, preprocessing, and the code. Prototypes are not among it, since
+    embeddings are kept unweighted.
     """
     digest = hashlib.blake2b(digest_size=16)
     for part in _described(model, loader, precision):
@@ -106,6 +107,7 @@ def _described(model: PicoModel, loader: Any, precision: str) -> Iterator[Any]:
     image_processor = collator.processor.image_processor
     yield type(image_processor).__name__, _options(image_processor.to_dict())
     yield dataset.ids.tolist()
+    yield dataset.look
     yield from _images(dataset.dataset)
     # Tokens say all that vocabulary, normalizer and limit make of a caption.
     tokenizer = collator.processor.tokenizer

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from datasets import concatenate_datasets
+import datasets
 from datasets.utils import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -20,8 +20,10 @@ from ..data import (
     load_captioned_images,
 )
 from ..data.dataset import Transform
+from ..data.images import image_keys
 from ..distributed import gather_object
 from ..evaluation.style_report import order_styles
+from ..evaluation.style_stress import check_stress
 from ..training.arguments import PicoTrainingArguments
 from .arguments import DataArguments
 from .record import fingerprint
@@ -40,6 +42,9 @@ class Data:
         tests (`dict[str, CaptionedImageDataset]`): What is reported only, by name of the split.
         styled ([`CaptionedImageDataset`] or `None`): All test splits together, for the style report.
         seen_styles (`list[str]` or `None`): The styles among them that training has shown, if known.
+        looks (`list[str]`): Looks of the stress test of the test splits.
+        caption_styles (`dict[str, dict[str, list[list[str]]]]`):
+            Captions of the stress test, by test split and column, a list for each row.
     """
 
     train: CaptionedImageDataset | None
@@ -47,6 +52,8 @@ class Data:
     tests: dict[str, CaptionedImageDataset]
     styled: CaptionedImageDataset | None = None
     seen_styles: list[str] | None = None
+    looks: list[str] = field(default_factory=list)
+    caption_styles: dict[str, dict[str, list[list[str]]]] = field(default_factory=dict)
 
     def by_name(self, data_args: DataArguments) -> dict[str, CaptionedImageDataset]:
         """All splits under their own names."""
@@ -67,12 +74,16 @@ def check_data_arguments(data_args: DataArguments, training_args: PicoTrainingAr
         raise ValueError("Nothing to do: give --do_train, --do_eval or --do_predict.")
     if data_args.style_report and not training_args.do_predict:
         raise ValueError("--style_report reports on the test splits; give --do_predict as well.")
+    stressed = [f"--{name}" for name in ("style_stress", "caption_style_columns") if getattr(data_args, name)]
+    if stressed and not training_args.do_predict:
+        raise ValueError(f"{stressed[0]} reports on the test splits; give --do_predict as well.")
     # Metrics are named by their split, and so are the files that hold them.
     own = {
         "train": training_args.do_train,
         "eval": training_args.do_eval,
         "reranking": training_args.uncertainty_reranking,
         "style": data_args.style_report,
+        "style_stress": bool(stressed),
         "all": True,
     }
     taken = [name for name in data_args.test_split if own.get(name)] if training_args.do_predict else []
@@ -101,8 +112,15 @@ def load_data(data_args: DataArguments, training_args: PicoTrainingArguments, us
             tests = {split: _load_split(split, of_tests, data_args.max_eval_samples) for split in data_args.test_split}
         data = Data(train, evaluation, tests)
         check_distinct({name: split.dataset for name, split in data.by_name(data_args).items()})
+        data.looks = data_args.style_stress or []
+        data.caption_styles = {split: _caption_styles(split, rows, data_args) for split, rows in tests.items()}
+        if data.looks or data_args.caption_style_columns:
+            for split, rows in tests.items():
+                check_stress(rows, data.looks, data.caption_styles[split])
         if data_args.style_report:
-            data.styled = CaptionedImageDataset(concatenate_datasets([split.dataset for split in tests.values()]))
+            data.styled = CaptionedImageDataset(
+                datasets.concatenate_datasets([split.dataset for split in tests.values()])
+            )
             data.seen_styles = _seen_styles(data, data_args.seen_styles)
             order_styles(data.styled.styles, data.seen_styles)  # what cannot be reported is refused before training
     check_processes(data.by_name(data_args))
@@ -153,8 +171,14 @@ def _load_split(
 ) -> CaptionedImageDataset:
     """Loads one split, checks its images, and cuts it to `limit` rows."""
     on_bad_image: Any = data_args.on_bad_image
-    on_empty_captions: Any = data_args.on_empty_captions
-    dataset = load_captioned_images(
+    dataset = _load_rows(split, data_args, data_args.on_empty_captions)
+    if limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    return CaptionedImageDataset(check_images(dataset, on_bad_image, data_args.preprocessing_num_workers), transform)
+
+
+def _load_rows(split: str, data_args: DataArguments, on_empty_captions: Any) -> datasets.Dataset:
+    return load_captioned_images(
         data_args.dataset_name,
         split=split,
         image_column=data_args.image_column,
@@ -166,9 +190,22 @@ def _load_split(
         cache_dir=data_args.cache_dir,
         on_empty_captions=on_empty_captions,
     )
-    if limit is not None:
-        dataset = dataset.select(range(min(limit, len(dataset))))
-    return CaptionedImageDataset(check_images(dataset, on_bad_image, data_args.preprocessing_num_workers), transform)
+
+
+def _caption_styles(
+    split: str, dataset: CaptionedImageDataset, data_args: DataArguments
+) -> dict[str, list[list[str]]]:
+    """By column of `--caption_style_columns`, a list of captions for each row of a split, empty where it has none."""
+
+    def names(rows: datasets.Dataset) -> list[Any]:
+        return list(zip(image_keys(rows.select_columns("image")), rows["image_id"][:], strict=True))
+
+    found = {}
+    for column in data_args.caption_style_columns or ():
+        rows = _load_rows(split, replace(data_args, caption_column=column), "keep")
+        captions = dict(zip(names(rows), rows["captions"][:], strict=True))
+        found[column] = [captions[name] for name in names(dataset.dataset)]
+    return found
 
 
 def _seen_styles(data: Data, given: list[str] | None) -> list[str] | None:

@@ -25,6 +25,7 @@ from ..durable import DurableTrainer, end_with_training_only, spread_non_finite
 from ..evaluation.embedding_cache import cached_embeddings
 from ..evaluation.evaluator import EncodedRetrieval, RetrievalEvaluator
 from ..evaluation.style_report import StyleReport
+from ..evaluation.style_stress import Captions, StyleStress, encode_images
 from ..evaluation.uncertainty_reranking import RetrievalUncertainty, learn_reranking
 from ..model.backbones_pico import limit_text_length
 from ..model.modeling_pico import PicoModel, PicoOutput
@@ -549,7 +550,30 @@ class PicoTrainer(DurableTrainer):
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, report.metrics())
         return report
 
-    def _encode(self, dataloader: DataLoader) -> EncodedRetrieval:
+    def measure_style_stress(
+        self, dataset: Dataset | datasets.Dataset, looks: Sequence[str] = (), captions: Captions | None = None
+    ) -> StyleStress:
+        """As [`~modeling_pico.measure_style_stress`], in the precision and on the processes of this trainer."""
+
+        def images(data: CaptionedImageDataset) -> tuple[torch.Tensor, torch.Tensor]:
+            loader = self._eval_loader(data)
+            return encode_images(self._evaluation_model(), loader, self._num_eval_batches(loader))
+
+        captioned: Any = as_captioned(dataset)
+        stress = StyleStress.measure(
+            self._pico_model(),
+            captioned,
+            looks,
+            captions,
+            encode=lambda data: self._encode(self._eval_loader(data)),
+            encode_images=images,
+            evaluator=self.evaluator,
+        )
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, stress.metrics())
+        return stress
+
+    def _evaluation_model(self) -> nn.Module:
+        """The model as this trainer runs it, with the weights that its optimizer evaluates."""
         model = self._wrap_model(self.model, training=False)
         if not self.accelerator._models and model is self.model:
             # Evaluation without training: precision and sharding still have to be set up.
@@ -558,14 +582,22 @@ class PicoTrainer(DurableTrainer):
         if isinstance(self.optimizer, AcceleratedOptimizer):
             # Schedule-free optimizers evaluate other weights than they train.
             self.optimizer.eval()
-        self.callback_handler.eval_dataloader = dataloader
+        return model
+
+    def _num_eval_batches(self, dataloader: DataLoader) -> int:
+        """Batches of the process that has the most."""
         longest = -(-len(dataloader.dataset) // self.args.world_size)  # type: ignore[arg-type]
+        return math.ceil(longest / self.args.eval_batch_size)
+
+    def _encode(self, dataloader: DataLoader) -> EncodedRetrieval:
+        model = self._evaluation_model()
+        self.callback_handler.eval_dataloader = dataloader
 
         def encode() -> EncodedRetrieval:
             return self.evaluator.encode(
                 model,
                 dataloader,
-                num_batches=math.ceil(longest / self.args.eval_batch_size),
+                num_batches=self._num_eval_batches(dataloader),
                 on_batch=lambda: self.callback_handler.on_prediction_step(self.args, self.state, self.control),
             )
 
