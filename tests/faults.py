@@ -259,6 +259,22 @@ FAULTS = (
         ("tests/data/test_sources.py::test_every_caption_stays_with_its_image",),
     ),
     Fault(
+        "source_lines",
+        "the five captions of a WebDataset's text are one",
+        "modeling_pico/data/sources.py",
+        "texts = _LINE_BREAKS.split(texts[0].strip())",
+        'texts = [_LINE_BREAKS.sub(" ", texts[0])]',
+        ("tests/data/test_layouts.py::test_a_webdataset_has_a_caption_a_line",),
+    ),
+    Fault(
+        "source_columns",
+        "of several columns of captions the first is read",
+        "modeling_pico/data/sources.py",
+        "texts = [list(itertools.chain(*lists)) for lists in zip(*columns, strict=True)]",
+        "texts = columns[0]",
+        ("tests/data/test_layouts.py::test_a_caption_a_column",),
+    ),
+    Fault(
         "source_ids",
         "images of two sources without ids are one meaning",
         "modeling_pico/data/sources.py",

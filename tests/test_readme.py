@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -233,6 +234,14 @@ def test_commands_of_every_page_can_be_read(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     for words in shell_commands(page):
         check(words)
+
+
+def test_layouts_of_data_are_read_by_options_that_exist():
+    options = re.findall(r"\| `(--dataset_name .*)` \|$", (ROOT / "docs/data.md").read_text(), flags=re.MULTILINE)
+    assert len(options) == 14
+    for words in map(shlex.split, options):
+        _, data_args, _ = train_pico.parse_arguments([*words, "--use_cpu", "true"])
+        assert data_args.dataset_name == words[1]
 
 
 def test_what_is_not_run_is_there():

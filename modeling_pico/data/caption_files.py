@@ -6,16 +6,18 @@ import glob
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .splits import find_split, split_of_file
+from .splits import find_split, join_restval, split_of_file
 
 
 # One entry of `read_*`: the image's path (None without images), its captions, and its id. An id counts within its file
 # alone, so that a digest of the file is a part of it: image 7 of one data set is not image 7 of another.
 CaptionRow = dict[str, Any]
 CAPTIONS_PER_IMAGE = 5
+_COCO_PREFIX = "captions_"
 
 
 def has_image_list(path: Path) -> bool:
@@ -23,6 +25,27 @@ def has_image_list(path: Path) -> bool:
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         start = file.read(1 << 16).lstrip()
     return start.startswith("{") and re.search(r'"images"\s*:\s*\[', start) is not None
+
+
+def find_image_lists(folder: Path) -> list[Path]:
+    """COCO's files of captions in a folder, such as its `annotations`."""
+    return [path for path in sorted(folder.glob(f"{_COCO_PREFIX}*.json")) if has_image_list(path)]
+
+
+def choose_image_list(paths: Sequence[Path], split: str) -> Path:
+    """The only one of the paths, or else the one that is the split by its name; ValueError if none or several are."""
+    if len(paths) == 1:
+        return paths[0]
+    files = [path.name for path in paths]
+    splits = [split_of_file(path) for path in paths]
+    wanted = find_split(split, sorted(set(splits)), f"{files} in {str(paths[0].parent)!r}")
+    chosen = [path for path, own in zip(paths, splits, strict=True) if own == wanted]
+    if len(chosen) > 1:
+        raise ValueError(
+            f"{[path.name for path in chosen]} in {str(paths[0].parent)!r} are all the split {wanted!r}. Name one of "
+            "the files, or a pattern that leaves one of each split (`captions_*2017.json`)."
+        )
+    return chosen[0]
 
 
 def read_image_list(path: Path, split: str, image_dir: Path) -> list[CaptionRow]:
@@ -33,7 +56,8 @@ def read_image_list(path: Path, split: str, image_dir: Path) -> list[CaptionRow]
       `train`, as is usual for MS-COCO. The image lies at `image_dir/filepath/filename`, or at `image_dir/filename`
       where there is no folder `filepath`.
     - COCO's: `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`, all of which is the split
-      that the name of the file says (`captions_val2017.json`). The image lies at `image_dir/file_name`.
+      that the name of the file says (`captions_val2017.json`). The image lies at `image_dir/val2017/file_name`, or at
+      `image_dir/file_name` where there is no such folder.
     """
     contents = _read_json(path)
     entries = contents.get("images") if isinstance(contents, dict) else None
@@ -48,7 +72,7 @@ def read_image_list(path: Path, split: str, image_dir: Path) -> list[CaptionRow]
             "Each needs a 'filename', a 'split' and 'sentences', a list of {'raw': caption}; it may have a 'filepath' "
             "(text) and an 'imgid' (an integer or text)."
         )
-    splits = ["train" if entry["split"] == "restval" else entry["split"] for entry in entries]
+    splits = join_restval([entry["split"] for entry in entries])
     split = find_split(split, sorted(set(splits)), repr(str(path)))
     parts = {entry.get("filepath", "") for entry in entries}
     folders = {part: image_dir / part if (image_dir / part).is_dir() else image_dir for part in parts}
@@ -67,10 +91,10 @@ def read_image_list(path: Path, split: str, image_dir: Path) -> list[CaptionRow]
 
 def _as_karpathy(path: Path, images: list[Any], annotations: Any) -> list[dict[str, Any]]:
     """Lists of COCO as entries of Karpathy's list."""
-    split = split_of_file(path)
+    common = {"split": split_of_file(path), "filepath": path.stem.removeprefix(_COCO_PREFIX)}
     try:
         entries = {
-            image["id"]: {"filename": image["file_name"], "split": split, "imgid": image["id"], "sentences": []}
+            image["id"]: {**common, "filename": image["file_name"], "imgid": image["id"], "sentences": []}
             for image in images
         }
         for annotation in annotations:

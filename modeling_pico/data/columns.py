@@ -1,8 +1,9 @@
-"""Columns of names and numbers: ids, styles, splits."""
+"""Finding columns, and those of names and numbers: ids, styles, splits."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -10,6 +11,16 @@ import datasets
 
 # From here on floating-point numbers skip integers: two ids may have become one.
 _FIRST_INEXACT = 2.0**53
+
+
+def find_column(dataset: datasets.Dataset, kind: str, named: str | None, usual: Sequence[str] = ()) -> str:
+    """The column of a kind, as named or else the first of the usual ones."""
+    names = dataset.column_names
+    found = next((name for name in ([named] if named else usual) if name in names), None)
+    if found is None:
+        wanted = f"no column {named!r}" if named else f"none of the usual columns {list(usual)}"
+        raise ValueError(f"There is {wanted} (`{kind}_column`); the columns are {names}.")
+    return found
 
 
 def column_values(dataset: datasets.Dataset, column: str) -> list[Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import glob
 import hashlib
+import itertools
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -17,8 +20,15 @@ import pyarrow as pa
 from huggingface_hub import constants as hub_constants
 from transformers.utils import logging
 
-from .caption_files import find_caption_files, has_image_list, read_caption_files, read_image_list
-from .columns import column_strings, column_values
+from .caption_files import (
+    choose_image_list,
+    find_caption_files,
+    find_image_lists,
+    has_image_list,
+    read_caption_files,
+    read_image_list,
+)
+from .columns import column_strings, column_values, find_column
 from .images import image_keys, iter_encoded, refuse_if_most
 from .paths import Fence, OutsideError, check_card, check_inside, place_paths
 from .splits import choose_split, split_of_file
@@ -29,14 +39,21 @@ logger = logging.get_logger(__name__)
 
 STYLED_SHAPES = "styled_shapes"
 IMAGE_COLUMNS = ("image", "image_name", "file_name")
-CAPTION_COLUMNS = ("captions", "caption", "sentences", "text", "comment")
+# What people wrote is called so (`alt_text`, which machines write too, has to be named); in a WebDataset these are a
+# text file, and entries of JSON.
+CAPTION_COLUMNS = (
+    *("captions", "caption", "sentences", "sentences_raw", "text", "comment"),
+    *("txt", "json.captions", "json.caption"),
+)
+_WEBDATASET = "webdataset"
 _LINE_BREAKS = re.compile(r"[\r\n]+")
+_LIST_OF_TEXTS = re.compile(r"""\s*\[\s*["'].*\]\s*""", re.DOTALL)
 # What is neither printable nor a separator between words: C0 and C1 controls, and the separators of lines.
 _NOT_PRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 # Categories of characters that show nothing: controls, formats, separators. All others count as visible, also those
 # that are newer than Python's tables.
 _INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
-_FILE_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+_FILE_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".tar": _WEBDATASET}
 _TABLES = (".csv", ".tsv", ".txt")
 # What no column is called: names of images, unprintable characters.
 _NO_NAME = re.compile(rf"\.(jpe?g|png|gif|webp)\b|{_NOT_PRINTABLE.pattern}", re.IGNORECASE)
@@ -56,9 +73,10 @@ def load_captioned_images(
     *,
     split: str,
     image_column: str | None = None,
-    caption_column: str | None = None,
+    caption_column: str | Sequence[str] | None = None,
     id_column: str | None = None,
     style_column: str | None = None,
+    split_column: str | None = None,
     image_dir: str | None = None,
     config_name: str | None = None,
     cache_dir: str | None = None,
@@ -74,9 +92,10 @@ def load_captioned_images(
 
     1. `"styled_shapes"`: the generated data of [`styled_shapes`] (a folder of that name is `"./styled_shapes"`).
     2. A file: `.json` in the layout of Karpathy's splits (`dataset_flickr30k.json`, `dataset_coco.json`) or of COCO
-       (`captions_val2017.json`); any parquet, JSON, JSON lines or CSV file, the latter also with tabs, semicolons or
-       bars between its columns and also as `.txt` (`captions.txt` of Flickr8k, `results.csv` of Flickr30k). All
-       columns of a CSV file are text.
+       (`captions_val2017.json`); a shard of a WebDataset (`.tar`); any parquet, JSON, JSON lines or CSV file, the
+       latter also with tabs, semicolons or bars between its columns and also as `.txt` (`captions.txt` of Flickr8k,
+       `results.csv` of Flickr30k). All columns of a CSV file are text. A pattern (`"shards/train-*.tar"`) stands for
+       all files that match it, and a folder with COCO's files (`annotations`) for the one of the split.
     3. A folder written by `save_to_disk`.
     4. `{name}/{split}_caps.txt` or `{name}_{split}_caps.txt` (`"data/f30k"` for `data/f30k_test_caps.txt`), with the
        ids of the images in `..._ids.txt` (one a caption, or one an image with five captions each) and their files in
@@ -84,16 +103,18 @@ def load_captioned_images(
     5. Everything else is found as `datasets.load_dataset` finds it: a local folder (parquet files, CSV files, images
        with `metadata.jsonl` or `metadata.csv`), a name on the Hub, or the name of a builder with `data_files`.
 
-    If the source knows a single split, its column `split` says which rows are which. Without one, a file is the split
-    that its name says (`test.csv`), or `train`; the same rows are never handed out as two splits. Usual names are
-    understood (`val` and `dev` for `validation`).
+    If the source knows a single split, its column `split`, or the one named by `split_column`, says which rows are
+    which; rows of `restval` count as `train`. Without one, a file is the split that its name says (`test.csv`), or
+    `train`; the same rows are never handed out as two splits. Usual names are understood (`val` and `dev` for
+    `validation`).
 
     Rows that show the same image (the same bytes, or without bytes the same path, and the same id if there is an
     `id_column`) become one row with all their captions, at the place of the first.
 
     Captions are stripped, and control characters in them become spaces. Empty ones are dropped with a warning. Each
-    line of a text file of a WebDataset is a caption; in a list of captions line breaks become spaces with a warning,
-    and elsewhere they are refused, as a text with line breaks may be one caption or several.
+    line of a text file of a WebDataset is a caption. Elsewhere a text with line breaks may be one caption or several
+    and is refused, except among others in a list, and in the layouts of Karpathy and COCO: there each entry is one
+    caption (some of MS-COCO have line breaks), and line breaks become spaces with a warning.
 
     Images, and the files that a data set says its rows are in, must lie in the folder of the data, in `image_dir`, or
     in the caches of `datasets` and `huggingface_hub`: paths that lead elsewhere, be it by `..`, as absolute paths or
@@ -107,16 +128,22 @@ def load_captioned_images(
             Karpathy and COCO.
         image_column (`str`, *optional*):
             Column with images (the `Image` feature, `{"bytes", "path"}`, bytes, or paths). Defaults to the first that
-            exists of `image`, `image_name`, `file_name`.
-        caption_column (`str`, *optional*):
-            Column with a caption or a list of captions (`str`, or `{"raw": str}`). Defaults to the first that exists
-            of `captions`, `caption`, `sentences`, `text`, `comment`.
+            exists of `image`, `image_name`, `file_name`, else to the only one with the `Image` feature (`jpg` of a
+            WebDataset).
+        caption_column (`str` or `Sequence[str]`, *optional*):
+            Column with a caption or a list of captions (`str`, or `{"raw": str}`; also as the text of a list,
+            `'["one", "two"]'`), or several such columns (`["caption_0", "caption_1"]`), whose captions count alike.
+            Defaults to the first that exists of `captions`, `caption`, `sentences`, `sentences_raw`, `text`,
+            `comment`, and of a WebDataset `txt`, `json.captions`, `json.caption` (entries of its JSON are columns).
         id_column (`str`, *optional*):
             Column with the identity of the meaning. Without it each image is a meaning of its own, except in the
             sources that have ids (1, 4, and the layouts of Karpathy and COCO). Ids that are not from a column differ
             between different images of all sources, so that loaded sets can be concatenated.
         style_column (`str`, *optional*):
             Column with the name of the style. Defaults to `"style"` if that exists.
+        split_column (`str`, *optional*):
+            Column with the name of each row's split, of a source that has all rows in one split, whatever that is
+            called. Defaults to `"split"` if that exists.
         image_dir (`str`, *optional*):
             Folder that relative image paths start from, and that images may lie in. Defaults to the folder of the
             data if that is local.
@@ -141,7 +168,7 @@ def load_captioned_images(
     if on_empty_captions not in ("error", "skip", "keep"):
         raise ValueError(f"`on_empty_captions` must be 'error', 'skip' or 'keep', got {on_empty_captions!r}.")
     hub = {"name": config_name, "cache_dir": cache_dir, "revision": revision, "token": token}
-    source = _open_source(dataset_name, split, image_dir, data_files, hub)
+    source = _open_source(dataset_name, split, split_column, image_dir, data_files, hub)
     dataset = source.rows.with_format(None)
     if not len(dataset):
         raise ValueError("The data holds no rows.")
@@ -149,12 +176,14 @@ def load_captioned_images(
         id_column = "image_id"
     if style_column is None and "style" in dataset.column_names:
         style_column = "style"
-    image_column = _column(dataset, "image", image_column, IMAGE_COLUMNS)
-    caption_column = _column(dataset, "caption", caption_column, CAPTION_COLUMNS)
-    # The text file of a WebDataset holds a caption a line.
-    texts = _caption_lists(dataset, caption_column, in_lines=dataset.info.builder_name == "webdataset")
-    ids = column_strings(dataset, _column(dataset, "id", id_column)) if id_column else None
-    styles = column_strings(dataset, _column(dataset, "style", style_column)) if style_column else None
+    image_column = _image_column(dataset, image_column)
+    columns = [
+        _caption_lists(dataset, column, is_entries=source.has_ids)
+        for column in _caption_columns(dataset, caption_column)
+    ]
+    texts = [list(itertools.chain(*lists)) for lists in zip(*columns, strict=True)]
+    ids = column_strings(dataset, find_column(dataset, "id", id_column)) if id_column else None
+    styles = column_strings(dataset, find_column(dataset, "style", style_column)) if style_column else None
     images = _image_table(source, image_column)
 
     keys = list(image_keys(images))
@@ -186,49 +215,86 @@ def load_captioned_images(
     return datasets.concatenate_datasets([images, rest], axis=1)
 
 
-def _open_source(name: str, split: str, image_dir: str | None, data_files: Any, hub: dict[str, Any]) -> _Source:
+def _open_source(
+    name: str, split: str, split_column: str | None, image_dir: str | None, data_files: Any, hub: dict[str, Any]
+) -> _Source:
     path = Path(name).expanduser()
-    files = None if data_files or name == STYLED_SHAPES else find_caption_files(path, split)
-    folder = files[0].parent if files else path.parent if path.is_file() else path if path.is_dir() else None
+    # Files that the name stands for; those of them, or in the folder, that are COCO's or Karpathy's; caption files.
+    paths, lists, files = [], [], None
+    if not data_files and name != STYLED_SHAPES:
+        paths = [path] if path.is_file() else []
+        files = None if paths else find_caption_files(path, split)
+        paths = paths if files else paths or _matching(path)
+        lists = find_image_lists(path) if path.is_dir() else paths
+        lists = lists if all(file.suffix.lower() == ".json" and has_image_list(file) for file in lists) else []
+    folder = path if path.is_dir() else None
+    if named := paths or files:
+        folder = _common_folder(named)
     start = Path(image_dir).expanduser() if image_dir else folder
     if start is not None and not start.is_dir():
         raise ValueError(f"`image_dir` {str(image_dir)!r} is not a folder.")
     start = start and start.absolute()
     caches = [hub["cache_dir"] or datasets.config.HF_DATASETS_CACHE, hub_constants.HF_HUB_CACHE]
     fence = Fence(list(dict.fromkeys([*(part.absolute() for part in (folder, start) if part), *caches])))
-    has_ids = True
+    check_inside([str(file) for file in paths if file != path], fence, name)
+    has_ids = name == STYLED_SHAPES or files is not None or bool(lists)
+    if has_ids and split_column is not None:
+        raise ValueError(f"{name!r} says which of its rows are a split without a column. Leave out `split_column`.")
     if name == STYLED_SHAPES:
         rows = styled_shapes(split)
-    elif path.is_file() and path.suffix.lower() == ".json" and has_image_list(path):
-        rows = _from_rows(read_image_list(path, split, start or path.parent))
+    elif lists:
+        file = choose_image_list(lists, split)
+        rows = _from_rows(read_image_list(file, split, start or file.parent))
     elif files is not None:
         rows = _from_rows(read_caption_files(*files))
     else:
-        has_ids = False
         if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
             saved = datasets.load_from_disk(str(path), keep_in_memory=False)
             splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
             check_inside([file["filename"] for part in splits.values() for file in part.cache_files], fence, name)
-        elif path.is_file():
-            splits = _read_file(path, hub["cache_dir"])
+        elif paths:
+            splits = _read_files(paths, name, hub["cache_dir"])
         else:
             if path.is_dir() and glob.has_magic(str(path.resolve())):
                 raise ValueError(f"The name of the folder {name!r} reads as a pattern of names: rename it.")
             splits = _load(name, name, None if data_files else fence, data_files=data_files, **hub)
-        rows = choose_split(splits, split, repr(name))
+        rows = choose_split(splits, split, repr(name), split_column)
+        if _is_webdataset(rows):
+            rows = rows.flatten()  # the entries of JSON become columns (`json.caption`)
     return _Source(rows, has_ids, start, fence)
 
 
-def _read_file(path: Path, cache_dir: str | None) -> dict[str, datasets.Dataset]:
-    suffix = path.suffix.lower()
-    if suffix in _TABLES:
-        return {split_of_file(path): _read_table(path)}
+def _matching(path: Path) -> list[Path]:
+    """The files that a path matches as a pattern; none if it is no pattern. Brackets alone are a part of its name."""
+    if path.exists() or not re.search(r"[*?]", str(path)):
+        return []
+    paths = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file())
+    if not paths:
+        raise ValueError(f"No file matches {str(path)!r}.")
+    return paths
+
+
+def _common_folder(paths: Sequence[Path]) -> Path:
+    return Path(os.path.commonpath([path.parent for path in paths]))
+
+
+def _read_files(paths: Sequence[Path], name: str, cache_dir: str | None) -> dict[str, datasets.Dataset]:
+    """The rows of files by the splits that their names say, or those of folders in which they differ."""
+    files: dict[str, list[Path]] = {}
+    for path in paths:
+        files.setdefault(split_of_file(path, _common_folder(paths)), []).append(path)
+    suffixes = {path.suffix.lower() for path in paths}
+    if suffixes.issubset(_TABLES):
+        return {split: _joined(list(map(_read_table, parts))) for split, parts in files.items()}
+    if len(suffixes) > 1:
+        raise ValueError(f"{name!r} stands for files of several kinds: {sorted(suffixes)}. Name those of one kind.")
+    suffix = suffixes.pop()
     if suffix not in _FILE_BUILDERS:
         known = sorted([*_FILE_BUILDERS, *_TABLES])
-        raise ValueError(f"Cannot read {str(path)!r}: a data file ends in one of {known}.")
+        raise ValueError(f"Cannot read {name!r}: a data file ends in one of {known}.")
     # Brackets and asterisks of a name are no pattern.
-    files = {split_of_file(path): glob.escape(str(path))}
-    return _load(_FILE_BUILDERS[suffix], str(path), None, data_files=files, cache_dir=cache_dir)
+    escaped = {split: [glob.escape(str(path)) for path in parts] for split, parts in files.items()}
+    return _load(_FILE_BUILDERS[suffix], name, None, data_files=escaped, cache_dir=cache_dir)
 
 
 def _read_table(path: Path) -> datasets.Dataset:
@@ -326,14 +392,26 @@ def _joined(tables: list[datasets.Dataset]) -> datasets.Dataset:
     return datasets.concatenate_datasets(tables)
 
 
-def _column(dataset: datasets.Dataset, kind: str, named: str | None, usual: Sequence[str] = ()) -> str:
-    """The column of a kind, as named or else the first of the usual ones."""
-    names = dataset.column_names
-    found = next((name for name in ([named] if named else usual) if name in names), None)
-    if found is None:
-        wanted = f"no column {named!r}" if named else f"none of the usual columns {list(usual)}"
-        raise ValueError(f"There is {wanted} (`{kind}_column`); the columns are {names}.")
-    return found
+def _image_column(dataset: datasets.Dataset, named: str | None) -> str:
+    """The column of images, as named, the first of the usual ones, or the only one that holds decoded images."""
+    if named is None and not set(IMAGE_COLUMNS).intersection(dataset.column_names):
+        found = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+        if len(found) > 1:
+            raise ValueError(f"There are several columns with images: {found}. Name one of them by `image_column`.")
+        named = next(iter(found), None)
+    return find_column(dataset, "image", named, IMAGE_COLUMNS)
+
+
+def _caption_columns(dataset: datasets.Dataset, named: str | Sequence[str] | None) -> list[str]:
+    """The columns of captions, as named or else the first of the usual ones."""
+    names: list[Any] = [named] if not named or isinstance(named, str) else list(named)
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"`caption_column` names {', '.join(map(repr, twice))} more than once.")
+    return [find_column(dataset, "caption", name, CAPTION_COLUMNS) for name in names]
+
+
+def _is_webdataset(dataset: datasets.Dataset) -> bool:
+    return dataset.info.builder_name == _WEBDATASET
 
 
 def _made_ids(keys: list[tuple[str, Any]], texts: list[list[str | None]]) -> list[str]:
@@ -362,31 +440,34 @@ def _clean(text: str | None) -> str:
     return cleaned if any(unicodedata.category(character) not in _INVISIBLE for character in cleaned) else ""
 
 
-def _caption_lists(dataset: datasets.Dataset, column: str, in_lines: bool) -> list[list[str | None]]:
-    """The captions of each row as a list, from any of the forms that columns of captions have."""
+def _caption_lists(dataset: datasets.Dataset, column: str, is_entries: bool) -> list[list[str | None]]:
+    """
+    The captions of each row as a list, from any of the forms that columns of captions have. `is_entries` says that
+    each text is known to be one caption.
+    """
+    # A text file holds a caption a line; a text in JSON does not.
+    in_lines = _is_webdataset(dataset) and "json" not in column.split(".")
     lists: list[list[str | None]] = []
-    wrong, broken = [], []
+    wrong, broken, joined, unread = [], [], [], []
     for row, value in enumerate(column_values(dataset, column)):
-        if value is None:
-            value = [value]
-        elif isinstance(value, str):
-            value = _LINE_BREAKS.split(value.strip())
-            if len(value) > 1 and not in_lines:
-                broken.append(row)
-        elif isinstance(value, dict) and isinstance(value.get("raw"), list):
-            value = value["raw"]  # a list of {"raw": ...} as older releases of `datasets` stored it
-        elif isinstance(value, list):
-            value = [text.get("raw", text) if isinstance(text, dict) else text for text in value]
-        texts = value if isinstance(value, list) else [value]
+        if isinstance(value, dict):
+            value = value.get("raw", value)  # {"raw": list} is how older releases of `datasets` stored lists
+        elif isinstance(value, str) and _LIST_OF_TEXTS.fullmatch(value):
+            value = _list_in_text(value.strip())
+            if value is None:
+                unread.append(row)
+        is_list = isinstance(value, list)
+        texts = [text.get("raw", text) if isinstance(text, dict) else text for text in (value if is_list else [value])]
         if not all(text is None or isinstance(text, str) for text in texts):
             wrong.append((row, value))
-        lists.append(texts or [])
-    if broken:
-        raise ValueError(
-            f"The column {column!r} holds texts of several lines in {len(broken)} of {len(lists)} rows, the first are "
-            f"{broken[:5]}. Whether each is one caption or several cannot be told: put spaces for the line breaks, or "
-            "a list of captions for the text."
-        )
+        elif any(text and _LINE_BREAKS.search(text.strip()) for text in texts):
+            if in_lines and not is_list:
+                texts = _LINE_BREAKS.split(texts[0].strip())
+            elif is_entries or sum(bool(text and text.strip()) for text in texts) > 1:
+                joined.append(row)
+            else:
+                broken.append(row)
+        lists.append(texts)
     if wrong:
         row, value = wrong[0]
         raise ValueError(
@@ -394,10 +475,45 @@ def _caption_lists(dataset: datasets.Dataset, column: str, in_lines: bool) -> li
             f"{len(wrong)} of {len(lists)} rows do not, the first is row {row}, which holds "
             f"{json.dumps(value, default=str)[:80]}."
         )
-    joined = sum(bool(text and _LINE_BREAKS.search(text.strip())) for texts in lists for text in texts)
+    if unread:
+        raise ValueError(
+            f"The column {column!r} holds lists as text in {len(unread)} of {len(lists)} rows, the first are "
+            f"{unread[:5]}, which are neither written as JSON nor as Python writes a list. Store lists, or write JSON."
+        )
+    if broken:
+        raise ValueError(
+            f"The column {column!r} holds texts of several lines in {len(broken)} of {len(lists)} rows, the first are "
+            f"{broken[:5]}. Whether each is one caption or several cannot be told: put spaces for the line breaks, or "
+            "a list of captions for the text."
+        )
     if joined:
-        logger.warning(f"{joined} captions hold line breaks, which became spaces.")
+        logger.warning(
+            f"The column {column!r} has captions with line breaks, which became spaces, in {len(joined)} of "
+            f"{len(lists)} rows, the first are {joined[:5]}."
+        )
+    counts = [len(texts) for texts in lists]
+    if in_lines and min(counts) == 1 < max(counts):
+        logger.warning(
+            f"Each line of {column!r} counts as a caption: {sum(count > 1 for count in counts)} of {len(counts)} rows "
+            f"have several, up to {max(counts)}, and the others one."
+        )
     return lists
+
+
+def _list_in_text(text: str) -> list[str] | None:
+    """The list of texts that a cell holds, just as JSON or Python write it; None if it is not written so."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            found = ast.literal_eval(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return None
+        # 'one' 'two', as NumPy writes a list, is a single text to Python.
+        found = found if repr(found) == text else None
+    if not isinstance(found, list) or not all(isinstance(part, str) for part in found):
+        return None
+    return [part.encode(errors="replace").decode() for part in found]  # JSON can write halves of a character
 
 
 def _image_table(source: _Source, column: str) -> datasets.Dataset:

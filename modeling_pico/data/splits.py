@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets.data_files import SPLIT_KEYWORDS
 
-from .columns import column_strings
+from .columns import column_strings, find_column
 from .images import file_state, image_keys, iter_encoded
 
 
@@ -20,10 +20,19 @@ SPLIT_COLUMN = "split"
 _SPLIT_OF_WORD = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
 
 
-def split_of_file(path: Path) -> str:
-    """The split that the name of a file says (`captions_val2017.json`: `"validation"`), by default `"train"`."""
-    found = {_SPLIT_OF_WORD.get(word) for word in re.split(r"[-._ 0-9]+", path.name.lower())} - {None}
+def split_of_file(path: Path, folder: Path | None = None) -> str:
+    """
+    The split that the name of a file says (`captions_val2017.json`: `"validation"`), or its path in a folder
+    (`test/0.tar`), by default `"train"`.
+    """
+    name = path.relative_to(folder) if folder else path.name
+    found = {_SPLIT_OF_WORD.get(word) for word in re.split(r"[-._ 0-9/]+", str(name).lower())} - {None}
     return str(found.pop()) if len(found) == 1 else "train"
+
+
+def join_restval(names: Sequence[str]) -> list[str]:
+    """Names of splits as rows say them, with MS-COCO's `restval` counted as `train`, as is usual."""
+    return ["train" if name == "restval" else name for name in names]
 
 
 def find_split(split: str, names: Collection[str], source: str) -> str:
@@ -37,28 +46,39 @@ def find_split(split: str, names: Collection[str], source: str) -> str:
     raise ValueError(f"{source} has no split {split!r}; it has {list(names)}.")
 
 
-def choose_split(splits: Mapping[str, datasets.Dataset], split: str, source: str) -> datasets.Dataset:
+def choose_split(
+    splits: Mapping[str, datasets.Dataset], split: str, source: str, column: str | None = None
+) -> datasets.Dataset:
     """
-    The rows of one split. A source without splits is divided by its column `split`, if it has one.
+    The rows of one split. A source that has all rows in one is divided by a column that names the split of each.
 
     Args:
         splits (`Mapping[str, datasets.Dataset]`): What the source itself tells apart.
         split (`str`): The split that is asked for, or an expression such as `"train[:100]"`.
         source (`str`): Names the source in messages.
+        column (`str`, *optional*): The column that names splits. Defaults to `split` if that exists.
 
     Raises:
-        ValueError: if there is no such split. A source that is not split is only what its own name says, and `train`
-            where that says nothing: the same rows must not be training, validation and test data.
+        ValueError: if there is no such split, or if a column is named for a source that has splits of its own. A
+            source that is not split is only what its own name says, and `train` where that says nothing: the same rows
+            must not be training, validation and test data.
     """
     splits = {str(name): rows for name, rows in splits.items()}
     rows = next(iter(splits.values()))
     hint = ""
-    if len(splits) == 1 and SPLIT_COLUMN in rows.column_names:
-        splits, source = _by_column(rows), f"The column {SPLIT_COLUMN!r} of {source}"
+    if column is not None and len(splits) > 1:
+        raise ValueError(
+            f"{source} has the splits {list(splits)} of its own. Leave out `split_column`: it is for data that have "
+            "all rows in one."
+        )
+    if len(splits) == 1 and (column is not None or SPLIT_COLUMN in rows.column_names):
+        column = find_column(rows, "split", column, [SPLIT_COLUMN])
+        splits, source = _by_column(rows, column), f"The column {column!r} of {source}"
     elif len(splits) == 1:
         hint = (
             " It has no splits, and the same rows must not serve two purposes. Give a folder with a file for each "
-            f"split (train.csv, validation.csv, test.csv), or add a column {SPLIT_COLUMN!r} that says it of each row. "
+            f"split (train.csv, validation.csv, test.csv), or add a column {SPLIT_COLUMN!r} that says it of each row "
+            "(or name the one that does by `split_column`). "
             f"To use all of its rows, ask for the split {next(iter(splits))!r}."
         )
     try:
@@ -69,9 +89,9 @@ def choose_split(splits: Mapping[str, datasets.Dataset], split: str, source: str
         raise ValueError(f"{error}{hint}") from None
 
 
-def _by_column(rows: datasets.Dataset) -> dict[str, datasets.Dataset]:
+def _by_column(rows: datasets.Dataset, column: str) -> dict[str, datasets.Dataset]:
     members: dict[str, list[int]] = {}
-    for row, name in enumerate(column_strings(rows, SPLIT_COLUMN)):
+    for row, name in enumerate(join_restval(column_strings(rows, column))):
         members.setdefault(name, []).append(row)
     return {name: rows.select(chosen) for name, chosen in members.items()}
 

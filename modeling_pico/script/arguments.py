@@ -147,23 +147,27 @@ class DataArguments:
 
     dataset_name: str = option_field(
         "styled_shapes",
-        "Hub id, folder (parquet, images with metadata.jsonl, caption files), Karpathy's JSON, or styled_shapes, "
-        "which is generated.",
+        "Hub id, folder (parquet, images with metadata.jsonl, WebDataset shards, caption files), file or pattern of "
+        "files (also Karpathy's and COCO's JSON), or styled_shapes, which is generated.",
     )
     dataset_config_name: str | None = option_field(None, "Configuration of a Hub data set (default: its only one)")
+    dataset_revision: str | None = option_field(None, "Revision of a Hub data set (default: main)")
     train_split: str = option_field("train", "Split to train on.")
     eval_split: str = option_field("validation", "Split for selection and feedback.")
     test_split: list[str] = field(
         default_factory=lambda: ["test"], metadata={"help": "Splits that --do_predict reports, never selects on."}
     )
     image_column: str | None = option_field(None, "Column with images (default: image)")
-    caption_column: str | None = option_field(
-        None, "Column with a caption or a list of captions (default: the one that is named like it)"
+    caption_column: list[str] | None = option_field(
+        None, "Columns with a caption or a list of captions (default: the one that is named like it)"
     )
     id_column: str | None = option_field(
         None, "Column with the identity of the meaning (default: every image its own)"
     )
     style_column: str | None = option_field(None, "Column with the style (default: style)")
+    split_column: str | None = option_field(
+        None, "Column with the split of each row, where all rows come in one (default: split)"
+    )
     style_report: bool = option_field(
         False,
         "With --do_predict: also report on all test splits together how retrieval depends on the style of the images "

@@ -185,9 +185,11 @@ def _load_rows(split: str, data_args: DataArguments, on_empty_captions: Any) -> 
         caption_column=data_args.caption_column,
         id_column=data_args.id_column,
         style_column=data_args.style_column,
+        split_column=data_args.split_column,
         image_dir=data_args.image_dir,
         config_name=data_args.dataset_config_name,
         cache_dir=data_args.cache_dir,
+        revision=data_args.dataset_revision,
         on_empty_captions=on_empty_captions,
     )
 

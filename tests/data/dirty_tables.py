@@ -197,9 +197,9 @@ def fits(mutation: str, route: Callable) -> bool:
     if kind == "image":
         # A folder of images lists what it holds: no name without a file, and no row for what is no file.
         return not (route in (image_folder_jsonl, image_folder_csv) and name.startswith("a pipe"))
-    # Outside of a list of captions, a text of several lines has the whole table refused.
+    # Where it is not known to be one caption, a text of several lines has the whole table refused.
     return not (route is caption_files and name in _BREAKS_LINES) and not (
-        name == "line breaks" and route not in (karpathy, json_lines)
+        name == "line breaks" and route is not karpathy
     )
 
 
@@ -375,7 +375,7 @@ TABLES["no column of images"] = lambda table, rng: [{"caption": r["caption"], "m
 TABLES["columns missing in a row"] = lambda table, rng: [{"image": table[0]["image"]}, *table[1:]]
 TABLES["a row twice"] = lambda table, rng: [*table, table[int(rng.integers(len(table)))]]
 TABLES["no rows"] = lambda table, rng: []
-# What must not be loaded although every picture of it is good. Lists of captions, as Karpathy's, may hold line breaks.
+# What must not be loaded although every picture of it is good. Entries of Karpathy's lists may hold line breaks.
 REFUSED = ("a path out of the folder", "an absolute path", "a link out of the folder", "a caption of several lines")
 FILES: dict[str, Callable[[bytes, Rng], bytes]] = {
     "cut file": lambda content, rng: content[: int(rng.integers(1, len(content)))],

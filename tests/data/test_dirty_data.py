@@ -423,3 +423,6 @@ def test_a_folder_is_not_read_in_place_of_another(tmp_path):
         load_captioned_images(str(tmp_path / "set[1]"), split="test")
     shutil.rmtree(tmp_path / "set[1]")
     assert load_captioned_images(str(tmp_path / "set[1]"), split="dev")["captions"][:] == [["right"]]
+    (tmp_path / "set1.csv").write_text("image,caption\na.png,wrong\n")
+    with pytest.raises(FileNotFoundError, match=r"set\[1\].csv"):
+        load_captioned_images(str(tmp_path / "set[1].csv"), split="train")

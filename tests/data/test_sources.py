@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import importlib
-import io
 import json
-import tarfile
 from pathlib import Path
 
 import datasets
@@ -16,6 +14,7 @@ from modeling_pico.data import CaptionedImageDataset, SampleKey, load_captioned_
 
 
 sources = importlib.import_module("modeling_pico.data.sources")
+JOINED = "has captions with line breaks, which became spaces,"
 
 
 def save_parquet(path, rows, **features):
@@ -110,25 +109,6 @@ def test_a_folder_of_csv_files_is_read_as_any_csv(tmp_path, make_images):
         load_captioned_images(str(tmp_path / "folder"), split="train")
 
 
-def write_shard(path, samples):
-    with tarfile.open(path, "w") as shard:
-        for name, content in samples.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            shard.addfile(member, io.BytesIO(content))
-
-
-def test_lines_of_a_webdataset_are_captions(tmp_path, make_images):
-    one, two = make_images("one.png", "two.png")
-    (tmp_path / "shards").mkdir()
-    samples = {"1.png": one.read_bytes(), "1.txt": b"a1\na2\r\n\na3\n", "2.png": two.read_bytes(), "2.txt": b"b1"}
-    write_shard(tmp_path / "shards/train-000.tar", samples)
-    options = {"split": "train", "image_column": "png", "caption_column": "txt"}
-    loaded = load_captioned_images(str(tmp_path / "shards"), **options)
-    check_canonical(loaded)
-    assert loaded["captions"][:] == [["a1", "a2", "a3"], ["b1"]]
-
-
 def test_lines_of_other_texts_are_never_joined_in_silence(tmp_path, warnings_of):
     (tmp_path / "data.csv").write_text('image,caption\na.png,"one\ntwo"\nb.png,"three\n"\n')
     with pytest.raises(
@@ -139,7 +119,7 @@ def test_lines_of_other_texts_are_never_joined_in_silence(tmp_path, warnings_of)
     (tmp_path / "data.jsonl").write_text(json.dumps({"image": "a.png", "captions": ["one\ntwo", "three\n"]}))
     loaded = load_captioned_images(str(tmp_path / "data.jsonl"), split="train")
     assert loaded["captions"][:] == [["one two", "three"]]
-    assert messages == ["1 captions hold line breaks, which became spaces."]
+    assert messages == [f"The column 'captions' {JOINED} in 1 of 1 rows, the first are [0]."]
 
 
 def test_layouts_of_well_known_data(tmp_path):
@@ -439,7 +419,7 @@ def test_captions_are_cleaned_and_empty_ones_dropped(load_rows, warnings_of):
     loaded = load_rows([{"image": "a", "captions": [" two\r\nlines\x00 ", "  ", "", None, "caf\u00e9"]}])
     assert loaded[0]["captions"] == ["two lines", "caf\u00e9"]
     assert messages == [
-        "1 captions hold line breaks, which became spaces.",
+        f"The column 'captions' {JOINED} in 1 of 1 rows, the first are [0].",
         "3 of 5 captions are empty and were dropped.",
     ]
 

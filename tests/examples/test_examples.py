@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
+import re
 import runpy
 import shlex
 import sys
@@ -20,6 +22,7 @@ from PIL import Image
 
 import train_pico
 from modeling_pico import PicoModel, PicoProcessor
+from modeling_pico.script.data import load_data
 
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -256,15 +259,58 @@ def towers(tmp_path) -> list[str]:
     return flags
 
 
+# Eight images to train on, five to validate, five for the test, with five captions each.
+SPLITS = ["train"] * 8 + ["val"] * 5 + ["test"] * 5
+
+
+def five_captions(number: int) -> list[str]:
+    return [f"{colour} {number}" for colour in (*tiny.COLORS, "other")]
+
+
+def write_hub(recipe: str) -> None:
+    """A small copy of the data set that a recipe names, under its name and with its splits and columns."""
+    five = {f"caption_{column}": datasets.Value("string") for column in range(5)}
+    captions = datasets.List(datasets.Value("string"))
+    name, validation, columns = {
+        "flickr8k": ("jxie/flickr8k", "validation", five),
+        "flickr30k": ("umaru97/flickr30k_train_val_test", "val", {"caption": captions, "filename": captions.feature}),
+        "mscoco": (
+            "patomp/thai-mscoco-2014-captions",
+            "validation",
+            {"sentences_raw": captions, "split": captions.feature, "th_sentences_raw": captions},
+        ),
+    }[recipe]
+    for split in ("train", "val", "test"):
+        rows = []
+        for number in (number for number, own in enumerate(SPLITS) if own == split):
+            stream = io.BytesIO()
+            noise(number).save(stream, "png")
+            texts = five_captions(number)
+            values = {"caption": texts, "sentences_raw": texts, "th_sentences_raw": ["other"], "split": "restval"}
+            values |= {"filename": f"{number}.jpg"} | dict(zip(five, texts, strict=True))
+            image = {"bytes": stream.getvalue(), "path": f"{number}.jpg"}
+            rows.append({"image": image} | {column: values[column] for column in columns})
+        file = Path(name, "data", f"{validation if split == 'val' else split}-00000-of-00001.parquet")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        features = datasets.Features(image=datasets.Image(), **columns)
+        datasets.Dataset.from_list(rows, features=features).to_parquet(str(file))
+
+
+def nearest(image: Image.Image) -> int:
+    """The number of the picture that an image is, also one that JPEG has changed."""
+    pixels = np.asarray(image, dtype=float)
+    return min(range(len(SPLITS)), key=lambda number: np.abs(pixels - np.asarray(noise(number))).sum())
+
+
 def write_karpathy(folder: Path, file: str, folders: dict[str, str]) -> None:
-    """Eight images to train on, five to validate, five for the test, with five captions each."""
-    splits = ["train"] * 5 + ["restval" if "restval" in folders else "train"] * 3 + ["val"] * 5 + ["test"] * 5
+    """The same images and captions as Karpathy's files have them."""
     entries = []
-    for number, split in enumerate(splits):
+    for number, split in enumerate(SPLITS):
+        split = "restval" if split == "train" and number >= 5 and "restval" in folders else split
         place = folder / folders[split]
         place.mkdir(parents=True, exist_ok=True)
         noise(number).save(place / f"{number}.jpg")
-        sentences = [{"raw": f"{colour} {number}"} for colour in (*tiny.COLORS, "other")]
+        sentences = [{"raw": text} for text in five_captions(number)]
         entries.append({"filename": f"{number}.jpg", "split": split, "imgid": number, "sentences": sentences})
         if folders[split] != "images":
             entries[-1]["filepath"] = folders[split]
@@ -280,9 +326,7 @@ SMALL = shlex.split(
 
 def test_flickr30k_recipe(towers, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folders = dict.fromkeys(("train", "val", "test"), "images")
-    write_karpathy(tmp_path / "data" / "flickr30k", "dataset_flickr30k.json", folders)
-    (tmp_path / "data/flickr30k/images").rename(tmp_path / "data/flickr30k/flickr30k-images")
+    write_hub("flickr30k")
     results = train_pico.main([str(EXAMPLES / "flickr30k.yaml"), *towers, *SMALL])
     assert {"eval_rsum", "test_rsum"} <= results.keys()
     config = PicoModel.from_pretrained("outputs/flickr30k").config
@@ -295,8 +339,7 @@ def test_flickr30k_recipe(towers, tmp_path, monkeypatch):
 
 def test_mscoco_recipe_and_its_folds(towers, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folders = {"train": "train2014", "restval": "val2014", "val": "val2014", "test": "val2014"}
-    write_karpathy(tmp_path / "data" / "mscoco", "dataset_coco.json", folders)
+    write_hub("mscoco")
     recipe = EXAMPLES / "mscoco.yaml"
     results = train_pico.main([str(recipe), *towers, *SMALL])
     cached = sorted(Path("outputs/mscoco_embeddings").iterdir())
@@ -310,13 +353,47 @@ def test_mscoco_recipe_and_its_folds(towers, tmp_path, monkeypatch):
     assert folded["test_rsum"] == 600 > results["test_rsum"]
 
 
+def test_flickr8k_recipe(towers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_hub("flickr8k")
+    results = train_pico.main([str(EXAMPLES / "flickr8k.yaml"), *towers, *SMALL])
+    assert {"eval_rsum", "test_rsum"} <= results.keys()
+    # All five columns, every caption once an epoch: 40 pairs, four a step, in three epochs.
+    assert json.loads(Path("outputs/flickr8k/trainer_state.json").read_text())["max_steps"] == 30
+
+
+@pytest.mark.parametrize(
+    ("recipe", "images"),
+    [
+        ("flickr8k", dict.fromkeys(("train", "val", "test"), "Flicker8k_Dataset")),
+        ("flickr30k", dict.fromkeys(("train", "val", "test"), "flickr30k-images")),
+        ("mscoco", {"train": "train2014", "restval": "val2014", "val": "val2014", "test": "val2014"}),
+    ],
+)
+def test_recipes_read_their_data_from_the_hub_or_from_local_files(recipe, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_hub(recipe)
+    text = (EXAMPLES / f"{recipe}.yaml").read_text()
+    (local,) = re.findall(r"are used instead by\n#  (.*)", text.replace(" \\\n# ", ""))
+    words = shlex.split(local)[3:]
+    file = Path(words[words.index("--dataset_name") + 1])
+    write_karpathy(file.parent, file.name, images)
+    for arguments in ([str(EXAMPLES / f"{recipe}.yaml")], [str(EXAMPLES / Path(words[0]).name), *words[1:]]):
+        _, data_args, training_args = train_pico.parse_arguments([*arguments, "--use_cpu", "true", "--bf16", "false"])
+        data = load_data(data_args, training_args, uses_prototypes=True)
+        for split, rows in (("train", data.train), ("val", data.evaluation), ("test", data.tests["test"])):
+            numbers = [number for number, own in enumerate(SPLITS) if own == split]
+            assert rows.dataset["captions"][:] == [five_captions(number) for number in numbers], (arguments, split)
+            if split != "train":  # whose pictures are cropped
+                assert [nearest(rows[row]["image"]) for row in range(len(rows))] == numbers
+
+
 def test_recipes_share_all_that_is_not_the_data():
     recipes = [yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text()) for name in ("flickr30k", "mscoco")]
     different = {name for name in {*recipes[0], *recipes[1]} if recipes[0].get(name) != recipes[1].get(name)}
     assert different == {
         "output_dir",
         "dataset_name",
-        "image_dir",
         "num_train_epochs",
         "per_device_train_batch_size",
         "per_device_eval_batch_size",
