@@ -204,7 +204,7 @@ def _caption_styles(
 
     found = {}
     for column in data_args.caption_style_columns or ():
-        rows = _load_rows(split, replace(data_args, caption_column=column), "keep")
+        rows = _load_rows(split, replace(data_args, caption_column=[column]), "keep")
         captions = dict(zip(names(rows), rows["captions"][:], strict=True))
         found[column] = [captions[name] for name in names(dataset.dataset)]
     return found
