@@ -134,10 +134,10 @@ def drawn_row(side: int) -> int:
 
 
 def test_mosaic_has_flat_cells():
-    drawn = pixels(render(picture((280, 140)), "mosaic"))
-    cells = drawn.reshape(28, 5, 56, 5, 3)
+    drawn = pixels(render(picture((400, 200)), "mosaic"))
+    cells = drawn.reshape(40, 5, 80, 5, 3)
     assert (cells == cells[:, :1, :, :1]).all()
-    expected = pixels(picture((280, 140))).reshape(28, 5, 56, 5, 3).mean(axis=(1, 3))
+    expected = pixels(picture((400, 200))).reshape(40, 5, 80, 5, 3).mean(axis=(1, 3))
     assert np.abs(cells[:, 0, :, 0] - expected).max() <= 1
     small = render(picture((16, 16)), "mosaic")
     assert len(small.getcolors()) <= 64
