@@ -32,8 +32,6 @@ logger = logging.get_logger(__name__)
 
 # By name, one list of captions for each row of a data set; empty where there are none.
 Captions = Mapping[str, Sequence[Sequence[str]]]
-# Tokens before weighting `(own images, patches, dim)` of a data set's images, and their mask `(own images, patches)`.
-ImageEncoder = Callable[[CaptionedImageDataset], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -94,8 +92,8 @@ class StyleStress:
         captions: Captions | None,
         *,
         encode: Callable[[CaptionedImageDataset], EncodedRetrieval],
-        encode_images: ImageEncoder,
-        encode_aligned: ImageEncoder | None = None,
+        encode_images: Callable[[CaptionedImageDataset], tuple[Tensor, Tensor]],
+        align: Callable[[CaptionedImageDataset, EncodedRetrieval], EncodedRetrieval] | None = None,
         evaluator: RetrievalEvaluator | None = None,
     ) -> StyleStress:
         r"""
@@ -108,8 +106,9 @@ class StyleStress:
             looks (`Sequence[str]`): Looks of [`~modeling_pico.data.render`].
             captions (`dict[str, Sequence[Sequence[str]]]`, *optional*): Other captions of each row, by name.
             encode (`Callable`): Encodes images and captions of a data set.
-            encode_images (`Callable`): Encodes its images alone.
-            encode_aligned (`Callable`, *optional*): The same after they have been moved to the moments of training.
+            encode_images (`Callable`): Encodes its images alone, as [`encode_images`] does.
+            align (`Callable`, *optional*):
+                Moves a data set's encoded images to the moments of training, for a model that knows these.
             evaluator ([`RetrievalEvaluator`], *optional*): Measures the plain set and the looks.
 
         Returns:
@@ -126,22 +125,22 @@ class StyleStress:
             chance = chance_rsum(encoded.image_ids, encoded.text_ids, evaluator.num_folds)
             return StressRetrieval(len(encoded.image_ids), len(encoded.text_ids), retrieval, chance, **compared)
 
-        def in_look(data: CaptionedImageDataset, encoder: ImageEncoder) -> EncodedRetrieval:
-            tokens, mask = encoder(data)
-            # In the precision of the plain ones, which may come from a cache.
-            return replace(plain_texts, image_tokens=tokens.to(encoded.image_tokens.dtype), image_mask=mask)
+        def aligned_rsum(data: CaptionedImageDataset, encoded: EncodedRetrieval) -> float | None:
+            return None if align is None else evaluator.retrieval_metrics(model, align(data, encoded))["rsum"]
 
         stress = cls(measured(plain_texts, evaluator), {}, {})
         plain_rsum = stress.plain.rsum
+        if looks:
+            stress.plain.aligned_rsum = aligned_rsum(dataset, plain_texts)
         hidden = not PartialState().is_main_process
         for look in logging.tqdm(check_looks(looks) if looks else [], desc="Looks", delay=5, disable=hidden):
-            result = measured(in_look(dataset.in_look(look), encode_images), evaluator, plain_rsum=plain_rsum)
+            drawn = dataset.in_look(look)
+            tokens, mask = encode_images(drawn)
+            # In the precision of the plain ones, which may come from a cache.
+            in_look = replace(plain_texts, image_tokens=tokens.to(encoded.image_tokens.dtype), image_mask=mask)
+            result = measured(in_look, evaluator, plain_rsum=plain_rsum, aligned_rsum=aligned_rsum(drawn, in_look))
             result.drop = plain_rsum - result.rsum
             stress.looks[look] = result
-        if encode_aligned is not None:
-            for name, result in {"plain": stress.plain, **stress.looks}.items():
-                data = dataset if name == "plain" else dataset.in_look(name)
-                result.aligned_rsum = evaluator.retrieval_metrics(model, in_look(data, encode_aligned))["rsum"]
         for name, lists in captions.items():
             counts = [min(pair) for pair in zip(dataset.num_captions.tolist(), map(len, lists), strict=True)]
             images = torch.tensor([row for row, count in enumerate(counts) if count])

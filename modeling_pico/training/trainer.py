@@ -557,7 +557,8 @@ class PicoTrainer(DurableTrainer):
 
         def images(data: CaptionedImageDataset) -> tuple[torch.Tensor, torch.Tensor]:
             loader = self._eval_loader(data)
-            return encode_images(self._evaluation_model(), loader, self._num_eval_batches(loader))
+            model, num_batches = self._evaluated_model(loader)
+            return encode_images(model, loader, num_batches)
 
         captioned: Any = as_captioned(dataset)
         stress = StyleStress.measure(
@@ -572,32 +573,15 @@ class PicoTrainer(DurableTrainer):
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, stress.metrics())
         return stress
 
-    def _evaluation_model(self) -> nn.Module:
-        """The model as this trainer runs it, with the weights that its optimizer evaluates."""
-        model = self._wrap_model(self.model, training=False)
-        if not self.accelerator._models and model is self.model:
-            # Evaluation without training: precision and sharding still have to be set up.
-            # (Whole on every process: what FSDP shards, it shards together with an optimizer.)
-            model = self.accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
-        if isinstance(self.optimizer, AcceleratedOptimizer):
-            # Schedule-free optimizers evaluate other weights than they train.
-            self.optimizer.eval()
-        return model
-
-    def _num_eval_batches(self, dataloader: DataLoader) -> int:
-        """Batches of the process that has the most."""
-        longest = -(-len(dataloader.dataset) // self.args.world_size)  # type: ignore[arg-type]
-        return math.ceil(longest / self.args.eval_batch_size)
-
     def _encode(self, dataloader: DataLoader) -> EncodedRetrieval:
-        model = self._evaluation_model()
+        model, num_batches = self._evaluated_model(dataloader)
         self.callback_handler.eval_dataloader = dataloader
 
         def encode() -> EncodedRetrieval:
             return self.evaluator.encode(
                 model,
                 dataloader,
-                num_batches=self._num_eval_batches(dataloader),
+                num_batches=num_batches,
                 on_batch=lambda: self.callback_handler.on_prediction_step(self.args, self.state, self.control),
             )
 
@@ -606,6 +590,19 @@ class PicoTrainer(DurableTrainer):
             return encode()
         precision = f"{self.accelerator.mixed_precision}, tf32 {self.args.tf32}"
         return cached_embeddings(self.args.eval_cache_dir, self._pico_model(), dataloader, encode, precision=precision)
+
+    def _evaluated_model(self, dataloader: DataLoader) -> tuple[nn.Module, int]:
+        """The model in evaluation mode as it runs on these processes, and the batches of the longest block."""
+        model = self._wrap_model(self.model, training=False)
+        if not self.accelerator._models and model is self.model:
+            # Evaluation without training: precision and sharding still have to be set up.
+            # (Whole on every process: what FSDP shards, it shards together with an optimizer.)
+            model = self.accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
+        if isinstance(self.optimizer, AcceleratedOptimizer):
+            # Schedule-free optimizers evaluate other weights than they train.
+            self.optimizer.eval()
+        longest = -(-len(dataloader.dataset) // self.args.world_size)  # type: ignore[arg-type]
+        return model.eval(), math.ceil(longest / self.args.eval_batch_size)
 
     # Construction of the prototypes
 

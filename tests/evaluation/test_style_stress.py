@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -98,12 +99,18 @@ def test_captions_are_compared_with_as_many_plain_ones_of_the_same_images(warnin
 
 
 def test_aligned_galleries_stand_beside_the_others():
-    stress = measure(["neon"], encode_aligned=lambda data: (IMAGES, MASK))
+    def align(data, encoded):
+        # Of a look the gallery in that look, with all plain captions.
+        assert torch.equal(encoded.image_tokens, encode_look(data)[0]) and len(encoded.text_ids) == 7
+        return replace(encoded, image_tokens=IMAGES)
+
+    stress = measure(["neon"], {"told": TOLD}, align=align)
     assert stress.plain.aligned_rsum == stress.looks["neon"].aligned_rsum == 600
     metrics = stress.metrics()
     assert metrics["neon_aligned_rsum"] == metrics["plain_aligned_rsum"] == 600 > metrics["neon_rsum"]
     assert "| rSum, aligned |" in stress.to_markdown()
     assert "ligned" not in measure(["neon"]).to_markdown()
+    assert measure([], {"told": TOLD}, align=align).plain.aligned_rsum is None
 
 
 def test_report_as_table_and_numbers():
