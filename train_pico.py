@@ -22,7 +22,10 @@ from transformers import TrainerCallback, set_seed
 
 from modeling_pico.data import PicoDataCollator
 from modeling_pico.durable import sole_run, write_text
+from modeling_pico.evaluation.style_stress import draw_looks
+from modeling_pico.markdown import escape_markdown
 from modeling_pico.model.backbones_pico import limit_text_length
+from modeling_pico.plots import FOLDER as PLOTS_FOLDER
 from modeling_pico.plots import has_matplotlib, save_run_plots
 from modeling_pico.script.arguments import parse_arguments
 from modeling_pico.script.data import Data, check_data_arguments, load_data, report_truncation
@@ -116,10 +119,15 @@ def main(argv: Sequence[str] | None = None, callbacks: list[TrainerCallback] | N
                 trainer.create_model_card()
             if training_args.push_to_hub:
                 trainer.push_to_hub()
+        # After the upload: pictures show images of the data, which may not be meant to be published.
         if data_args.plots and has_matplotlib():
-            # After the upload: pictures show images of the data, which may not be meant to be published.
             with never_fatal("pictures"):
                 save_run_plots(trainer, splits, main=data_args.eval_split)
+        if data_args.plots and data.looks and trainer.is_world_process_zero():
+            with never_fatal("contact sheet"):
+                folder = Path(training_args.output_dir, PLOTS_FOLDER)
+                folder.mkdir(exist_ok=True)
+                draw_looks(data.tests[data_args.test_split[0]], data.looks).save(folder / "style_stress.png")
         return results
 
 
@@ -154,6 +162,18 @@ def train_and_evaluate(trainer: PicoTrainer, data: Data, checkpoint: str | None)
         for split, dataset in data.tests.items():
             # Not `predict`, which also gathers the matrix of all scores.
             record(split, trainer.evaluate(dataset, metric_key_prefix=split))
+    if data.looks or any(data.caption_styles.values()):
+        stress = {
+            split: trainer.measure_style_stress(dataset, data.looks, data.caption_styles[split])
+            for split, dataset in data.tests.items()
+        }
+        named = {split: result.metrics().items() for split, result in stress.items()}
+        record("style_stress", {f"{split}_{name}": value for split in named for name, value in named[split]})
+        if trainer.is_world_process_zero():
+            text = json.dumps({split: result.to_dict() for split, result in stress.items()}, indent=4)
+            write_text(Path(args.output_dir, "style_stress.json"), text + "\n")
+            tables = [f"## {escape_markdown(split)}\n\n{result.to_markdown()}" for split, result in stress.items()]
+            write_text(Path(args.output_dir, "style_stress.md"), "\n".join(["# Style stress test\n", *tables]))
     if data.styled is not None:
         report = trainer.measure_styles(data.styled, data.seen_styles)
         record("style", report.metrics())

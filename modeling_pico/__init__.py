@@ -26,7 +26,14 @@ from .model.scoring_pico import pair_scores
 
 if TYPE_CHECKING:
     from .data import CaptionedImageDataset, PicoDataCollator, load_captioned_images, styled_shapes
-    from .evaluation import RetrievalEvaluator, StyleReport, align_encoded, measure_styles
+    from .evaluation import (
+        RetrievalEvaluator,
+        StyleReport,
+        StyleStress,
+        align_encoded,
+        measure_style_stress,
+        measure_styles,
+    )
     from .evaluation.recall_metric import ImageTextRecall
     from .plots import save_plots
     from .training import PicoTrainer, PicoTrainingArguments
@@ -42,7 +49,9 @@ _LAZY = {
     "ImageTextRecall": "evaluation.recall_metric",
     "RetrievalEvaluator": "evaluation",
     "StyleReport": "evaluation",
+    "StyleStress": "evaluation",
     "align_encoded": "evaluation",
+    "measure_style_stress": "evaluation",
     "measure_styles": "evaluation",
     "save_plots": "plots",
     "PicoTrainer": "training",
@@ -68,10 +77,12 @@ __all__ = [
     "RetrievalEvaluator",
     "StylePrototypes",
     "StyleReport",
+    "StyleStress",
     "align_encoded",
     "decode_image",
     "image_text_loss",
     "load_captioned_images",
+    "measure_style_stress",
     "measure_styles",
     "pair_scores",
     "save_plots",

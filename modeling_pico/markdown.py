@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 
 
 # Letters, numbers and what opens neither markup nor a link; underscores only within words.
@@ -56,4 +57,17 @@ def signed_number(value: float, digits: int = 1) -> str:
     return f"{round(value, digits) + 0.0:+.{digits}f}"
 
 
-__all__ = ["code_fence", "escape_markdown", "signed_number"]
+def number_cell(value: float | None, form: Callable[[float], str] = "{:.1f}".format) -> str:
+    """A number in a table, or a dash where there is none."""
+    return "–" if value is None else form(value)
+
+
+def markdown_table(title: str, rows: Mapping[str, Mapping[str, str]]) -> str:
+    """One line for each row, with its name under `title`; the other columns are those of the first row."""
+    headers = [title, *next(iter(rows.values()))]
+    lines = [headers, ["---", *["---:"] * (len(headers) - 1)]]
+    lines += [[escape_markdown(name), *cells.values()] for name, cells in rows.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+__all__ = ["code_fence", "escape_markdown", "markdown_table", "number_cell", "signed_number"]

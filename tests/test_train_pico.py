@@ -20,9 +20,11 @@ from transformers import BertModel, ViTModel
 
 import train_pico
 from modeling_pico import PicoConfig, PicoModel, PicoProcessor
-from modeling_pico.data import CaptionedImageDataset
+from modeling_pico.data import LOOKS, CaptionedImageDataset, decode_image, render
+from modeling_pico.evaluation import retrieval_metrics, retrieval_ranks
 from modeling_pico.model.backbones_pico import build_backbone
-from modeling_pico.script.data import check_processes
+from modeling_pico.script.arguments import DataArguments
+from modeling_pico.script.data import augmentation, check_processes
 from modeling_pico.script.output import OneLineErrors, main_metrics
 from modeling_pico.script.record import (
     describe_run,
@@ -196,6 +198,19 @@ def test_seed_decides_a_run_from_scratch(finished, data, tmp_path):
     again = train(tmp_path, data, do_eval=True)
     assert again["eval_loss"] == finished.results["eval_loss"]
     assert train(tmp_path / "b", data, do_eval=True, seed=1)["eval_loss"] != again["eval_loss"]
+
+
+def test_training_images_are_drawn_again_in_random_styles(data, tmp_path):
+    assert augmentation(DataArguments()) is None
+    both = augmentation(DataArguments(min_crop_scale=0.5, style_augmentation=0.25))
+    crop, style = both.transforms
+    assert (crop.min_scale, crop.flip, style.probability) == (0.5, False, 0.25)
+    options = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "no"}
+    plain, drawn, again = (
+        train(tmp_path / name, data, style_augmentation=share, **options)["train_loss"]
+        for name, share in (("a", 0), ("b", 1), ("c", 1))
+    )
+    assert drawn == again != plain
 
 
 def times_aside(results: dict[str, float]) -> dict[str, float]:
@@ -612,15 +627,19 @@ def galleries(tmp_path_factory) -> str:
 def aligned(tmp_path_factory, galleries) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("runs") / "aligned"
     options = {"do_eval": True, "do_predict": True, "align_gallery": True, "max_steps": 2, "save_strategy": "no"}
-    return SimpleNamespace(folder=folder, results=train(folder, galleries, id_column="image_id", **options))
+    results = train(folder, galleries, id_column="image_id", style_stress=["negative"], **options)
+    return SimpleNamespace(folder=folder, results=results)
 
 
 def test_a_run_measures_its_training_images_and_reports_aligned_metrics(aligned, galleries, tmp_path):
     model = PicoModel.from_pretrained(aligned.folder)
     assert int(model.image_moments.count) == 50
     assert {"eval_aligned_rsum", "test_aligned_rsum", "test_aligned_image_to_text_recall_at_1"} <= set(aligned.results)
+    assert aligned.results["test_plain_aligned_rsum"] == pytest.approx(aligned.results["test_aligned_rsum"])
+    assert aligned.results["test_negative_aligned_rsum"] > 0
     # What is saved moves galleries as the run did; the default reports plain metrics alone.
     options = {"do_predict": True, "model_name_or_path": aligned.folder, "id_column": "image_id"}
+    options["style_stress"] = ["negative"]
     again = evaluate(tmp_path / "a", galleries, align_gallery=True, **options)
     plain = evaluate(tmp_path / "b", galleries, **options)
     rsums = {name: value for name, value in aligned.results.items() if name.endswith("rsum")}
@@ -652,6 +671,110 @@ def test_galleries_that_cannot_be_moved_are_refused_before_anything_slow(aligned
     PicoProcessor.from_pretrained(aligned.folder).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="no moments of training"):
         evaluate(tmp_path / "d", galleries, model_name_or_path=tmp_path / "model", **options)
+
+
+# Style stress test
+
+
+@pytest.fixture(scope="module")
+def stressed(tmp_path_factory) -> str:
+    """Data with captions in two more styles; `romantic` has gaps, lists and single captions, and none in `bare`."""
+    folder = tmp_path_factory.mktemp("stressed")
+    rows = tiny.rows(8, seed=4)
+    rows = rows.add_column("humorous", [f"{row} tries to be left" for row in range(8)])
+    told = [
+        None,
+        ["red and far", "blue and near"],
+        ["green heart"],
+        [],
+        *[[f"{row} in the middle"] for row in range(4)],
+    ]
+    feature = datasets.List(datasets.Value("string"))
+    splits = {"test": rows.add_column("romantic", told, feature=feature)}
+    splits["bare"] = tiny.rows(7, seed=5).add_column("romantic", [None] * 7, feature=feature)
+    datasets.DatasetDict(splits).save_to_disk(folder)
+    return str(folder)
+
+
+def test_style_stress_of_a_clip_before_any_training(tiny_clip, stressed, tmp_path, messages):
+    options = {"model_name_or_path": tiny_clip.folder, "method": "clip_style", "do_eval": None, "do_predict": True}
+    asked = {"style_stress": ["gray", "negative"], "caption_style_columns": ["romantic", "humorous"], "plots": True}
+    results = evaluate(tmp_path, stressed, **options, **asked)
+    assert results == pytest.approx(json.loads((tmp_path / "all_results.json").read_text()))
+    assert results["test_plain_rsum"] == pytest.approx(results["test_rsum"], abs=1e-4)
+    for look in ("gray", "negative"):
+        drop = results["test_plain_rsum"] - results[f"test_{look}_rsum"]
+        assert results[f"test_{look}_drop"] == pytest.approx(drop)
+    report = json.loads((tmp_path / "style_stress.json").read_text())["test"]
+    assert list(report["looks"]) == ["gray", "negative"]
+    romantic, humorous = report["captions"]["romantic"], report["captions"]["humorous"]
+    # Images 0 and 3 are left out; image 1 has two captions of each kind.
+    assert (romantic["images"], romantic["texts"], humorous["images"], humorous["texts"]) == (6, 7, 8, 8)
+    assert romantic["drop"] == results["test_captions_romantic_drop"]
+    table = (tmp_path / "style_stress.md").read_text()
+    assert (
+        table.startswith("# Style stress test\n\n## test\n\n") and "| negative |" in table and "| humorous |" in table
+    )
+    assert (tmp_path / "plots" / "style_stress.png").is_file()
+    # The model is CLIP: its own cosines, of the images as they are drawn.
+    encoded = style_stress_by_hand(tiny_clip, stressed, "negative")
+    assert results["test_negative_rsum"] == pytest.approx(encoded, abs=1e-4)
+
+
+def style_stress_by_hand(tiny_clip, data: str, look: str) -> float:
+    rows = datasets.load_from_disk(data)["test"]
+    processor = PicoProcessor.from_backbones(tiny_clip.folder)
+    pictures = [render(decode_image(image), look) for image in rows["image"]]
+    texts = [text for texts in rows["captions"] for text in texts]
+    ids = [row for row, texts in enumerate(rows["captions"]) for _ in texts]
+    inputs = processor(images=pictures, text=texts, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        scores = tiny_clip.model(**inputs).logits_per_image
+    return retrieval_metrics(*retrieval_ranks(scores, torch.arange(8), torch.tensor(ids)))["rsum"]
+
+
+def test_style_stress_after_a_training_and_of_all_looks(stressed, data, tmp_path):
+    splits = {**datasets.load_from_disk(data), "test": datasets.load_from_disk(stressed)["test"]}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "data")
+    options = {"max_steps": 2, "save_strategy": "no", "do_predict": True}
+    results = train(tmp_path / "run", tmp_path / "data", style_stress="all", **options)
+    assert {f"test_{look}_drop" for look in LOOKS} <= set(results)
+    assert not (tmp_path / "run" / "plots").exists()
+    # Of the saved model the same.
+    again = evaluate(
+        tmp_path / "again",
+        str(tmp_path / "data"),
+        model_name_or_path=tmp_path / "run",
+        do_eval=None,
+        do_predict=True,
+        style_stress=["sketch"],
+    )
+    assert again["test_sketch_rsum"] == pytest.approx(results["test_sketch_rsum"])
+    assert "test_gray_rsum" not in again
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"style_stress": "grey"}, ["grey", "gray", "sketch", "all"]),
+        ({"style_stress": "gray", "do_predict": None, "do_eval": True}, ["--style_stress", "--do_predict"]),
+        (
+            {"caption_style_columns": "romantic", "do_predict": None, "do_eval": True},
+            ["--caption_style_columns", "--do_predict"],
+        ),
+        ({"caption_style_columns": "romantik"}, ["no column 'romantik'", "'romantic'"]),
+        ({"caption_style_columns": "romantic", "test_split": "bare"}, ["None of the 7 images", "'romantic'"]),
+        ({"style_stress": "gray", "test_split": "style_stress"}, ["--test_split style_stress", "results of its own"]),
+    ],
+)
+def test_bad_style_stress_is_refused_before_anything_is_encoded(
+    stressed, tiny_clip, tmp_path, options, words, monkeypatch
+):
+    monkeypatch.setattr(PicoModel, "forward", lambda *args, **kwargs: pytest.fail("encoded"))
+    defaults = {"model_name_or_path": tiny_clip.folder, "do_eval": None, "do_predict": True}
+    with pytest.raises(ValueError) as error:
+        evaluate(tmp_path, stressed, **{**defaults, **options})
+    assert all(word in str(error.value) for word in words), str(error.value)
 
 
 # Options
@@ -750,6 +873,9 @@ def test_bad_flag_names_what_is_allowed(tmp_path, capsys, options, words):
         ({"patch_size": 7}, ["image_size", "patch_size", "16", "7"]),
         ({"min_crop_scale": -1}, ["min_scale", "-1"]),
         ({"max_text_length": 0}, ["max_text_length", "at least 1", "0"]),
+        ({"style_augmentation": 1.5}, ["style_augmentation", "at least 0 and at most 1", "1.5"]),
+        ({"style_augmentation": -0.5}, ["style_augmentation", "at least 0 and at most 1", "-0.5"]),
+        ({"style_augmentation": "nan"}, ["style_augmentation", "at least 0 and at most 1", "nan"]),
         ({"per_device_train_batch_size": 50}, ["50", "20"]),
         ({"train_split": "trian"}, ["trian", "train", "validation"]),
         ({"eval_split": "held_out"}, ["held_out", "test", "validation"]),

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
@@ -22,26 +20,17 @@ from modeling_pico import (
     PicoTrainer,
     PicoTrainingArguments,
     RetrievalEvaluator,
+    align_encoded,
     load_captioned_images,
 )
 from modeling_pico.data import PicoDataCollator
-from modeling_pico.data.looks import RandomStyle, render
+from modeling_pico.data.looks import RandomStyle
 from modeling_pico.training.tower_cache import TowerStates, cached_states
 
 
 # Images whose hidden states give the moments of training.
 REFERENCE_IMAGES = 1000
 BATCH = 100
-
-
-class Look:
-    """Draws every image in one look."""
-
-    def __init__(self, look: str) -> None:
-        self.look = look
-
-    def __call__(self, image: Image.Image, rng: Any) -> Image.Image:
-        return render(image, self.look)
 
 
 def train(
@@ -137,14 +126,15 @@ def train(
         evaluator = RetrievalEvaluator(image_chunk=1000)
         step = max(1, len(training_set) // REFERENCE_IMAGES)
         reference = training_set.select(range(0, len(training_set), step)).map(_first_caption)
-        of_training = _moments(cached_states(states_folder, model, CaptionedImageDataset(reference), collator))
+        model.fit_alignment(_batches(cached_states(states_folder, model, CaptionedImageDataset(reference), collator)))
         rsum: dict[str, list[float]] = {}
         aligned: dict[str, list[float]] = {}
         for split in splits:
-            states = cached_states(states_folder, model, _split(setting, split), collator, num_views=1)
-            for results, moved in ((rsum, None), (aligned, (_moments(states), of_training))):
-                encoded = evaluator.encode(model, _batches(states, moved))
-                results[split] = [evaluator.retrieval_metrics(model, encoded)["rsum"]]
+            batches = _batches(cached_states(states_folder, model, _split(setting, split), collator))
+            encoded = evaluator.encode(model, batches)
+            rsum[split] = [evaluator.retrieval_metrics(model, encoded)["rsum"]]
+            moved = align_encoded(model, encoded, batches)
+            aligned[split] = [evaluator.retrieval_metrics(model, moved)["rsum"]]
     return {**found, "rsum": rsum, "aligned": aligned}
 
 
@@ -183,28 +173,14 @@ def _split(setting: dict[str, Any], name: str) -> CaptionedImageDataset:
         rows = _rows(setting, split).map(_first_caption)
     else:
         rows = _rows(setting, split, **({"caption_column": captions} if captions else {}))
-    return CaptionedImageDataset(rows, Look(look) if look else None)
+    dataset = CaptionedImageDataset(rows)
+    return dataset.in_look(look) if look else dataset
 
 
 def _first_caption(row: dict[str, Any]) -> dict[str, Any]:
     return {"captions": row["captions"][:1]}
 
 
-Moments = tuple[torch.Tensor, torch.Tensor]
-
-
-def _moments(states: TowerStates) -> Moments:
-    """Mean and standard deviation `(hidden,)` of all patches of all images."""
-    images = torch.cat([batch["image_states"] for batch in _batches(states)]).flatten(0, 1)
-    spread, mean = torch.std_mean(images, dim=0, correction=0)
-    return mean, spread
-
-
-def _batches(states: TowerStates, moved: tuple[Moments, Moments] | None = None) -> Iterator[dict[str, torch.Tensor]]:
-    for start in range(0, len(states), BATCH):
-        batch = states.__getitems__(list(range(start, min(start + BATCH, len(states)))))
-        if moved is not None:
-            (mean, spread), (new_mean, new_spread) = moved
-            images = (batch["image_states"] - mean) * (new_spread / spread.clamp(min=1e-6)) + new_mean
-            batch["image_states"] = images
-        yield batch
+def _batches(states: TowerStates) -> list[dict[str, torch.Tensor]]:
+    rows = list(range(len(states)))
+    return [states.__getitems__(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]

@@ -2,8 +2,17 @@
 
 from ..model.image_decoding_pico import BadImageError, decode_image
 from .collator import PicoDataCollator, default_max_length
-from .dataset import CaptionedImageDataset, CaptionedImages, RandomCropFlip, SampleKey, as_captioned, caption_code
+from .dataset import (
+    CaptionedImageDataset,
+    CaptionedImages,
+    Compose,
+    RandomCropFlip,
+    SampleKey,
+    as_captioned,
+    caption_code,
+)
 from .images import check_images
+from .looks import LOOKS, RandomStyle, render
 from .sampler import UniqueIdBatchSampler
 from .sources import load_captioned_images
 from .splits import check_distinct
@@ -11,11 +20,14 @@ from .styled_shapes import styled_shapes
 
 
 __all__ = [
+    "LOOKS",
     "BadImageError",
     "CaptionedImageDataset",
     "CaptionedImages",
+    "Compose",
     "PicoDataCollator",
     "RandomCropFlip",
+    "RandomStyle",
     "SampleKey",
     "UniqueIdBatchSampler",
     "as_captioned",
@@ -25,5 +37,6 @@ __all__ = [
     "decode_image",
     "default_max_length",
     "load_captioned_images",
+    "render",
     "styled_shapes",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import random
@@ -15,6 +16,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
 from ..model.image_decoding_pico import decode_image
+from .looks import check_looks, render
 from .paths import check_mark
 
 
@@ -75,6 +77,8 @@ class CaptionedImageDataset(Dataset):
             Number of captions of each row.
         styles (`list[str]` or `None`):
             Style of each row, if known.
+        look (`str` or `None`):
+            The look in which all images are drawn again, see [`in_look`].
 
     Raises:
         ValueError: if a column is missing or holds something else.
@@ -93,6 +97,7 @@ class CaptionedImageDataset(Dataset):
         _check_types(dataset)
         self.dataset = dataset.cast_column("image", datasets.Image(decode=False))
         self.transform = transform
+        self.look: str | None = None
         codes: dict[str | int, int] = {}
         self.ids = torch.tensor([codes.setdefault(i, len(codes)) for i in dataset["image_id"][:]], dtype=torch.int64)
         self.num_captions = torch.tensor([len(c) for c in dataset["captions"][:]], dtype=torch.int64)
@@ -100,6 +105,16 @@ class CaptionedImageDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def in_look(self, look: str) -> CaptionedImageDataset:
+        """
+        The same data with every image drawn again in a fixed look, see [`~modeling_pico.data.render`]; ValueError for
+        a look that does not exist.
+        """
+        check_looks([look])
+        drawn = copy.copy(self)
+        drawn.look = look
+        return drawn
 
     def count_shared_captions(self) -> int:
         """
@@ -120,6 +135,8 @@ class CaptionedImageDataset(Dataset):
         item = self.dataset[row]
         check_mark(item["image"] and item["image"]["path"])
         image = decode_image(item["image"])
+        if self.look is not None:
+            image = render(image, self.look)
         image_id = int(self.ids[row])
         if not isinstance(key, SampleKey):
             return {"image": image, "captions": item["captions"], "image_id": image_id, "row": row % len(self)}
@@ -173,6 +190,11 @@ def _join(members: Sequence[Any]) -> Any:
     if own := [type(part).__name__ for part in parts if type(part) is not CaptionedImageDataset]:
         raise ValueError(
             f"A Subset or ConcatDataset must be of CaptionedImageDataset or datasets.Dataset, not of {own[0]}."
+        )
+    if looks := [part.look for part in parts if part.look is not None]:
+        raise ValueError(
+            f"A part of a data set is drawn in the look {looks[0]!r}. Take parts of the plain data, and then the look "
+            f"of all: `as_captioned(...).in_look({looks[0]!r})`."
         )
     transforms: list[Transform | None] = []
     for part in parts:
@@ -248,4 +270,16 @@ class RandomCropFlip:
         image = image.resize(image.size, Image.Resampling.BICUBIC, box=box)
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image
+
+
+class Compose:
+    """Several transforms, one after another, which share the generator of a sample."""
+
+    def __init__(self, transforms: Sequence[Transform]) -> None:
+        self.transforms = list(transforms)
+
+    def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
+        for transform in self.transforms:
+            image = transform(image, rng)
         return image

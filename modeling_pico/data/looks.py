@@ -18,7 +18,7 @@ from ..model.image_decoding_pico import decode_image
 # (strokes and cells take the detail away in any case), and before random convolution.
 _FILTERED_SIDE = 256
 _CONVOLVED_SIDE = 384
-_MOSAIC_CELLS = 28
+_MOSAIC_CELLS = 40
 
 
 def _reduced(image: Image.Image, side: int) -> Image.Image:

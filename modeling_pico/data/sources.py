@@ -83,7 +83,7 @@ def load_captioned_images(
     data_files: str | Sequence[str] | dict[str, Any] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
-    on_empty_captions: Literal["error", "skip"] = "error",
+    on_empty_captions: Literal["error", "skip", "keep"] = "error",
 ) -> datasets.Dataset:
     """
     Loads captioned images from any of the sources below into the same columns.
@@ -154,7 +154,7 @@ def load_captioned_images(
         token (`str` or `bool`, *optional*): As that of `load_dataset`.
         on_empty_captions (`str`, *optional*, defaults to `"error"`):
             What becomes of a row whose captions are all empty: `"error"` raises, `"skip"` drops it with a warning, as
-            long as these are at most half of the rows.
+            long as these are at most half of the rows, and `"keep"` leaves it without captions.
 
     Returns:
         `datasets.Dataset`: with the columns `image` (`datasets.Image(decode=False)`, nothing is decoded), `captions`
@@ -165,8 +165,8 @@ def load_captioned_images(
             captions that are no text, ids that are missing, paths that lead elsewhere, or rows without captions. The
             message says how many rows it is about and names the first.
     """
-    if on_empty_captions not in ("error", "skip"):
-        raise ValueError(f"`on_empty_captions` must be 'error' or 'skip', got {on_empty_captions!r}.")
+    if on_empty_captions not in ("error", "skip", "keep"):
+        raise ValueError(f"`on_empty_captions` must be 'error', 'skip' or 'keep', got {on_empty_captions!r}.")
     hub = {"name": config_name, "cache_dir": cache_dir, "revision": revision, "token": token}
     source = _open_source(dataset_name, split, split_column, image_dir, data_files, hub)
     dataset = source.rows.with_format(None)
@@ -191,7 +191,8 @@ def load_captioned_images(
     for row, key in enumerate(keys):
         groups.setdefault((key, ids and ids[row]), []).append(row)
     captions = _clean_captions([[text for row in rows for text in texts[row]] for rows in groups.values()])
-    used = [(rows[0], group) for rows, group in zip(groups.values(), captions, strict=True) if group]
+    keep = on_empty_captions == "keep"
+    used = [(rows[0], group) for rows, group in zip(groups.values(), captions, strict=True) if group or keep]
     if len(used) < len(groups):
         empty = [rows[0] for rows, group in zip(groups.values(), captions, strict=True) if not group]
         problem = f"{len(empty)} of {len(groups)} images have no caption, the first at the rows {empty[:5]}"

@@ -11,6 +11,7 @@ from .retrieval_metrics import (
 )
 from .style_alignment import align_encoded, measure_gallery
 from .style_report import StyleReport, measure_styles
+from .style_stress import StyleStress, measure_style_stress
 from .uncertainty_reranking import (
     RetrievalUncertainty,
     RiskCoverage,
@@ -27,12 +28,14 @@ __all__ = [
     "RetrievalUncertainty",
     "RiskCoverage",
     "StyleReport",
+    "StyleStress",
     "UncertaintyReranking",
     "align_encoded",
     "chance_rsum",
     "folded_retrieval_metrics",
     "learn_reranking",
     "measure_gallery",
+    "measure_style_stress",
     "measure_styles",
     "recall_at_k",
     "retrieval_metrics",

@@ -77,9 +77,9 @@ def cached_embeddings(
 def cache_key(model: PicoModel, loader: DataLoader, precision: str = "no", aligned: bool = False) -> str:
     r"""
     Names an encoded retrieval set by all that its embeddings depend on: the weights of backbones and projections, the
-    options, the precision, images (by their bytes or by name, size and times of their files), captions as they are
-    tokenized, preprocessing, and the code; of an aligned one also styles and the moments of training. Prototypes are
-    not among it, since embeddings are kept unweighted.
+    options, the precision, images (by their bytes or by name, size and times of their files) and the look they are
+    drawn in, captions as they are tokenized, preprocessing, and the code; of an aligned one also styles and the
+    moments of training. Prototypes are not among it, since embeddings are kept unweighted.
     """
     config = model.config
     dataset: Any = loader.dataset
@@ -135,6 +135,7 @@ def describe_images(dataset: CaptionedImageDataset, collator: PicoDataCollator) 
     """Images, by their bytes or by name, size and times of their files, and their preprocessing."""
     image_processor = collator.processor.image_processor
     yield type(image_processor).__name__, _options(image_processor.to_dict())
+    yield dataset.look
     yield from _images(dataset.dataset)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..data import PicoDataCollator, as_captioned
 from ..distributed import own_rows
-from ..markdown import escape_markdown, signed_number
+from ..markdown import markdown_table, number_cell, signed_number
 from ..model.gallery_alignment_pico import MIN_IMAGES
 from ..model.modeling_pico import PicoModel
 from ..model.processing_pico import PicoProcessor
@@ -205,29 +205,24 @@ class StyleReport:
 
     def to_markdown(self) -> str:
         """Two tables, what their columns mean, and the probe."""
-        recalls = {
-            f"{arrow} R@{k}": f"{direction}_recall_at_{k}"
-            for arrow, direction in (("i→t", "image_to_text"), ("t→i", "text_to_image"))
-            for k in RECALL_LEVELS
-        }
         by_style = {
             name: {
                 "Seen": {True: "yes", False: "no", None: "?"}[result.seen],
                 "Images": f"{result.images:,}",
-                **{title: _number(result.retrieval[key]) for title, key in recalls.items()},
-                "rSum": _number(result.retrieval["rsum"]),
-                "Chance": _number(result.chance_rsum),
-                "rSum, equal galleries": _number(result.equal_rsum),
-                "Gap": _number(result.gap, signed_number),
-                "rSum, aligned": _number(result.aligned_rsum),
+                **recall_cells(result.retrieval),
+                "rSum": number_cell(result.retrieval["rsum"]),
+                "Chance": number_cell(result.chance_rsum),
+                "rSum, equal galleries": number_cell(result.equal_rsum),
+                "Gap": number_cell(result.gap, signed_number),
+                "rSum, aligned": number_cell(result.aligned_rsum),
             }
             for name, result in self.styles.items()
         }
         mixed = {
             name: {
-                "Of the gallery": _number(result.gallery_share),
-                "Of the first places": _number(result.top_shares["1"]),
-                "Of the first 10": _number(result.top_shares["10"]),
+                "Of the gallery": number_cell(result.gallery_share),
+                "Of the first places": number_cell(result.top_shares["1"]),
+                "Of the first 10": number_cell(result.top_shares["10"]),
             }
             for name, result in self.styles.items()
         }
@@ -238,9 +233,9 @@ class StyleReport:
             "captions; the gap is the mean of the seen styles there minus an unseen one. Aligned: the rSum after a "
             "style's images have been given, at the outputs of the tower, mean and spread that images of training "
             f"have there; – where the model has none, or the style fewer than {MIN_IMAGES} images.",
-            _table(by_style),
+            markdown_table("Style", by_style),
             "Share of each style in percent when captions are ranked against the images of all styles:",
-            _table(mixed),
+            markdown_table("Style", mixed),
         ]
         if self.probe is not None:
             parts.append(self.probe.sentence())
@@ -318,6 +313,15 @@ def order_styles(styles: Sequence[str] | None, seen_styles: Sequence[str] | None
     return sorted(found, key=lambda style: (style not in (seen_styles or ()), style))
 
 
+def recall_cells(retrieval: Mapping[str, float]) -> dict[str, str]:
+    """Cells of a table, by title: the recalls of [`retrieval_metrics`]."""
+    return {
+        f"{arrow} R@{k}": number_cell(retrieval[f"{direction}_recall_at_{k}"])
+        for arrow, direction in (("i→t", "image_to_text"), ("t→i", "text_to_image"))
+        for k in RECALL_LEVELS
+    }
+
+
 def _rank_style(
     model: PicoModel, encoded: EncodedRetrieval, images: Tensor, texts: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -384,16 +388,4 @@ def _places(scores: Tensor, k: int) -> Tensor:
     return (above + tied * (left / tied.sum(dim=1, keepdim=True))) / k
 
 
-def _table(rows: dict[str, dict[str, str]]) -> str:
-    """One row for each style; the columns are those of the first."""
-    headers = ["Style", *next(iter(rows.values()))]
-    lines = [headers, ["---", *["---:"] * (len(headers) - 1)]]
-    lines += [[escape_markdown(name), *cells.values()] for name, cells in rows.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _number(value: float | None, form: Callable[[float], str] = "{:.1f}".format) -> str:
-    return "–" if value is None else form(value)
-
-
-__all__ = ["StyleReport", "StyleRetrieval", "measure_styles", "order_styles"]
+__all__ = ["StyleReport", "StyleRetrieval", "measure_styles", "order_styles", "recall_cells"]

@@ -39,6 +39,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Where PIL finds the orientation.
+_TURN_TAGS = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
 
 
 class BadImageError(ValueError):
@@ -190,7 +192,8 @@ def _upright(image: Image.Image) -> Image.Image:
     if turn is None:
         return image
     turned = image.transpose(turn)
-    turned.info = image.info  # says which colour is transparent
+    # It says which colour is transparent; the turn is done, and must not be done again.
+    turned.info = {name: value for name, value in image.info.items() if name not in _TURN_TAGS}
     return turned
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from types import NoneType
 from typing import Any, get_args
 
+from ..data.looks import LOOKS, check_looks
 from ..model.configuration_cdds import CddsConfig
 from ..model.configuration_pico import CHOICES, PICO_LITERAL, PicoConfig
 from ..model.modeling_cdds import CddsModel
@@ -175,6 +176,17 @@ class DataArguments:
     seen_styles: list[str] | None = option_field(
         None, "Styles that training has shown, for the style report (default: those that this run trains on)"
     )
+    style_stress: list[str] | None = option_field(
+        None,
+        "With --do_predict: also draw the images of the test splits again in these looks, and report what each costs "
+        "(style_stress.json, style_stress.md).",
+        choices=[*LOOKS, "all"],
+    )
+    caption_style_columns: list[str] | None = option_field(
+        None,
+        "With --do_predict: other columns of captions that ask in place of the plain ones, compared with as many of "
+        "these (style_stress.json, style_stress.md).",
+    )
     image_dir: str | None = option_field(None, "Folder that image paths are relative to (default: that of the data)")
     cache_dir: str | None = option_field(None, "Cache folder of downloaded data (default: that of datasets)")
     max_train_samples: int | None = option_field(None, "Use the first images only (default: all)")
@@ -191,6 +203,9 @@ class DataArguments:
     preprocessing_num_workers: int | None = option_field(None, "Processes that check images (default: this one alone)")
     min_crop_scale: float = option_field(1.0, "Smallest area of random training crops; 1 is off.")
     random_flip: bool = option_field(False, "Mirror half of the training images.")
+    style_augmentation: float = option_field(
+        0.0, "Share of the training images that are drawn again in a random style, each anew; 0 is off."
+    )
     plots: bool = option_field(True, "Draw pictures of the run into output_dir/plots, if matplotlib is installed.")
 
     def __post_init__(self) -> None:
@@ -198,6 +213,9 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None:
                 Range(1).check(name, value)
+        Range(0.0, 1.0).check("style_augmentation", self.style_augmentation)
+        if self.style_stress is not None:
+            self.style_stress = check_looks(LOOKS if "all" in self.style_stress else self.style_stress)
         if self.seen_styles is not None and not self.style_report:
             raise ValueError("--seen_styles is for the style report; give --style_report true as well.")
 

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from datasets import concatenate_datasets
+import datasets
 from datasets.utils import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..data import (
     CaptionedImageDataset,
+    Compose,
     RandomCropFlip,
+    RandomStyle,
     check_distinct,
     check_images,
     load_captioned_images,
 )
+from ..data.dataset import Transform
+from ..data.images import image_keys
 from ..distributed import gather_object
 from ..evaluation.style_report import order_styles
+from ..evaluation.style_stress import check_stress
 from ..model.gallery_alignment_pico import check_sizes
 from ..training.arguments import PicoTrainingArguments
 from .arguments import DataArguments
@@ -41,6 +46,9 @@ class Data:
             galleries are moved.
         styled ([`CaptionedImageDataset`] or `None`): All test splits together, for the style report.
         seen_styles (`list[str]` or `None`): The styles among them that training has shown, if known.
+        looks (`list[str]`): Looks of the stress test of the test splits.
+        caption_styles (`dict[str, dict[str, list[list[str]]]]`):
+            Captions of the stress test, by test split and column, a list for each row.
     """
 
     train: CaptionedImageDataset | None
@@ -49,6 +57,8 @@ class Data:
     reference: CaptionedImageDataset | None = None
     styled: CaptionedImageDataset | None = None
     seen_styles: list[str] | None = None
+    looks: list[str] = field(default_factory=list)
+    caption_styles: dict[str, dict[str, list[list[str]]]] = field(default_factory=dict)
 
     def by_name(self, data_args: DataArguments) -> dict[str, CaptionedImageDataset]:
         """All splits under their own names."""
@@ -70,12 +80,16 @@ def check_data_arguments(data_args: DataArguments, training_args: PicoTrainingAr
         raise ValueError("Nothing to do: give --do_train, --do_eval or --do_predict.")
     if data_args.style_report and not training_args.do_predict:
         raise ValueError("--style_report reports on the test splits; give --do_predict as well.")
+    stressed = [f"--{name}" for name in ("style_stress", "caption_style_columns") if getattr(data_args, name)]
+    if stressed and not training_args.do_predict:
+        raise ValueError(f"{stressed[0]} reports on the test splits; give --do_predict as well.")
     # Metrics are named by their split, and so are the files that hold them.
     own = {
         "train": training_args.do_train,
         "eval": training_args.do_eval,
         "reranking": training_args.uncertainty_reranking,
         "style": data_args.style_report,
+        "style_stress": bool(stressed),
         "all": True,
     }
     taken = [name for name in data_args.test_split if own.get(name)] if training_args.do_predict else []
@@ -107,9 +121,7 @@ def load_data(
     needs_feedback = training_args.do_train and training_args.feedback_needs_validation and uses_prototypes
     with training_args.main_process_first(desc="loading data"):
         if training_args.do_train:
-            transform = None
-            if data_args.min_crop_scale != 1 or data_args.random_flip:
-                transform = RandomCropFlip(data_args.min_crop_scale, data_args.random_flip)
+            transform = augmentation(data_args)
             train = _load_split(data_args.train_split, data_args, data_args.max_train_samples, transform)
         if training_args.do_eval or needs_feedback or training_args.uncertainty_reranking:
             evaluation = _load_split(data_args.eval_split, data_args, data_args.max_eval_samples)
@@ -122,8 +134,15 @@ def load_data(
             reference = _load_split(data_args.train_split, data_args, data_args.max_train_samples)
         data = Data(train, evaluation, tests, reference)
         check_distinct({name: split.dataset for name, split in data.by_name(data_args).items()})
+        data.looks = data_args.style_stress or []
+        data.caption_styles = {split: _caption_styles(split, rows, data_args) for split, rows in tests.items()}
+        if data.looks or data_args.caption_style_columns:
+            for split, rows in tests.items():
+                check_stress(rows, data.looks, data.caption_styles[split])
         if data_args.style_report:
-            data.styled = CaptionedImageDataset(concatenate_datasets([split.dataset for split in tests.values()]))
+            data.styled = CaptionedImageDataset(
+                datasets.concatenate_datasets([split.dataset for split in tests.values()])
+            )
             data.seen_styles = _seen_styles(data, data_args.seen_styles)
             order_styles(data.styled.styles, data.seen_styles)  # what cannot be reported is refused before training
     if training_args.align_gallery:
@@ -142,6 +161,16 @@ def _check_galleries(data: Data, data_args: DataArguments, training_args: PicoTr
     for reference in (data.train, data.reference):
         if reference is not None:
             check_sizes({None: len(reference)}, f"split {data_args.train_split!r}")
+
+
+def augmentation(data_args: DataArguments) -> Transform | None:
+    """What becomes of the training images; None where they stay as they are."""
+    transforms: list[Transform] = []
+    if data_args.min_crop_scale != 1 or data_args.random_flip:
+        transforms.append(RandomCropFlip(data_args.min_crop_scale, data_args.random_flip))
+    if data_args.style_augmentation:
+        transforms.append(RandomStyle(data_args.style_augmentation))
+    return Compose(transforms) if transforms else None
 
 
 def check_processes(splits: dict[str, CaptionedImageDataset]) -> None:
@@ -178,8 +207,14 @@ def _load_split(
 ) -> CaptionedImageDataset:
     """Loads one split, checks its images, and cuts it to `limit` rows."""
     on_bad_image: Any = data_args.on_bad_image
-    on_empty_captions: Any = data_args.on_empty_captions
-    dataset = load_captioned_images(
+    dataset = _load_rows(split, data_args, data_args.on_empty_captions)
+    if limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    return CaptionedImageDataset(check_images(dataset, on_bad_image, data_args.preprocessing_num_workers), transform)
+
+
+def _load_rows(split: str, data_args: DataArguments, on_empty_captions: Any) -> datasets.Dataset:
+    return load_captioned_images(
         data_args.dataset_name,
         split=split,
         image_column=data_args.image_column,
@@ -193,9 +228,22 @@ def _load_split(
         revision=data_args.dataset_revision,
         on_empty_captions=on_empty_captions,
     )
-    if limit is not None:
-        dataset = dataset.select(range(min(limit, len(dataset))))
-    return CaptionedImageDataset(check_images(dataset, on_bad_image, data_args.preprocessing_num_workers), transform)
+
+
+def _caption_styles(
+    split: str, dataset: CaptionedImageDataset, data_args: DataArguments
+) -> dict[str, list[list[str]]]:
+    """By column of `--caption_style_columns`, a list of captions for each row of a split, empty where it has none."""
+
+    def names(rows: datasets.Dataset) -> list[Any]:
+        return list(zip(image_keys(rows.select_columns("image")), rows["image_id"][:], strict=True))
+
+    found = {}
+    for column in data_args.caption_style_columns or ():
+        rows = _load_rows(split, replace(data_args, caption_column=[column]), "keep")
+        captions = dict(zip(names(rows), rows["captions"][:], strict=True))
+        found[column] = [captions[name] for name in names(dataset.dataset)]
+    return found
 
 
 def _seen_styles(data: Data, given: list[str] | None) -> list[str] | None:
@@ -210,4 +258,4 @@ def _seen_styles(data: Data, given: list[str] | None) -> list[str] | None:
     return sorted(set(data.train.styles) & set(data.styled.styles))  # type: ignore[union-attr, arg-type]
 
 
-__all__ = ["Data", "check_data_arguments", "check_processes", "load_data", "report_truncation"]
+__all__ = ["Data", "augmentation", "check_data_arguments", "check_processes", "load_data", "report_truncation"]

@@ -27,6 +27,7 @@ from ..evaluation.embedding_cache import cached_embeddings
 from ..evaluation.evaluator import EncodedRetrieval, RetrievalEvaluator
 from ..evaluation.style_alignment import align_encoded, measure_gallery
 from ..evaluation.style_report import StyleReport
+from ..evaluation.style_stress import Captions, StyleStress, can_align, encode_images
 from ..evaluation.uncertainty_reranking import RetrievalUncertainty, learn_reranking
 from ..model.backbones_pico import limit_text_length
 from ..model.gallery_alignment_pico import MIN_IMAGES, spread_rows
@@ -647,6 +648,33 @@ class PicoTrainer(DurableTrainer):
             )
 
         return self._cached(dataloader, align, aligned=True)
+
+    def measure_style_stress(
+        self, dataset: Dataset | datasets.Dataset, looks: Sequence[str] = (), captions: Captions | None = None
+    ) -> StyleStress:
+        """As [`~modeling_pico.measure_style_stress`], in the precision and on the processes of this trainer."""
+
+        def images(data: CaptionedImageDataset) -> tuple[torch.Tensor, torch.Tensor]:
+            loader = self._eval_loader(data)
+            model, num_batches = self._evaluated_model(loader)
+            return encode_images(model, loader, num_batches)
+
+        def align(data: CaptionedImageDataset, encoded: EncodedRetrieval) -> EncodedRetrieval:
+            return self._align(self._eval_loader(data), encoded, leave_small=True)
+
+        captioned: Any = as_captioned(dataset)
+        stress = StyleStress.measure(
+            self._pico_model(),
+            captioned,
+            looks,
+            captions,
+            encode=lambda data: self._encode(self._eval_loader(data)),
+            encode_images=images,
+            align=align if can_align(self._pico_model(), captioned) else None,
+            evaluator=self.evaluator,
+        )
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, stress.metrics())
+        return stress
 
     def _encode(self, dataloader: DataLoader) -> EncodedRetrieval:
         model, num_batches = self._evaluated_model(dataloader)

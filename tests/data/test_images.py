@@ -53,6 +53,15 @@ def test_exif_orientation():
     assert decoded.getpixel((1, 0)) == (255, 0, 0)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_a_decoded_image_is_not_turned_again(kind):
+    """The processor decodes what a data set gives, which is decoded already."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    decoded = decode_bytes(encode(Image.new("RGB", (4, 2), "white"), kind, exif=exif))
+    assert decoded.size == decode_image(decoded).size == (2, 4)
+
+
 def test_transparency_is_laid_on_white():
     picture = Image.new("RGBA", (3, 1), (0, 0, 0, 0))
     picture.putpixel((1, 0), (0, 0, 255, 255))

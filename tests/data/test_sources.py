@@ -438,7 +438,8 @@ def test_rows_without_captions(load_rows, warnings_of):
         load_rows(rows, on_empty_captions="skip")
     assert load_rows(rows[:2], on_empty_captions="skip")["captions"][:] == [["x"]]
     assert any("1 of 2 images have no caption" in message for message in messages)
-    with pytest.raises(ValueError, match="'error' or 'skip', got 'maybe'"):
+    assert load_rows(rows, on_empty_captions="keep")["captions"][:] == [["x"], [], []]
+    with pytest.raises(ValueError, match="'error', 'skip' or 'keep', got 'maybe'"):
         load_rows(rows, on_empty_captions="maybe")
 
 

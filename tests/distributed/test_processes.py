@@ -154,6 +154,9 @@ def evaluations(made: PicoTrainer) -> dict[str, Any]:
     predicted = scores(made)
     made.eval_dataset.styles = ["ink", "oil", "oil"] * 3
     styles = made.measure_styles(made.eval_dataset, ["ink"]).metrics()
+    # The captions in another style all lie with one process.
+    told = [["red left", "green left"]] * 3 + [[]] * (len(made.eval_dataset) - 3)
+    stress = made.measure_style_stress(made.eval_dataset, ["gray", "negative"], {"told": told}).metrics()
     # Folds, tiles and batches of the loss that end within a process's images; one process has none of the first fold.
     made.evaluator = RetrievalEvaluator(num_folds=3, loss_batch_size=3, image_chunk=2, text_chunk=5)
     encoded = made._encode(made.get_eval_dataloader())
@@ -167,6 +170,7 @@ def evaluations(made: PicoTrainer) -> dict[str, Any]:
         "uncertainty": uncertainty and (uncertainty.images, uncertainty.texts),
         "reranking": (learned, reranking),
         "styles": styles,
+        "stress": stress,
         **predicted,
     }
 
@@ -288,7 +292,8 @@ def test_evaluation_of_an_odd_set_is_that_of_one_process(one_and_two, training):
     assert torch.equal(first["scores"], second["scores"])
     torch.testing.assert_close(first["scores"], alone["scores"], rtol=0, atol=1e-4)
     assert first["evaluation"] == second["evaluation"] == pytest.approx(alone["evaluation"], abs=1e-4)
-    assert first["styles"] == second["styles"] == pytest.approx(alone["styles"], abs=1e-4)
+    for numbers in ("styles", "stress"):
+        assert first[numbers] == second[numbers] == pytest.approx(alone[numbers], abs=1e-4)
     # Folds that the processes share are those of the full matrix.
     assert first["folds"] == second["folds"] == pytest.approx(alone["folds"], abs=1e-4)
     expected = folded_retrieval_metrics(alone["scores"], *alone["eval_ids"], num_folds=3)
@@ -349,7 +354,7 @@ def test_one_two_and_four_processes_train_and_measure_alike(results_of, training
         assert_close(rank["state"], ranks[0]["state"], 0.0)
         assert_close(rank["state"], alone["state"], 1e-4)
         assert_same_log(rank["log"], alone["log"])
-        for numbers in ("evaluation", "folds", "styles"):
+        for numbers in ("evaluation", "folds", "styles", "stress"):
             assert rank[numbers] == pytest.approx(alone[numbers], abs=1e-4)
     assert all(tensor.isfinite().all() for tensor in ranks[0]["state"].values())
 
