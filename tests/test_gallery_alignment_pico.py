@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, ResNetConfig
 
-from modeling_pico import GalleryAlignment, PicoModel
+from modeling_pico import GalleryAlignment, PicoConfig, PicoModel
 from modeling_pico.model.gallery_alignment_pico import (
     MIN_IMAGES,
     FeatureMoments,
     ImageMoments,
     check_sizes,
     measure_galleries,
+    moved_layers,
     spread_rows,
 )
 from modeling_pico.model.modeling_pico import TokenStates
@@ -296,3 +300,118 @@ def test_what_is_no_batch_is_refused(tiny_model):
             model.fit_alignment(wrong)
     with pytest.raises(ValueError, match="no moments of training"):
         model.align([])
+
+
+# Before batch normalisation
+
+
+@pytest.fixture
+def with_batch_norm() -> PicoModel:
+    """A convolutional tower whose statistics of pretraining are those of other images."""
+    torch.manual_seed(0)
+    vision = ResNetConfig(
+        num_channels=3, embedding_size=6, hidden_sizes=[6, 8], depths=[1, 1], layer_type="basic", hidden_act="relu"
+    )
+    text = BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    model = PicoModel(PicoConfig(vision_config=vision, text_config=text, embedding_dim=4)).eval()
+    for layer in moved_layers(model.vision_model).values():
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 2)
+    return model
+
+
+def given_to_layers(model: PicoModel, images: torch.Tensor, **options) -> dict[str, FeatureMoments]:
+    """Moments of what each layer of batch normalisation is given, and of what the tower gives."""
+    found: dict[str, FeatureMoments] = {}
+
+    def measure(name, layer, inputs, output) -> None:
+        found[name] = FeatureMoments.of(*inputs)
+
+    layers = moved_layers(model.vision_model)
+    # After the layer: its inputs as they have been moved.
+    hooks = [layer.register_forward_hook(partial(measure, name)) for name, layer in layers.items()]
+    with torch.no_grad():
+        states = model(pixel_values=images, return_states=True, **options).image_states.states
+    for hook in hooks:
+        hook.remove()
+    return {**found, "outputs": FeatureMoments.of(states.flatten(0, 1))}
+
+
+def assert_same_moments(found: dict[str, FeatureMoments], wanted: dict[str, FeatureMoments]) -> None:
+    assert found.keys() == wanted.keys() and len(found) > 5
+    for name, moments in wanted.items():
+        torch.testing.assert_close(found[name].mean, moments.mean, rtol=1e-4, atol=1e-4, msg=name)
+        torch.testing.assert_close(found[name].std, moments.std, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_every_layer_of_batch_normalisation_is_given_the_moments_of_training(with_batch_norm):
+    known, gallery = pictures(50, 1), pictures(40, 2)
+    with_batch_norm.fit_alignment([{"pixel_values": known}])
+    wanted = given_to_layers(with_batch_norm, known)
+    plain = given_to_layers(with_batch_norm, gallery)
+    assert all((plain[name].mean - moments.mean).abs().max() > 0.01 for name, moments in wanted.items())
+    alignment = with_batch_norm.align([{"pixel_values": gallery}])
+    assert alignment.layers.keys() == wanted.keys() - {"outputs"}
+    assert_same_moments(given_to_layers(with_batch_norm, gallery, image_alignment=alignment), wanted)
+    # Afterwards the tower is as before.
+    assert_same_moments(given_to_layers(with_batch_norm, gallery), plain)
+    # Images of training stay where they are.
+    same = with_batch_norm.align([{"pixel_values": known}])
+    with torch.no_grad():
+        moved = with_batch_norm.get_image_features(known, alignment=same).embeds
+        torch.testing.assert_close(moved, with_batch_norm.get_image_features(known).embeds, rtol=0, atol=1e-4)
+
+
+def test_each_style_is_moved_by_itself_in_layers_too(with_batch_norm):
+    known, ink, oil = pictures(50, 1), pictures(40, 2), pictures(40, 3)
+    with_batch_norm.fit_alignment([{"pixel_values": known}])
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(0))
+    mixed, styles = torch.cat([ink, oil])[order], [["ink", "oil"][row // 40] for row in order.tolist()]
+    alignment = with_batch_norm.align([{"pixel_values": mixed}], styles)
+    with torch.no_grad():
+        found = with_batch_norm.get_image_features(mixed, alignment=alignment.for_images(styles)).embeds
+        for style in ("ink", "oil"):
+            rows = torch.tensor([other == style for other in styles])
+            alone = with_batch_norm.align([{"pixel_values": mixed[rows]}])
+            wanted = with_batch_norm.get_image_features(mixed[rows], alignment=alone).embeds
+            torch.testing.assert_close(found[rows], wanted, rtol=0, atol=1e-4)
+
+
+def test_batches_of_a_gallery_are_moved_by_all_that_came_before(with_batch_norm):
+    known, gallery = pictures(50, 1), pictures(160, 2)
+    with_batch_norm.fit_alignment([{"pixel_values": part} for part in known.split(9)])
+    whole = with_batch_norm.align([{"pixel_values": gallery}])
+    parts = with_batch_norm.align([{"pixel_values": part} for part in gallery.split(40)])
+    first = next(iter(whole.layers))
+    for found, wanted in zip(parts.layers[first], whole.layers[first], strict=True):
+        torch.testing.assert_close(found, wanted)  # before any layer is moved it does not matter
+    with torch.no_grad():
+        one, other = (with_batch_norm.get_image_features(gallery, alignment=way).embeds for way in (whole, parts))
+    assert (one * other).sum(dim=-1).mean() > 0.99
+
+
+def test_moments_of_layers_are_saved_and_kept_states_do_without(with_batch_norm, tmp_path):
+    known, gallery = pictures(50, 1), pictures(40, 2)
+    with_batch_norm.fit_alignment([{"pixel_values": known}])
+    with_batch_norm.save_pretrained(tmp_path)
+    loaded = PicoModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded.image_moments.layer_std, with_batch_norm.image_moments.layer_std)
+    assert loaded.image_moments.has_layers
+    with torch.no_grad():
+        kept = {"image_states": loaded.get_image_states(gallery).states}
+        alignment = loaded.align([kept])
+        assert not alignment.layers and loaded(**kept, image_alignment=alignment).image_embeds is not None
+        with pytest.raises(ValueError, match="do not run where `image_states` are given"):
+            loaded(**kept, image_alignment=loaded.align([{"pixel_values": gallery}]))
+    # Moments that were taken of kept states know nothing of layers.
+    loaded.fit_alignment([{"image_states": with_batch_norm.get_image_states(known).states.detach()}])
+    assert not loaded.image_moments.has_layers and not loaded.align([{"pixel_values": gallery}]).layers
+
+
+def test_layers_that_do_not_run_are_not_passed_over(with_batch_norm):
+    with_batch_norm.fit_alignment([{"pixel_values": pictures(50, 1)}])
+    alignment = with_batch_norm.align([{"pixel_values": pictures(40, 2)}])
+    with_batch_norm.vision_model.add_module("unused", torch.nn.BatchNorm2d(3))
+    alignment.layers["unused"] = torch.ones(1, 3), torch.zeros(1, 3)
+    with pytest.raises(ValueError, match="layers of the tower that do not run here"):
+        with_batch_norm.get_image_features(pictures(4, 2), alignment=alignment)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..distributed import gather_object
-from ..model.gallery_alignment_pico import GalleryMoments, ImageMoments, measure_galleries
-from ..model.modeling_pico import PicoOutput, image_inputs
+from ..model.gallery_alignment_pico import GalleryMoments, ImageMoments, measure_galleries, moved_layers
+from ..model.modeling_pico import PicoModel, PicoOutput, image_inputs
 from .evaluator import EncodedRetrieval, concatenate_padded
 
 
@@ -20,15 +20,21 @@ Batches = Iterable[Mapping[str, Any]]
 
 @torch.no_grad()
 def measure_gallery(
-    model: nn.Module, batches: Batches, styles: Sequence[str] | None = None, num_batches: int | None = None
+    model: nn.Module,
+    batches: Batches,
+    styles: Sequence[str] | None = None,
+    target: ImageMoments | None = None,
+    num_batches: int | None = None,
 ) -> dict[str | None, GalleryMoments]:
     r"""
-    Moments of the images of all processes at the outputs of the tower, of each style by itself where there are some.
+    Moments of the images of all processes at the outputs of the tower and before its batch normalisation, of each
+    style by itself where there are some.
 
     Args:
         model (`nn.Module`): A [`PicoModel`], or one wrapped for distributed use.
         batches (iterable of `dict`): This process's images, as in [`RetrievalEvaluator.encode`].
         styles (`Sequence[str]`, *optional*): The style of each of them.
+        target ([`ImageMoments`], *optional*): Where they are to be moved, see [`measure_galleries`].
         num_batches (`int`, *optional*): Batches of the longest block, as in [`RetrievalEvaluator.encode`].
 
     Returns:
@@ -37,7 +43,8 @@ def measure_gallery(
     """
     states = (outputs.image_states for outputs in _run(model, batches, num_batches, return_states=True))
     found: dict[str | None, GalleryMoments] = {}
-    for own in gather_object([measure_galleries(states, styles)]):
+    layers = moved_layers(_pico_model(model).vision_model)
+    for own in gather_object([measure_galleries(states, styles, layers, target)]):
         for label, moments in own.items():
             found[label] = found[label].merge(moments) if label in found else moments
     return found
@@ -50,7 +57,6 @@ def align_encoded(
     batches: Batches,
     styles: Sequence[str] | None = None,
     *,
-    moments: ImageMoments | None = None,
     leave_small: bool = False,
     num_batches: int | None = None,
 ) -> EncodedRetrieval:
@@ -67,7 +73,6 @@ def align_encoded(
         styles (`Sequence[str]`, *optional*):
             The style of each image of all processes, in order; each style is moved by itself. By default all images
             are one gallery, which should have one look.
-        moments ([`ImageMoments`], *optional*): Those of the model, by default; to be given of a wrapped one.
         leave_small (`bool`, *optional*, defaults to `False`):
             Whether styles with too few images stay where they are; else they are refused.
         num_batches (`int`, *optional*): Batches of the longest block, as in [`RetrievalEvaluator.encode`].
@@ -89,16 +94,14 @@ def align_encoded(
     """
     if isinstance(batches, Iterator):
         raise ValueError("Batches are gone through twice; give a DataLoader or a list, not an iterator.")
-    if moments is None:
-        moments = model.image_moments  # type: ignore[assignment]
-    assert isinstance(moments, ImageMoments)
+    moments = _pico_model(model).image_moments
     moments.check_fitted()
     if styles is not None and len(styles) != len(encoded.image_ids):
         raise ValueError(f"There are {len(styles)} styles for {len(encoded.image_ids)} images.")
     first, count = encoded.first_image(), len(encoded.image_tokens)
     own = None if styles is None else styles[first : first + count]
     model.eval()
-    alignment = moments.align(measure_gallery(model, batches, own, num_batches), leave_small)
+    alignment = moments.align(measure_gallery(model, batches, own, moments, num_batches), leave_small)
 
     def alignments() -> Iterator[dict[str, Any]]:
         start = 0
@@ -113,6 +116,11 @@ def align_encoded(
     if len(tokens) != count:
         raise ValueError(f"The batches have {len(tokens)} images, but the encoded set has {count}.")
     return replace(encoded, image_tokens=tokens.to(encoded.image_tokens.dtype), image_mask=mask)
+
+
+def _pico_model(model: nn.Module) -> PicoModel:
+    """The model itself, or the one that is wrapped."""
+    return next(module for module in model.modules() if isinstance(module, PicoModel))
 
 
 def _run(model: nn.Module, batches: Batches, num_batches: int | None, **options: Any) -> Iterator[PicoOutput]:

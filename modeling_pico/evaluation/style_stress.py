@@ -22,7 +22,7 @@ from ..data.looks import check_looks
 from ..distributed import own_rows
 from ..markdown import markdown_table, number_cell, signed_number
 from ..model.gallery_alignment_pico import MIN_IMAGES
-from ..model.modeling_pico import PicoModel
+from ..model.modeling_pico import PicoModel, image_inputs
 from ..model.processing_pico import PicoProcessor
 from .evaluator import EncodedRetrieval, RetrievalEvaluator, concatenate_padded
 from .retrieval_metrics import chance_rsum
@@ -309,7 +309,7 @@ def encode_images(
     encoded: list[tuple[Tensor, Tensor]] = []
     inputs: dict[str, Any] = {}
     for batch in batches:
-        inputs = {name: batch[name].to(device) for name in batch.keys() & _IMAGE_INPUTS}
+        inputs = image_inputs(batch, device)
         outputs = model(**inputs, return_logits=False)
         encoded.append((outputs.image_tokens, outputs.image_mask))
     # As in [`encode_batches`]: sharded models run equally often on all processes.
@@ -317,10 +317,6 @@ def encode_images(
         model(**inputs, return_logits=False)
     tokens, mask = (concatenate_padded(parts) for parts in zip(*encoded, strict=True))
     return tokens, mask
-
-
-# What a batch gives the image side of [`PicoModel`].
-_IMAGE_INPUTS = {"pixel_values", "image_states", "image_class_state"}
 
 
 def check_stress(dataset: Any, looks: Sequence[str], captions: Captions | None) -> None:

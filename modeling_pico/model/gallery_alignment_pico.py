@@ -1,14 +1,21 @@
 """
 Gallery alignment: images of one look are moved to the mean and spread that images of training have, at the outputs of
-the image tower.
+the image tower and before each of its layers of batch normalisation.
+
+These layers take the mean and spread of training for granted. Replacing them by those of the new images is known as
+AdaBN (arXiv 1603.04779); here the images get those of *training*, of the same tower on other data than it was
+pretrained on, so that images of training stay where they are *(ours)*.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 # With fewer images, what they happen to show would be moved as well as how they look (docs/robustness.md).
@@ -36,12 +43,13 @@ class FeatureMoments:
 
     @classmethod
     def of(cls, values: torch.Tensor) -> "FeatureMoments":
-        """Those of `(values, features)`."""
-        if not len(values):
+        """Those of `(values, features, ...)`: of maps, over all their positions."""
+        count = values.numel() // values.shape[1]
+        if not count:
             nothing = torch.zeros(values.shape[1], dtype=torch.float64)
             return cls(0, nothing, nothing)
-        variance, mean = torch.var_mean(values.float(), dim=0, correction=0)
-        return cls(len(values), mean.cpu().double(), variance.cpu().double() * len(values))
+        variance, mean = torch.var_mean(values.float(), dim=[0, *range(2, values.dim())], correction=0)
+        return cls(count, mean.cpu().double(), variance.cpu().double() * count)
 
     def merge(self, other: "FeatureMoments") -> "FeatureMoments":
         """Those of both together, by distances from means: a difference of large squares would lose all digits."""
@@ -66,11 +74,13 @@ class GalleryMoments:
         images (`int`): How many they were.
         tokens ([`FeatureMoments`]): Over all tokens of all images.
         class_state ([`FeatureMoments`], *optional*): Over the states of their class tokens.
+        layers (`dict[str, FeatureMoments]`): Over what layers of the tower are given, by name.
     """
 
     images: int
     tokens: FeatureMoments
     class_state: FeatureMoments | None = None
+    layers: dict[str, FeatureMoments] = field(default_factory=dict)
 
     @classmethod
     def of(cls, states: Any) -> "GalleryMoments":
@@ -83,41 +93,99 @@ class GalleryMoments:
         both = None
         if self.class_state is not None and other.class_state is not None:
             both = self.class_state.merge(other.class_state)
-        return GalleryMoments(self.images + other.images, self.tokens.merge(other.tokens), both)
+        layers = {name: own.merge(other.layers[name]) for name, own in self.layers.items() if name in other.layers}
+        return GalleryMoments(self.images + other.images, self.tokens.merge(other.tokens), both, layers)
 
 
 # By style; of a gallery without styles under None.
 Galleries = Mapping[str | None, GalleryMoments]
 
 
-def measure_galleries(states: Iterable[Any], styles: Sequence[str] | None = None) -> dict[str | None, GalleryMoments]:
+def moved_layers(tower: nn.Module) -> dict[str, _BatchNorm]:
+    """The layers of a tower whose inputs are moved too, by name: its batch normalisation, of which many have none."""
+    return {name: layer for name, layer in tower.named_modules() if isinstance(layer, _BatchNorm)}
+
+
+def measure_galleries(
+    states: Iterable[Any],
+    styles: Sequence[str] | None = None,
+    layers: Mapping[str, nn.Module] | None = None,
+    target: "ImageMoments | None" = None,
+) -> dict[str | None, GalleryMoments]:
     """
     Moments of a gallery, of each of its styles by itself where there are some. Nothing of a batch is kept.
 
     Args:
         states (iterable of [`TokenStates`]): What the image tower gives, batch by batch.
         styles (`Sequence[str]`, *optional*): The style of each image, in the same order.
+        layers (`dict[str, nn.Module]`, *optional*):
+            Those of [`moved_layers`], of a tower that runs when the next batch of `states` is asked for.
+        target ([`ImageMoments`], *optional*):
+            Where the gallery is to be moved: what a layer is given is moved at once, by the images so far, because it
+            decides what later layers are given.
 
     Raises:
         ValueError: if there is not one style for each image.
     """
     found: dict[str | None, GalleryMoments] = {}
+    of_layers: dict[str | None, dict[str, FeatureMoments]] = {}
+    passing: dict[str | None, dict[str, FeatureMoments]] = {}  # with the batch that is in the tower
     images = 0
-    for batch in states:
-        start, images = images, images + len(batch.states)
-        labels = [None] * len(batch.states) if styles is None else list(styles[start:images])
-        if len(labels) < len(batch.states):
-            raise ValueError(f"There must be one style for each image, but there are {len(labels) + start} styles.")
-        for label in dict.fromkeys(labels):
-            rows = torch.tensor([other == label for other in labels], device=batch.states.device)
-            class_state = None if batch.class_state is None else batch.class_state[rows]
-            own = GalleryMoments.of(
-                batch._replace(states=batch.states[rows], mask=batch.mask[rows], class_state=class_state)
-            )
-            found[label] = own if label not in found else found[label].merge(own)
+
+    def rows_of(start: int, count: int) -> dict[str | None, list[int]]:
+        rows: dict[str | None, list[int]] = {}
+        for row in range(count):
+            # A process that runs its last batch again, for the others, has no styles left.
+            label = None if styles is None else styles[min(start + row, len(styles) - 1)]
+            rows.setdefault(label, []).append(row)
+        return rows
+
+    def measure(name: str, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
+        values, *others = inputs
+        moved = values
+        for label, rows in rows_of(images, len(values)).items():
+            own = FeatureMoments.of(values[rows])
+            known = of_layers.get(label, {}).get(name)
+            passing.setdefault(label, {})[name] = own = own if known is None else known.merge(own)
+            if target is not None and target.layer_std is not None:
+                scale, shift = _map(own, *target.of_layer(name))
+                part = _moved(values[rows], scale[None].to(values.device), shift[None].to(values.device))
+                moved = part if len(rows) == len(values) else moved.index_copy(0, _index(rows, values), part)
+        return (moved, *others)
+
+    hooks = [layer.register_forward_pre_hook(partial(measure, name)) for name, layer in (layers or {}).items()]
+    try:
+        for batch in states:
+            start, images = images, images + len(batch.states)
+            if styles is not None and images > len(styles):
+                raise ValueError(f"There must be one style for each image, but there are {len(styles)} styles.")
+            for label, rows in rows_of(start, len(batch.states)).items():
+                class_state = None if batch.class_state is None else batch.class_state[rows]
+                own = GalleryMoments.of(
+                    batch._replace(states=batch.states[rows], mask=batch.mask[rows], class_state=class_state)
+                )
+                found[label] = own if label not in found else found[label].merge(own)
+            for label, moments in passing.items():
+                of_layers.setdefault(label, {}).update(moments)
+            passing.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
     if styles is not None and images != len(styles):
         raise ValueError(f"There must be one style for each image, but there are {len(styles)} for {images} images.")
+    for label, layer_moments in of_layers.items():
+        found[label].layers = layer_moments
     return found
+
+
+def _index(rows: list[int], values: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(rows, device=values.device)
+
+
+def _moved(values: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """`(batch, features, ...)` times `scale` plus `shift`, both `(1 or batch, features)`; in float32 in between."""
+    shape = (*scale.shape, *[1] * (values.dim() - 2))
+    return (values.float() * scale.view(shape) + shift.view(shape)).to(values.dtype)
 
 
 def spread_rows(styles: Sequence[str | None], most: int = MAX_IMAGES) -> list[int]:
@@ -156,6 +224,8 @@ class GalleryAlignment:
             The same of the class token, whose state is not distributed as those of the patches are.
         styles (`tuple[str, ...]`, *optional*):
             What the rows are for; None if the one row is for all images, or each row for an image of its own.
+        layers (`dict[str, tuple[torch.Tensor, torch.Tensor]]`):
+            Scale and shift of what layers of the tower are given, by name, each of shape `(styles, features)`.
     """
 
     scale: torch.Tensor
@@ -163,11 +233,11 @@ class GalleryAlignment:
     class_scale: torch.Tensor | None = None
     class_shift: torch.Tensor | None = None
     styles: tuple[str, ...] | None = None
+    layers: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> "GalleryAlignment":
         """The same on another device."""
-        moved = {name: value.to(device) for name, value in self._tensors().items()}
-        return GalleryAlignment(**moved, styles=self.styles)
+        return self._each(lambda value: value.to(device), self.styles)
 
     def for_images(self, styles: Sequence[str] | None) -> "GalleryAlignment":
         """
@@ -188,7 +258,7 @@ class GalleryAlignment:
         if unknown := sorted(set(styles) - set(known)):
             raise ValueError(f"The gallery that was measured has no style {unknown}, but {list(known)}.")
         rows = torch.tensor([known.index(style) for style in styles], device=self.scale.device)
-        return GalleryAlignment(**{name: value[rows] for name, value in self._tensors().items()})
+        return self._each(lambda value: value[rows], None)
 
     def __call__(self, states: Any) -> Any:
         """Moves [`TokenStates`]; in float32, then in the type that they had."""
@@ -201,18 +271,47 @@ class GalleryAlignment:
             class_state = (class_state.float() * own.class_scale + own.class_shift).to(class_state.dtype)
         return states._replace(states=moved, class_state=class_state)
 
-    def _tensors(self) -> dict[str, Any]:
-        named = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "styles"}
-        return {name: value for name, value in named.items() if value is not None}
+    @contextmanager
+    def in_layers(self, tower: nn.Module) -> Iterator[None]:
+        """Moves what the layers of a tower are given, as long as the context lasts."""
+        layers = moved_layers(tower)
+        ran: set[str] = set()
+
+        def move(name: str, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
+            ran.add(name)
+            values, *others = inputs
+            return (_moved(values, *(part.to(values.device) for part in self.layers[name])), *others)
+
+        hooks = [layers[name].register_forward_pre_hook(partial(move, name)) for name in self.layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if len(ran) < len(self.layers):
+            raise ValueError(
+                "The gallery was measured with layers of the tower that do not run here, or run compiled, where they "
+                "cannot be moved. Encode it with the tower that measured it, without torch.compile."
+            )
+
+    def _each(
+        self, change: Callable[[torch.Tensor], torch.Tensor], styles: tuple[str, ...] | None
+    ) -> "GalleryAlignment":
+        named = {item.name: getattr(self, item.name) for item in fields(self)}
+        tensors = {name: change(value) for name, value in named.items() if isinstance(value, torch.Tensor)}
+        layers = {name: (change(scale), change(shift)) for name, (scale, shift) in self.layers.items()}
+        return GalleryAlignment(**tensors, styles=styles, layers=layers)
 
 
 class ImageMoments(nn.Module):
     """
-    Where images of training lie at the outputs of the image tower: mean and standard deviation of each feature.
+    Where images of training lie at the outputs of the image tower, and before its layers of batch normalisation: mean
+    and standard deviation of each feature.
 
     Args:
         features (`int`): Width of the tower's outputs.
         with_class_state (`bool`): Whether the class token has moments of its own.
+        layers (`dict[str, int]`, *optional*): Names and widths of the layers.
     """
 
     count: torch.Tensor
@@ -220,13 +319,30 @@ class ImageMoments(nn.Module):
     std: torch.Tensor
     class_mean: torch.Tensor
     class_std: torch.Tensor | None
+    layer_mean: torch.Tensor
+    layer_std: torch.Tensor | None
 
-    def __init__(self, features: int, with_class_state: bool):
+    def __init__(self, features: int, with_class_state: bool, layers: Mapping[str, int] | None = None):
         super().__init__()
+        self.layers = dict(layers or {})
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         for name in ("mean", "std", "class_mean", "class_std"):
             exists = with_class_state or not name.startswith("class_")
             self.register_buffer(name, torch.zeros(features) if exists else None)
+        for name in ("layer_mean", "layer_std"):
+            self.register_buffer(name, torch.zeros(sum(self.layers.values())) if self.layers else None)
+
+    def of_layer(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation `(features,)` of what a layer is given."""
+        assert self.layer_std is not None
+        of_all = (values.split(list(self.layers.values())) for values in (self.layer_mean, self.layer_std))
+        mean, std = (parts[list(self.layers).index(name)] for parts in of_all)
+        return mean, std
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether there are any of the layers: where kept states were measured, no layer ran."""
+        return self.layer_std is not None and bool(self.layer_std.any())
 
     @property
     def is_fitted(self) -> bool:
@@ -263,6 +379,9 @@ class ImageMoments(nn.Module):
         if self.class_std is not None and moments.class_state is not None:
             self.class_mean.copy_(moments.class_state.mean)
             self.class_std.copy_(moments.class_state.std)
+        if self.layer_std is not None and moments.layers:
+            self.layer_mean.copy_(torch.cat([moments.layers[name].mean for name in self.layers]))
+            self.layer_std.copy_(torch.cat([moments.layers[name].std for name in self.layers]))
 
     def align(self, galleries: Galleries, leave_small: bool = False) -> GalleryAlignment:
         """
@@ -279,7 +398,8 @@ class ImageMoments(nn.Module):
         self.check_fitted()
         if not leave_small:
             check_sizes({label: moments.images for label, moments in galleries.items()})
-        rows = []
+        rows: list[dict[str, torch.Tensor]] = []
+        maps: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = []
         for label, moments in galleries.items():
             _check_finite(moments, label)
             stays = moments.images < MIN_IMAGES
@@ -288,13 +408,20 @@ class ImageMoments(nn.Module):
                 of_class = _map(moments.class_state, self.class_mean, self.class_std, stays)
                 row |= dict(zip(("class_scale", "class_shift"), of_class, strict=True))
             rows.append(row)
-        tensors = {name: torch.stack([row[name] for row in rows]).to(self.mean.device) for name in rows[0]}
+            of_layers = moments.layers if self.has_layers else {}
+            maps.append({name: _map(own, *self.of_layer(name), stays) for name, own in of_layers.items()})
+        device = self.mean.device
+        layers: dict[str, Any] = {
+            name: tuple(torch.stack(parts).to(device) for parts in zip(*(own[name] for own in maps), strict=True))
+            for name in maps[0]
+        }
+        tensors: dict[str, Any] = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
         styles = None if None in galleries else tuple(str(label) for label in galleries)
-        return GalleryAlignment(**tensors, styles=styles)
+        return GalleryAlignment(**tensors, styles=styles, layers=layers)
 
 
 def _map(
-    gallery: FeatureMoments, mean: torch.Tensor, std: torch.Tensor, stays: bool
+    gallery: FeatureMoments, mean: torch.Tensor, std: torch.Tensor, stays: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Factor and summand `(features,)` in float32 by which a gallery gets this mean and spread."""
     if stays:
@@ -307,7 +434,7 @@ def _map(
 
 
 def _check_finite(moments: GalleryMoments, label: str | None) -> None:
-    parts = [moments.tokens] if moments.class_state is None else [moments.tokens, moments.class_state]
+    parts = [moments.tokens, *([moments.class_state] if moments.class_state else []), *moments.layers.values()]
     if not all(bool((part.mean + part.squares).isfinite().all()) for part in parts):
         of_style = "" if label is None else f" of the style {label!r}"
         raise ValueError(f"The image tower gives values that are NaN or infinite for images{of_style}.")

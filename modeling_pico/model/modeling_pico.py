@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -36,7 +37,13 @@ from .backbones_pico import (
     tower_of,
 )
 from .configuration_pico import PicoConfig, UncertaintyConfig
-from .gallery_alignment_pico import GalleryAlignment, GalleryMoments, ImageMoments, measure_galleries
+from .gallery_alignment_pico import (
+    GalleryAlignment,
+    GalleryMoments,
+    ImageMoments,
+    measure_galleries,
+    moved_layers,
+)
 from .loss_pico import image_text_loss
 from .prototypes_pico import StylePrototypes, StyleRates
 from .scoring_pico import pair_scores
@@ -178,6 +185,8 @@ class PicoPreTrainedModel(PreTrainedModel):
         "image_moments.std",
         "image_moments.class_mean",
         "image_moments.class_std",
+        "image_moments.layer_mean",
+        "image_moments.layer_std",
     ]
 
     @classmethod
@@ -324,7 +333,8 @@ class PicoModel(PicoPreTrainedModel):
         if config.uncertainty_config is not None:
             options = UncertaintyConfig(**config.uncertainty_config)
             self.uncertainty_prototypes = UncertaintyPrototypes(options, config.embedding_dim)
-        self.image_moments = ImageMoments(hidden_size(config.vision_config), config.pooling == "class_token")
+        layers = {name: layer.num_features for name, layer in moved_layers(self.vision_model).items()}
+        self.image_moments = ImageMoments(hidden_size(config.vision_config), config.pooling == "class_token", layers)
         # With a dimension: neither FSDP nor DeepSpeed takes parameters without one.
         logit_scale = torch.tensor([float(config.logit_scale_init_value)])
         if config.loss_type == "infonce":
@@ -532,9 +542,10 @@ class PicoModel(PicoPreTrainedModel):
         named = {f"{modality}_{name}": value for name, value in features.items() if name != "state"}
         return {**named, "vision_model_output" if modality == "image" else "text_model_output": outputs}
 
-    def _image_states(self, pixel_values: torch.Tensor, **kwargs):
+    def _image_states(self, pixel_values: torch.Tensor, alignment: GalleryAlignment | None = None, **kwargs):
         config = self.config
-        outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
+        with nullcontext() if alignment is None else alignment.in_layers(self.vision_model):
+            outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
         states = image_token_states(self.vision_model, outputs)
         class_state = None
         if config.pooling == "class_token":
@@ -542,7 +553,8 @@ class PicoModel(PicoPreTrainedModel):
         if not config.vision_special_tokens:
             states = states[:, num_prefix_tokens(config.vision_config) :]
         mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-        return outputs, TokenStates(states, mask, class_state)
+        given = TokenStates(states, mask, class_state)
+        return outputs, given if alignment is None else alignment(given)
 
     def _text_states(
         self,
@@ -620,8 +632,7 @@ class PicoModel(PicoPreTrainedModel):
         Returns:
             [`PicoFeatures`]
         """
-        outputs, states = self._image_states(pixel_values, **kwargs)
-        states = states if alignment is None else alignment(states)
+        outputs, states = self._image_states(pixel_values, alignment, **kwargs)
         return self._features_output(outputs, self._features(states, "image", weighted), "image")
 
     @can_return_tuple
@@ -684,7 +695,7 @@ class PicoModel(PicoPreTrainedModel):
         >>> model.save_pretrained("path/to/checkpoint")
         ```
         """
-        self.image_moments.fit(self._measure(reference, None))
+        self.image_moments.fit(self._measure(reference))
 
     def align(self, gallery: Iterable[Mapping[str, Any]], styles: Sequence[str] | None = None) -> GalleryAlignment:
         """
@@ -705,10 +716,12 @@ class PicoModel(PicoPreTrainedModel):
                 or there is not one style for each image.
         """
         self.image_moments.check_fitted()
-        return self.image_moments.align(self._measure(gallery, styles))
+        return self.image_moments.align(self._measure(gallery, styles, self.image_moments))
 
     @torch.no_grad()
-    def _measure(self, batches: Any, styles: Sequence[str] | None) -> dict[str | None, GalleryMoments]:
+    def _measure(
+        self, batches: Any, styles: Sequence[str] | None = None, target: ImageMoments | None = None
+    ) -> dict[str | None, GalleryMoments]:
         def states() -> Iterator[TokenStates]:
             for batch in batches:
                 if not isinstance(batch, Mapping):
@@ -722,7 +735,7 @@ class PicoModel(PicoPreTrainedModel):
         training = self.training
         self.eval()
         try:
-            return measure_galleries(states(), styles)
+            return measure_galleries(states(), styles, moved_layers(self.vision_model), target)
         finally:
             self.train(training)
 
@@ -879,17 +892,20 @@ class PicoModel(PicoPreTrainedModel):
         towers: dict[str, tuple[Any, TokenStates]] = {}
         if image_states is not None:
             mask = torch.ones(image_states.shape[:2], dtype=torch.bool, device=image_states.device)
-            towers["image"] = None, TokenStates(image_states, mask, image_class_state)
+            given = TokenStates(image_states, mask, image_class_state)
+            if image_alignment is not None and image_alignment.layers:
+                raise ValueError(
+                    "The gallery was measured with the layers of the tower, which do not run where `image_states` are "
+                    "given. Measure it on these states, or give `pixel_values`."
+                )
+            towers["image"] = None, given if image_alignment is None else image_alignment(given)
         elif pixel_values is not None:
-            towers["image"] = self._image_states(pixel_values, **image_kwargs)
+            towers["image"] = self._image_states(pixel_values, image_alignment, **image_kwargs)
         if text_states is not None:
             mask = self._text_mask(torch.ones_like(text_states[..., 0]) if attention_mask is None else attention_mask)
             towers["text"] = None, TokenStates(text_states, mask, text_class_state)
         elif input_ids is not None:
             towers["text"] = self._text_states(input_ids, attention_mask, position_ids, token_type_ids, **kwargs)
-        if image_alignment is not None and "image" in towers:
-            outputs, states = towers["image"]
-            towers["image"] = outputs, image_alignment(states)
         sides = {
             modality: (outputs, self._features(states, modality)) for modality, (outputs, states) in towers.items()
         }

@@ -30,7 +30,8 @@ logger = logging.get_logger(__name__)
 class TowerStates(Dataset):
     """
     A [`CaptionedImageDataset`] of which the towers' hidden states are on disk. Gives whole batches, as
-    [`PicoDataCollator`] does, but with `image_states` and `text_states` in place of images and texts.
+    [`PicoDataCollator`] does, but with `image_states` and `text_states` in place of images and texts. `dataset` is what
+    they were made of.
 
     Args:
         dataset ([`CaptionedImageDataset`]): The data set that they were made of.
@@ -43,11 +44,16 @@ class TowerStates(Dataset):
     def __init__(
         self, dataset: CaptionedImageDataset, images: list[Path], texts: list[Path], num_views: int | None = None
     ) -> None:
+        self.dataset: CaptionedImageDataset | None = dataset
         self.ids, self.num_captions, self.styles = dataset.ids, dataset.num_captions, dataset.styles
         captions = [text for texts in dataset.dataset["captions"][:] for text in texts]
         self._codes = torch.tensor([caption_code(text) for text in captions], dtype=torch.int64)
         self._first_text = np.concatenate([[0], self.num_captions.numpy().cumsum()])
         self._images, self._texts, self._num_views = _Blocks(images), _Blocks(texts), num_views
+
+    # Workers read states alone.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "dataset": None}
 
     def __len__(self) -> int:
         return len(self.ids)

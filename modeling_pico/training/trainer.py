@@ -6,7 +6,6 @@ import functools
 import math
 import operator
 import os
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -139,8 +138,8 @@ class PicoTrainer(DurableTrainer):
         # What the card calls the metrics that evaluations report under these prefixes.
         self.card_split_names: dict[str, str] = {}
         self._card_metrics: dict[str, dict[str, float]] = {}
-        # What the frozen towers make of data sets, plain and augmented, for as long as these are in use.
-        self._tower_states: weakref.WeakKeyDictionary[Any, dict[bool, TowerStates]] = weakref.WeakKeyDictionary()
+        # What the frozen towers make of data sets, by their identity, plain and augmented.
+        self._tower_states: dict[tuple[int, bool], TowerStates] = {}
         # Auxiliary losses since the last log, by name.
         self._auxiliary_log: dict[str, list[torch.Tensor]] = {}
         super().__init__(
@@ -206,9 +205,9 @@ class PicoTrainer(DurableTrainer):
             dataset = self.eval_dataset[eval_dataset]
         return self._eval_loader(as_captioned(dataset))
 
-    def _eval_loader(self, dataset: Any, images: torch.Tensor | None = None) -> DataLoader:
-        """Batches of a data set, or of some of its images."""
-        dataset, collate = self._by_towers(dataset)
+    def _eval_loader(self, dataset: Any, images: torch.Tensor | None = None, run_towers: bool = False) -> DataLoader:
+        """Batches of a data set, or of some of its images; with `run_towers` none of kept hidden states."""
+        dataset, collate = (dataset, self.data_collator) if run_towers else self._by_towers(dataset)
         if images is not None:
             dataset = Subset(dataset, images.tolist())
         return DataLoader(
@@ -259,10 +258,10 @@ class PicoTrainer(DurableTrainer):
                 "tower_cache_dir runs whole towers, which FSDP and DeepSpeed shard. What is left to train is small: "
                 "launch with examples/accelerate/ddp.yaml, or leave tower_cache_dir out."
             )
-        of_dataset = self._tower_states.setdefault(dataset, {})
-        if augmented not in of_dataset:
+        key = id(dataset), augmented  # no other object's: the states hold the data set
+        if key not in self._tower_states:
             with self.accelerator.autocast():
-                of_dataset[augmented] = cached_states(
+                self._tower_states[key] = cached_states(
                     self.args.tower_cache_dir,
                     model,
                     dataset,
@@ -271,7 +270,7 @@ class PicoTrainer(DurableTrainer):
                     num_views=self.args.tower_cache_views if augmented else None,
                     precision=f"{self.accelerator.mixed_precision}, tf32 {self.args.tf32}",
                 )
-        return of_dataset[augmented], as_it_is
+        return self._tower_states[key], as_it_is
 
     # Optimizer
 
@@ -626,15 +625,20 @@ class PicoTrainer(DurableTrainer):
                 f"and spread need at least {MIN_IMAGES}."
             )
             return
-        loader = self._eval_loader(dataset, torch.tensor(spread_rows([None] * len(dataset), images)))
+        # Not of kept hidden states: layers of the tower are measured too.
+        rows = torch.tensor(spread_rows([None] * len(dataset), images))
+        loader = self._eval_loader(dataset, rows, run_towers=True)
         model, num_batches = self._evaluated_model(loader)
         self._pico_model().image_moments.fit(measure_gallery(model, loader, num_batches=num_batches))
 
     def _align(self, dataloader: DataLoader, encoded: EncodedRetrieval, leave_small: bool = False) -> EncodedRetrieval:
         """The same set with the images of each of its styles moved to those of training."""
+        dataset: Any = dataloader.dataset
+        if isinstance(dataset, TowerStates):
+            dataset = dataset.dataset
+            dataloader = self._eval_loader(dataset, run_towers=True)
         model, num_batches = self._evaluated_model(dataloader)
-        dataset = dataloader.dataset
-        styles = dataset.styles if isinstance(dataset, (CaptionedImageDataset, TowerStates)) else None
+        styles = dataset.styles if isinstance(dataset, CaptionedImageDataset) else None
 
         def align() -> EncodedRetrieval:
             return align_encoded(
@@ -642,7 +646,6 @@ class PicoTrainer(DurableTrainer):
                 encoded,
                 dataloader,
                 styles,
-                moments=self._pico_model().image_moments,
                 leave_small=leave_small,
                 num_batches=num_batches,
             )
