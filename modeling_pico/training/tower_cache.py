@@ -30,8 +30,8 @@ logger = logging.get_logger(__name__)
 class TowerStates(Dataset):
     """
     A [`CaptionedImageDataset`] of which the towers' hidden states are on disk. Gives whole batches, as
-    [`PicoDataCollator`] does, but with `image_states` and `text_states` in place of images and texts. `dataset` is what
-    they were made of.
+    [`PicoDataCollator`] does, but with `image_states` and `text_states` in place of images and texts. They were
+    made of `dataset`.
 
     Args:
         dataset ([`CaptionedImageDataset`]): The data set that they were made of.
