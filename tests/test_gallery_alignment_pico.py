@@ -320,41 +320,49 @@ def with_batch_norm() -> PicoModel:
     return model
 
 
-def given_to_layers(model: PicoModel, images: torch.Tensor, **options) -> dict[str, FeatureMoments]:
-    """Moments of what each layer of batch normalisation is given, and of what the tower gives."""
-    found: dict[str, FeatureMoments] = {}
+Moments = dict[str, FeatureMoments]
 
-    def measure(name, layer, inputs, output) -> None:
-        found[name] = FeatureMoments.of(*inputs)
 
-    layers = moved_layers(model.vision_model)
-    # After the layer: its inputs as they have been moved.
-    hooks = [layer.register_forward_hook(partial(measure, name)) for name, layer in layers.items()]
+def given_to_layers(model: PicoModel, images: torch.Tensor, **options) -> tuple[Moments, Moments]:
+    """Moments of what layers of batch normalisation are given, before it is moved and after; of the outputs, after."""
+    before: Moments = {}
+    after: Moments = {}
+
+    def measure(name, layer, inputs, output=None) -> None:
+        (before if output is None else after)[name] = FeatureMoments.of(*inputs)
+
+    hooks = []
+    for name, layer in moved_layers(model.vision_model).items():
+        hooks.append(layer.register_forward_pre_hook(partial(measure, name)))
+        hooks.append(layer.register_forward_hook(partial(measure, name)))
     with torch.no_grad():
         states = model(pixel_values=images, return_states=True, **options).image_states.states
     for hook in hooks:
         hook.remove()
-    return {**found, "outputs": FeatureMoments.of(states.flatten(0, 1))}
+    return before, {**after, "outputs": FeatureMoments.of(states.flatten(0, 1))}
 
 
-def assert_same_moments(found: dict[str, FeatureMoments], wanted: dict[str, FeatureMoments]) -> None:
-    assert found.keys() == wanted.keys() and len(found) > 3
-    for name, moments in wanted.items():
-        torch.testing.assert_close(found[name].mean, moments.mean, rtol=1e-4, atol=1e-4, msg=name)
-        torch.testing.assert_close(found[name].std, moments.std, rtol=1e-4, atol=1e-4, msg=name)
-
-
-def test_every_layer_of_batch_normalisation_is_given_the_moments_of_training(with_batch_norm):
+def test_every_layer_of_batch_normalisation_is_moved_half_of_the_way_to_training(with_batch_norm):
     known, gallery = pictures(50, 1), pictures(40, 2)
     with_batch_norm.fit_alignment([{"pixel_values": known}])
-    wanted = given_to_layers(with_batch_norm, known)
-    plain = given_to_layers(with_batch_norm, gallery)
-    assert all((plain[name].mean - moments.mean).abs().max() > 0.01 for name, moments in wanted.items())
+    _, training = given_to_layers(with_batch_norm, known)
+    _, plain = given_to_layers(with_batch_norm, gallery)
     alignment = with_batch_norm.align([{"pixel_values": gallery}])
-    assert alignment.layers.keys() == wanted.keys() - {"outputs"}
-    assert_same_moments(given_to_layers(with_batch_norm, gallery, image_alignment=alignment), wanted)
+    assert alignment.layers.keys() == training.keys() - {"outputs"} and len(alignment.layers) > 3
+    before, after = given_to_layers(with_batch_norm, gallery, image_alignment=alignment)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    for name, found in before.items():
+        wanted = training[name]
+        assert (found.mean - wanted.mean).abs().max() > 0.01
+        torch.testing.assert_close(after[name].std, (found.std * wanted.std).sqrt(), **close)
+        half_way = wanted.mean + (found.mean - wanted.mean) / 2 * (wanted.std / found.std).sqrt()
+        torch.testing.assert_close(after[name].mean, half_way, **close)
+    # The outputs go all of it.
+    for part in ("mean", "std"):
+        torch.testing.assert_close(*(getattr(of["outputs"], part) for of in (after, training)), **close)
     # Afterwards the tower is as before.
-    assert_same_moments(given_to_layers(with_batch_norm, gallery), plain)
+    for name, moments in given_to_layers(with_batch_norm, gallery)[1].items():
+        torch.testing.assert_close(moments.mean, plain[name].mean)
     # Images of training stay where they are.
     same = with_batch_norm.align([{"pixel_values": known}])
     with torch.no_grad():

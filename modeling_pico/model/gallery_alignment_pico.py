@@ -22,6 +22,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 MIN_IMAGES = 32
 # Of a larger gallery as many images, evenly spread, say where it lies.
 MAX_IMAGES = 1000
+# Layers of the tower go half of the way, and the next ones on from there: as good for the look, and what the images
+# happen to show is moved less.
+_LAYER_STRENGTH = 0.5
 # A spread below this share of a feature's size is rounding.
 _ROUNDING = 1e-6
 
@@ -152,7 +155,7 @@ def measure_galleries(
             known = of_layers.get(label, {}).get(name)
             passing.setdefault(label, {})[name] = own = own if known is None else known.merge(own)
             if target is not None and target.layer_std is not None:
-                scale, shift = _map(own, *target.of_layer(name))
+                scale, shift = _map(own, *target.of_layer(name), strength=_LAYER_STRENGTH)
                 part = _moved(values[rows], scale[None].to(values.device), shift[None].to(values.device))
                 moved = part if len(rows) == len(values) else moved.index_copy(0, _index(rows, values), part)
         return (moved, *others)
@@ -413,7 +416,9 @@ class ImageMoments(nn.Module):
                 row |= dict(zip(("class_scale", "class_shift"), of_class, strict=True))
             rows.append(row)
             of_layers = moments.layers if self.has_layers else {}
-            maps.append({name: _map(own, *self.of_layer(name), stays) for name, own in of_layers.items()})
+            maps.append(
+                {name: _map(own, *self.of_layer(name), stays, _LAYER_STRENGTH) for name, own in of_layers.items()}
+            )
         device = self.mean.device
         layers: dict[str, Any] = {
             name: tuple(torch.stack(parts).to(device) for parts in zip(*(own[name] for own in maps), strict=True))
@@ -425,16 +430,20 @@ class ImageMoments(nn.Module):
 
 
 def _map(
-    gallery: FeatureMoments, mean: torch.Tensor, std: torch.Tensor, stays: bool = False
+    gallery: FeatureMoments, mean: torch.Tensor, std: torch.Tensor, stays: bool = False, strength: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factor and summand `(features,)` in float32 by which a gallery gets this mean and spread."""
+    """
+    Factor and summand `(features,)` in float32 by which a gallery gets this mean and spread. With a `strength` below 1
+    the spread comes that far on a logarithmic scale, and what lies that far from the new mean to the old one is put at
+    the new one.
+    """
     if stays:
         return torch.ones_like(gallery.mean).float(), torch.zeros_like(gallery.mean).float()
     mean, std = mean.cpu().double(), std.cpu().double()
     # A feature that never varies has only a mean.
     varies = gallery.std > _ROUNDING * torch.maximum(gallery.mean.abs(), std)
-    scale = torch.where(varies, std / gallery.std.where(varies, 1.0), 1.0)
-    return scale.float(), (mean - gallery.mean * scale).float()
+    scale = torch.where(varies, std / gallery.std.where(varies, 1.0), 1.0) ** strength
+    return scale.float(), (mean - torch.lerp(mean, gallery.mean, strength) * scale).float()
 
 
 def _check_finite(moments: GalleryMoments, label: str | None) -> None:
