@@ -66,6 +66,21 @@ def test_every_parameter_that_is_trained_gets_a_gradient(model):
     assert missing == []
 
 
+def test_galleries_are_moved_in_the_layers_of_towers_with_batch_normalisation(model):
+    generator = torch.Generator().manual_seed(0)
+    known, gallery = (torch.randn(40, 3, 64, 64, generator=generator) * scale + scale for scale in (1, 2))
+    if model.vision_model.config.architecture == "test_vit":
+        known, gallery = (torch.nn.functional.interpolate(images, 160) for images in (known, gallery))
+    model.fit_alignment([{"pixel_values": known}])
+    alignment = model.align([{"pixel_values": gallery}])
+    has_batch_norm = model.vision_model.config.architecture in ("test_resnet", "test_efficientnet")
+    assert bool(alignment.layers) == has_batch_norm
+    with torch.no_grad():
+        moved = model.get_image_states(gallery, alignment=alignment).states.flatten(0, 1)
+        training = model.get_image_states(known).states.flatten(0, 1)
+    torch.testing.assert_close(moved.mean(dim=0), training.mean(dim=0), rtol=1e-3, atol=1e-3)
+
+
 def test_saved_with_its_preprocessing_it_loads_and_scores_alike(folder, family_folder, model, tmp_path):
     processor = PicoProcessor.from_backbones(str(folder), family_folder)
     images = [Image.linear_gradient("L").resize((200, 170)).convert("RGB"), Image.new("RGB", (160, 160), (9, 99, 200))]

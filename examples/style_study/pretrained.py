@@ -57,8 +57,8 @@ def train(
         shared_options (`dict`): Options of `PicoTrainingArguments` that all variants share.
 
     Returns:
-        `dict` with the rSum of each split, plain (`rsum`) and with the images moved to the moments of training at the
-        tower's outputs (`aligned`).
+        `dict` with the rSum of each split, plain (`rsum`) and with the gallery moved to where images of training lie
+        (`aligned`).
     """
     torch.set_num_threads(1)
     set_seed(seed)

@@ -231,7 +231,7 @@ class StyleReport:
             "Recall in percent, each style's images against the captions of these images. Equal galleries leave each "
             f"caption {self.equal_wrong_images:,} wrong images and each image {self.equal_wrong_texts:,} wrong "
             "captions; the gap is the mean of the seen styles there minus an unseen one. Aligned: the rSum after a "
-            "style's images have been given, at the outputs of the tower, mean and spread that images of training "
+            "style's images have been given, in the image tower, mean and spread that images of training "
             f"have there; – where the model has none, or the style fewer than {MIN_IMAGES} images.",
             markdown_table("Style", by_style),
             "Share of each style in percent when captions are ranked against the images of all styles:",

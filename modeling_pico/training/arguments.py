@@ -170,7 +170,7 @@ class PicoTrainingArguments(TrainingArguments):
     align_gallery: bool = option_field(
         False,
         "Evaluations outside of training also report aligned_ metrics: after the images, those of each style by "
-        "themselves, have been moved to where images of training lie at the outputs of the tower.",
+        "themselves, have been moved to where images of training lie in the image tower.",
     )
     eval_cache_dir: str | None = option_field(
         None,

@@ -612,7 +612,7 @@ class PicoTrainer(DurableTrainer):
 
     def fit_alignment(self, reference: Dataset | datasets.Dataset | None = None) -> None:
         """
-        Measures where images of training lie at the outputs of the trained tower, as [`PicoModel.fit_alignment`] does,
+        Measures where images of training lie in the trained image tower, as [`PicoModel.fit_alignment`] does,
         in the precision and on the processes of this trainer: on up to 512 images without augmentation, spread evenly
         over the training set or over `reference`. The model holds them until it is trained again. A set of fewer than
         32 images has no moments, which is a warning.
