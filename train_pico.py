@@ -143,6 +143,8 @@ def train_and_evaluate(trainer: PicoTrainer, data: Data, checkpoint: str | None)
 
     if args.do_train:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        # Saved before as well: an image that cannot be read must not cost the training.
+        trainer.save_model(_internal_call=True)
         trainer.fit_alignment()
         # An "internal call" uploads nothing: `main` does, once, when results and card are there too.
         trainer.save_model(_internal_call=True)

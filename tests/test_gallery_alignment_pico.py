@@ -391,17 +391,41 @@ def test_each_style_is_moved_by_itself_in_layers_too(with_batch_norm):
             torch.testing.assert_close(found[rows], wanted, rtol=0, atol=1e-4)
 
 
-def test_batches_of_a_gallery_are_moved_by_all_that_came_before(with_batch_norm):
-    known, gallery = pictures(50, 1), pictures(160, 2)
+def test_small_batches_pass_the_tower_together(with_batch_norm):
+    known, gallery = pictures(50, 1), pictures(90, 2)
     with_batch_norm.fit_alignment([{"pixel_values": part} for part in known.split(9)])
     whole = with_batch_norm.align([{"pixel_values": gallery}])
-    parts = with_batch_norm.align([{"pixel_values": part} for part in gallery.split(40)])
-    first = next(iter(whole.layers))
-    for found, wanted in zip(parts.layers[first], whole.layers[first], strict=True):
-        torch.testing.assert_close(found, wanted)  # before any layer is moved it does not matter
+    parts = with_batch_norm.align([{"pixel_values": part} for part in gallery.split(8)])
+    for name, maps in whole.layers.items():
+        for found, wanted in zip(parts.layers[name], maps, strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_a_gallery_larger_than_what_passes_together_is_moved_nearly_alike(with_batch_norm):
+    gallery = pictures(600, 2)
+    with_batch_norm.fit_alignment([{"pixel_values": pictures(50, 1)}])
+    whole = with_batch_norm.align([{"pixel_values": gallery}])
+    parts = with_batch_norm.align([{"pixel_values": part} for part in gallery.split(100)])
     with torch.no_grad():
-        one, other = (with_batch_norm.get_image_features(gallery, alignment=way).embeds for way in (whole, parts))
-    assert (one * other).sum(dim=-1).mean() > 0.99
+        states = [with_batch_norm.get_image_states(gallery[:50], alignment=way).states for way in (whole, parts)]
+    assert (states[1] - states[0]).norm() < 0.05 * states[0].norm()
+
+
+def test_a_layer_that_never_runs_is_left_alone(with_batch_norm):
+    model = with_batch_norm
+    # Known to the moments, as a head of a tower that is not used is.
+    layers = {**model.image_moments.layers, "pooler_norm": 3}
+    model.image_moments = ImageMoments(8, False, layers)
+    model.fit_alignment([{"pixel_values": pictures(50, 1)}])
+    assert not model.image_moments.has_layer("pooler_norm")
+    assert model.align([{"pixel_values": pictures(40, 2)}]).layers.keys() == layers.keys() - {"pooler_norm"}
+
+
+def test_styles_of_each_image_must_be_given_before_layers_are_moved(with_batch_norm):
+    with_batch_norm.fit_alignment([{"pixel_values": pictures(50, 1)}])
+    alignment = with_batch_norm.align([{"pixel_values": pictures(80, 2)}], ["ink", "oil"] * 40)
+    with pytest.raises(ValueError, match="is moved by `for_images"):
+        with_batch_norm.get_image_features(pictures(8, 2), alignment=alignment)
 
 
 def test_moments_of_layers_are_saved_and_kept_states_do_without(with_batch_norm, tmp_path):
@@ -410,7 +434,7 @@ def test_moments_of_layers_are_saved_and_kept_states_do_without(with_batch_norm,
     with_batch_norm.save_pretrained(tmp_path)
     loaded = PicoModel.from_pretrained(tmp_path)
     assert torch.equal(loaded.image_moments.layer_std, with_batch_norm.image_moments.layer_std)
-    assert loaded.image_moments.has_layers
+    assert all(map(loaded.image_moments.has_layer, loaded.image_moments.layers))
     with torch.no_grad():
         kept = {"image_states": loaded.get_image_states(gallery).states}
         alignment = loaded.align([kept])
@@ -419,7 +443,8 @@ def test_moments_of_layers_are_saved_and_kept_states_do_without(with_batch_norm,
             loaded(**kept, image_alignment=loaded.align([{"pixel_values": gallery}]))
     # Moments that were taken of kept states know nothing of layers.
     loaded.fit_alignment([{"image_states": with_batch_norm.get_image_states(known).states.detach()}])
-    assert not loaded.image_moments.has_layers and not loaded.align([{"pixel_values": gallery}]).layers
+    assert not any(map(loaded.image_moments.has_layer, loaded.image_moments.layers))
+    assert not loaded.align([{"pixel_values": gallery}]).layers
 
 
 def test_layers_that_do_not_run_are_not_passed_over(with_batch_norm):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from transformers import set_seed
 
 from modeling_pico import (
@@ -25,11 +26,10 @@ from modeling_pico import (
 )
 from modeling_pico.data import PicoDataCollator
 from modeling_pico.data.looks import RandomStyle
+from modeling_pico.model.gallery_alignment_pico import spread_rows
 from modeling_pico.training.tower_cache import TowerStates, cached_states
 
 
-# Images whose hidden states give the moments of training.
-REFERENCE_IMAGES = 1000
 BATCH = 100
 
 
@@ -124,16 +124,16 @@ def train(
             save_file(kept, weights)
         model.eval()
         evaluator = RetrievalEvaluator(image_chunk=1000)
-        step = max(1, len(training_set) // REFERENCE_IMAGES)
-        reference = training_set.select(range(0, len(training_set), step)).map(_first_caption)
-        model.fit_alignment(_batches(cached_states(states_folder, model, CaptionedImageDataset(reference), collator)))
+        reference = training_set.select(spread_rows([None] * len(training_set))).map(_first_caption)
+        model.fit_alignment(_loader(CaptionedImageDataset(reference), collator))
         rsum: dict[str, list[float]] = {}
         aligned: dict[str, list[float]] = {}
         for split in splits:
-            batches = _batches(cached_states(states_folder, model, _split(setting, split), collator))
-            encoded = evaluator.encode(model, batches)
+            dataset = _split(setting, split)
+            encoded = evaluator.encode(model, _batches(cached_states(states_folder, model, dataset, collator)))
             rsum[split] = [evaluator.retrieval_metrics(model, encoded)["rsum"]]
-            moved = align_encoded(model, encoded, batches)
+            # By the images themselves: layers of the tower are moved too.
+            moved = align_encoded(model, encoded, _loader(dataset, collator))
             aligned[split] = [evaluator.retrieval_metrics(model, moved)["rsum"]]
     return {**found, "rsum": rsum, "aligned": aligned}
 
@@ -179,6 +179,10 @@ def _split(setting: dict[str, Any], name: str) -> CaptionedImageDataset:
 
 def _first_caption(row: dict[str, Any]) -> dict[str, Any]:
     return {"captions": row["captions"][:1]}
+
+
+def _loader(dataset: CaptionedImageDataset, collator: PicoDataCollator) -> DataLoader:
+    return DataLoader(dataset, batch_size=BATCH, collate_fn=collator, generator=torch.Generator())
 
 
 def _batches(states: TowerStates) -> list[dict[str, torch.Tensor]]:

@@ -17,6 +17,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from safetensors import SafetensorError
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig
 from transformers.utils import is_peft_available, logging
@@ -171,12 +172,18 @@ def _why_not_cached(model: PicoModel, loader: DataLoader) -> str | None:
             "only those of a CaptionedImageDataset with a PicoDataCollator can be told apart, but got "
             f"{found[0].__name__} and {found[1].__name__}."
         )
-    if is_peft_available():
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            return "what adapters do is not in the weights alone. Merge them into the model to have them kept."
+    if has_adapters(model):
+        return "what adapters do is not in the weights alone. Merge them into the model to have them kept."
     return None
+
+
+def has_adapters(module: nn.Module) -> bool:
+    """Whether adapters (PEFT) change what a module gives."""
+    if not is_peft_available():
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(layer, BaseTunerLayer) for layer in module.modules())
 
 
 def load_embeddings(folder: str | os.PathLike, key: str, device: torch.device) -> EncodedRetrieval | None:
@@ -227,6 +234,7 @@ __all__ = [
     "describe_texts",
     "describe_tower",
     "digest",
+    "has_adapters",
     "load_embeddings",
     "save_embeddings",
 ]

@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 from ..distributed import gather_object
-from ..model.gallery_alignment_pico import GalleryMoments, ImageMoments, measure_galleries, moved_layers
+from ..model.gallery_alignment_pico import (
+    GalleryMoments,
+    ImageMoments,
+    measure_galleries,
+    moved_layers,
+    num_together,
+    together,
+)
 from ..model.modeling_pico import PicoModel, PicoOutput, image_inputs
 from .evaluator import EncodedRetrieval, concatenate_padded
 
@@ -38,12 +45,17 @@ def measure_gallery(
         num_batches (`int`, *optional*): Batches of the longest block, as in [`RetrievalEvaluator.encode`].
 
     Returns:
-        `dict` of style (None without styles) to [`GalleryMoments`], the same on every process:
+        `dict` of style (None without styles) to [`GalleryMoments`], the same on every process (with batch
+        normalisation it depends a little on how images are dealt to these, each of which moves layers by its own):
         [`ImageMoments.fit`] and [`ImageMoments.align`] take it.
     """
+    layers = moved_layers(_pico_model(model).vision_model)
+    if layers and target is not None:
+        size = getattr(batches, "batch_size", None) or 1
+        num_batches = None if num_batches is None else -(-num_batches // num_together(size))
+        batches = together(batches)
     states = (outputs.image_states for outputs in _run(model, batches, num_batches, return_states=True))
     found: dict[str | None, GalleryMoments] = {}
-    layers = moved_layers(_pico_model(model).vision_model)
     for own in gather_object([measure_galleries(states, styles, layers, target)]):
         for label, moments in own.items():
             found[label] = found[label].merge(moments) if label in found else moments
@@ -125,6 +137,8 @@ def _pico_model(model: nn.Module) -> PicoModel:
 
 def _run(model: nn.Module, batches: Batches, num_batches: int | None, **options: Any) -> Iterator[PicoOutput]:
     """The images of each batch, encoded; a process with fewer batches repeats its last one without effect."""
+    # Not the wrapper: compiled, a tower passes over what moves its layers.
+    model = _pico_model(model)
     device = next(model.parameters()).device
     inputs: dict[str, Any] = {}
     done = 0

@@ -5,6 +5,7 @@ in fixed looks, and other captions ask in place of its own.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -289,8 +290,9 @@ def measure_style_stress(
 
 
 def can_align(model: PicoModel, dataset: Any) -> bool:
-    """Whether the model knows where images of training lie, and the gallery is large enough to be moved there."""
-    return model.image_moments.is_fitted and len(dataset) >= MIN_IMAGES
+    """Whether the model knows where images of training lie, and a style is large enough to be moved there."""
+    largest = max(Counter(dataset.styles or [None] * len(dataset)).values(), default=0)
+    return model.image_moments.is_fitted and largest >= MIN_IMAGES
 
 
 @torch.no_grad()
@@ -325,6 +327,8 @@ def check_stress(dataset: Any, looks: Sequence[str], captions: Captions | None) 
         raise ValueError(
             f"A stress test draws the images of a CaptionedImageDataset again, but got a {type(dataset).__name__}."
         )
+    if dataset.look is not None:
+        raise ValueError(f"The images are drawn in the look {dataset.look!r} already; give the plain data set.")
     if not looks and not captions:
         raise ValueError("A stress test needs looks, or captions in another style; none are given.")
     if looks:

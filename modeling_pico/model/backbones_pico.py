@@ -303,10 +303,15 @@ def joint_logit_scale(joint: PreTrainedModel) -> torch.Tensor | None:
 def freeze_unused(vision_model: PreTrainedModel, pooled: bool) -> None:
     """
     Freezes what never sees a gradient, which distributed training would otherwise wait for: the mask token of DINO's
-    pretraining, timm's pooling and, unless the score is that of pooled vectors (`pooled`), the query of SigLIP's.
+    pretraining, timm's pooling and head, and, unless the score is that of pooled vectors (`pooled`), the query of
+    SigLIP's.
     """
+    unused = ["timm_model.head.", "timm_model.fc_norm.", "timm_model.attn_pool."]
+    # Of MobileNets these come after pooling; of EfficientNets `conv_head` comes before it.
+    if any(name.startswith("timm_model.norm_head") for name, _ in vision_model.named_modules()):
+        unused += ["timm_model.conv_head.", "timm_model.norm_head."]
     for name, parameter in vision_model.named_parameters():
-        is_pooling = name.startswith(("timm_model.head.", "timm_model.fc_norm.", "timm_model.attn_pool."))
+        is_pooling = name.startswith(tuple(unused))
         if name.endswith("mask_token") or is_pooling or (name == "head.probe" and not pooled):
             parameter.requires_grad_(False)
 

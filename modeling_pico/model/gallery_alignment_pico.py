@@ -22,6 +22,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 MIN_IMAGES = 32
 # Of a larger gallery as many images, evenly spread, say where it lies.
 MAX_IMAGES = 1000
+# Images that pass the tower together when a gallery is measured: what a layer is given is moved by those so far, and a
+# few of them would mislead the layers after it.
+_TOGETHER = 256
 # Layers of the tower go half of the way, and the next ones on from there: as good for the look, and what the images
 # happen to show is moved less.
 _LAYER_STRENGTH = 0.5
@@ -71,7 +74,7 @@ class FeatureMoments:
 @dataclass
 class GalleryMoments:
     """
-    Moments of the tower's outputs over images.
+    Moments of images in the tower: at its outputs, and before some of its layers.
 
     Attributes:
         images (`int`): How many they were.
@@ -154,7 +157,7 @@ def measure_galleries(
             own = FeatureMoments.of(values[rows])
             known = of_layers.get(label, {}).get(name)
             passing.setdefault(label, {})[name] = own = own if known is None else known.merge(own)
-            if target is not None and target.layer_std is not None:
+            if target is not None and target.has_layer(name):
                 scale, shift = _map(own, *target.of_layer(name), strength=_LAYER_STRENGTH)
                 part = _moved(values[rows], scale[None].to(values.device), shift[None].to(values.device))
                 moved = part if len(rows) == len(values) else moved.index_copy(0, _index(rows, values), part)
@@ -195,6 +198,28 @@ def _moved(values: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> to
     return (values.float() * scale.view(shape) + shift.view(shape)).to(values.dtype)
 
 
+def together(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Batches of pixels joined, so that some hundred images pass the tower at once; all others as they are."""
+    pending: list[torch.Tensor] = []
+    number = 0
+    for batch in batches:
+        if "pixel_values" not in batch:
+            yield dict(batch)
+            continue
+        number = number or num_together(len(batch["pixel_values"]))
+        pending.append(torch.as_tensor(batch["pixel_values"]))
+        if len(pending) == number:
+            yield {"pixel_values": torch.cat(pending)}
+            pending = []
+    if pending:
+        yield {"pixel_values": torch.cat(pending)}
+
+
+def num_together(batch_size: int) -> int:
+    """How many batches are joined."""
+    return max(1, _TOGETHER // max(1, batch_size))
+
+
 def spread_rows(styles: Sequence[str | None], most: int = MAX_IMAGES) -> list[int]:
     """Rows of a gallery that say where it lies: up to `most` of each style, evenly spread over it, in their order."""
     of_style: dict[str | None, list[int]] = {}
@@ -222,7 +247,7 @@ def check_sizes(sizes: Mapping[str | None, int], what: str = "gallery") -> None:
 @dataclass
 class GalleryAlignment:
     """
-    Moves the tower's outputs of images to where images of training lie; [`PicoModel.align`] makes it.
+    Moves images to where images of training lie in the tower; [`PicoModel.align`] makes it.
 
     Attributes:
         scale (`torch.Tensor` of shape `(styles, hidden)`): What each feature is multiplied by.
@@ -245,6 +270,11 @@ class GalleryAlignment:
     def to(self, device: torch.device | str) -> "GalleryAlignment":
         """The same on another device."""
         return self._each(lambda value: value.to(device), self.styles)
+
+    def check(self, images: int) -> None:
+        """ValueError unless there is one row for all images, or one for each."""
+        if self.styles is not None or len(self.scale) not in (1, images):
+            raise ValueError("A gallery that was measured by styles is moved by `for_images(styles)`.")
 
     def for_images(self, styles: Sequence[str] | None) -> "GalleryAlignment":
         """
@@ -269,8 +299,7 @@ class GalleryAlignment:
 
     def __call__(self, states: Any) -> Any:
         """Moves [`TokenStates`]; in float32, then in the type that they had."""
-        if self.styles is not None or len(self.scale) not in (1, len(states.states)):
-            raise ValueError("A gallery that was measured by styles is moved by `for_images(styles)`.")
+        self.check(len(states.states))
         own = self.to(states.states.device)
         moved = (states.states.float() * own.scale[:, None] + own.shift[:, None]).to(states.states.dtype)
         class_state = states.class_state
@@ -346,10 +375,9 @@ class ImageMoments(nn.Module):
         mean, std = (parts[list(self.layers).index(name)] for parts in of_all)
         return mean, std
 
-    @property
-    def has_layers(self) -> bool:
-        """Whether there are any of the layers: where kept states were measured, no layer ran."""
-        return self.layer_std is not None and bool(self.layer_std.any())
+    def has_layer(self, name: str) -> bool:
+        """Whether there are any of a layer: it does not run where kept states were measured, and some never do."""
+        return self.layer_std is not None and bool(self.of_layer(name)[1].any())
 
     @property
     def is_fitted(self) -> bool:
@@ -387,8 +415,9 @@ class ImageMoments(nn.Module):
             self.class_mean.copy_(moments.class_state.mean)
             self.class_std.copy_(moments.class_state.std)
         if self.layer_std is not None and moments.layers:
-            self.layer_mean.copy_(torch.cat([moments.layers[name].mean for name in self.layers]))
-            self.layer_std.copy_(torch.cat([moments.layers[name].std for name in self.layers]))
+            for name, own in moments.layers.items():
+                for buffer, values in zip(self.of_layer(name), (own.mean, own.std), strict=True):
+                    buffer.copy_(values)
 
     def align(self, galleries: Galleries, leave_small: bool = False) -> GalleryAlignment:
         """
@@ -415,7 +444,7 @@ class ImageMoments(nn.Module):
                 of_class = _map(moments.class_state, self.class_mean, self.class_std, stays)
                 row |= dict(zip(("class_scale", "class_shift"), of_class, strict=True))
             rows.append(row)
-            of_layers = moments.layers if self.has_layers else {}
+            of_layers = {layer: own for layer, own in moments.layers.items() if self.has_layer(layer)}
             maps.append(
                 {name: _map(own, *self.of_layer(name), stays, _LAYER_STRENGTH) for name, own in of_layers.items()}
             )

@@ -43,6 +43,7 @@ from .gallery_alignment_pico import (
     ImageMoments,
     measure_galleries,
     moved_layers,
+    together,
 )
 from .loss_pico import image_text_loss
 from .prototypes_pico import StylePrototypes, StyleRates
@@ -544,6 +545,8 @@ class PicoModel(PicoPreTrainedModel):
 
     def _image_states(self, pixel_values: torch.Tensor, alignment: GalleryAlignment | None = None, **kwargs):
         config = self.config
+        if alignment is not None:
+            alignment.check(len(pixel_values))
         with nullcontext() if alignment is None else alignment.in_layers(self.vision_model):
             outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
         states = image_token_states(self.vision_model, outputs)
@@ -723,20 +726,26 @@ class PicoModel(PicoPreTrainedModel):
     def _measure(
         self, batches: Any, styles: Sequence[str] | None = None, target: ImageMoments | None = None
     ) -> dict[str | None, GalleryMoments]:
-        def states() -> Iterator[TokenStates]:
+        def checked() -> Iterator[Mapping[str, Any]]:
             for batch in batches:
                 if not isinstance(batch, Mapping):
                     raise ValueError(
                         "Images are given as batches, such as [processor(images=pictures, return_tensors='pt')] or a "
                         f"DataLoader, but this holds {type(batch).__name__}."
                     )
+                yield batch
+
+        def states() -> Iterator[TokenStates]:
+            for batch in together(checked()) if layers and target is not None else checked():
                 outputs = self(**image_inputs(batch, self.device, self.dtype), return_states=True)
                 yield outputs.image_states
+
+        layers = moved_layers(self.vision_model)
 
         training = self.training
         self.eval()
         try:
-            return measure_galleries(states(), styles, moved_layers(self.vision_model), target)
+            return measure_galleries(states(), styles, layers, target)
         finally:
             self.train(training)
 
@@ -893,7 +902,7 @@ class PicoModel(PicoPreTrainedModel):
         towers: dict[str, tuple[Any, TokenStates]] = {}
         if image_states is not None:
             mask = torch.ones(image_states.shape[:2], dtype=torch.bool, device=image_states.device)
-            given = TokenStates(image_states, mask, image_class_state)
+            given = TokenStates(image_states.to(self.dtype), mask, image_class_state)
             if image_alignment is not None and image_alignment.layers:
                 raise ValueError(
                     "The gallery was measured with the layers of the tower, which do not run where `image_states` are "
@@ -904,7 +913,7 @@ class PicoModel(PicoPreTrainedModel):
             towers["image"] = self._image_states(pixel_values, image_alignment, **image_kwargs)
         if text_states is not None:
             mask = self._text_mask(torch.ones_like(text_states[..., 0]) if attention_mask is None else attention_mask)
-            towers["text"] = None, TokenStates(text_states, mask, text_class_state)
+            towers["text"] = None, TokenStates(text_states.to(self.dtype), mask, text_class_state)
         elif input_ids is not None:
             towers["text"] = self._text_states(input_ids, attention_mask, position_ids, token_type_ids, **kwargs)
         sides = {

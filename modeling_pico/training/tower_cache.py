@@ -20,7 +20,14 @@ from transformers.utils import logging
 from ..data import CaptionedImageDataset, PicoDataCollator
 from ..data.dataset import SampleKey, caption_code
 from ..distributed import own_rows, wait_for_everyone
-from ..evaluation.embedding_cache import describe_images, describe_software, describe_texts, describe_tower, digest
+from ..evaluation.embedding_cache import (
+    describe_images,
+    describe_software,
+    describe_texts,
+    describe_tower,
+    digest,
+    has_adapters,
+)
 from ..model.modeling_pico import PicoModel, TokenStates
 
 
@@ -165,6 +172,11 @@ def cached_states(
             "tower_cache_dir needs a CaptionedImageDataset and a PicoDataCollator, whose images and captions can be "
             f"told apart from others, but got {found[0].__name__} and {found[1].__name__}."
         )
+    if has_adapters(model.vision_model) or has_adapters(model.text_model):
+        raise ValueError(
+            "tower_cache_dir knows towers by their weights, and what adapters do is not in these alone. Merge them "
+            "into the model, or leave tower_cache_dir out."
+        )
     rows, views = own_rows(len(dataset)), num_views or 1
 
     def images() -> Iterator[tuple[TokenStates, torch.Tensor]]:
@@ -216,8 +228,11 @@ def _kept(
             with torch.no_grad():
                 model.eval()
                 _write(unfinished, encode())
-            if not own.is_dir():
+            try:
                 unfinished.rename(own)
+            except OSError:
+                if not own.is_dir():  # another training was first
+                    raise
         finally:
             model.train(training)
             shutil.rmtree(unfinished, ignore_errors=True)

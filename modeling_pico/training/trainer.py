@@ -6,6 +6,7 @@ import functools
 import math
 import operator
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..evaluation.style_report import StyleReport
 from ..evaluation.style_stress import Captions, StyleStress, can_align, encode_images
 from ..evaluation.uncertainty_reranking import RetrievalUncertainty, learn_reranking
 from ..model.backbones_pico import limit_text_length
-from ..model.gallery_alignment_pico import MIN_IMAGES, spread_rows
+from ..model.gallery_alignment_pico import MIN_IMAGES, check_sizes, spread_rows
 from ..model.modeling_pico import PicoModel, PicoOutput
 from ..model.processing_pico import PicoProcessor
 from .arguments import PicoTrainingArguments
@@ -140,6 +141,7 @@ class PicoTrainer(DurableTrainer):
         self._card_metrics: dict[str, dict[str, float]] = {}
         # What the frozen towers make of data sets, by their identity, plain and augmented.
         self._tower_states: dict[tuple[int, bool], TowerStates] = {}
+        self._tower_states_of: tuple[PicoModel, int] | None = None
         # Auxiliary losses since the last log, by name.
         self._auxiliary_log: dict[str, list[torch.Tensor]] = {}
         super().__init__(
@@ -189,7 +191,7 @@ class PicoTrainer(DurableTrainer):
         )
         self.remove_callback(TrainLoaderCallback)
         self.add_callback(TrainLoaderCallback(sampler))
-        dataset, collate = self._by_towers(dataset, augmented=getattr(dataset, "transform", None) is not None)
+        dataset, collate = self._by_towers(dataset, augmented=_is_augmented(dataset))
         loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **self._loader_kwargs())
         return self.accelerator.prepare(loader)
 
@@ -258,6 +260,12 @@ class PicoTrainer(DurableTrainer):
                 "tower_cache_dir runs whole towers, which FSDP and DeepSpeed shard. What is left to train is small: "
                 "launch with examples/accelerate/ddp.yaml, or leave tower_cache_dir out."
             )
+        # Another model, or other weights in it.
+        towers = (model.vision_model, model.text_model)
+        tensors = [tensor for tower in towers for tensor in (*tower.parameters(), *tower.buffers())]
+        state = model, sum(tensor._version for tensor in tensors)
+        if self._tower_states_of != state:
+            self._tower_states, self._tower_states_of = {}, state
         key = id(dataset), augmented  # no other object's: the states hold the data set
         if key not in self._tower_states:
             with self.accelerator.autocast():
@@ -625,6 +633,11 @@ class PicoTrainer(DurableTrainer):
                 f"and spread need at least {MIN_IMAGES}."
             )
             return
+        if self.unwrapped_model() is not self._pico_model():
+            logger.warning(
+                "Where images of training lie is not saved with an adapter: call `fit_alignment` after loading it, or "
+                "merge it into the model."
+            )
         # Not of kept hidden states: layers of the tower are measured too.
         rows = torch.tensor(spread_rows([None] * len(dataset), images))
         loader = self._eval_loader(dataset, rows, run_towers=True)
@@ -639,6 +652,8 @@ class PicoTrainer(DurableTrainer):
             dataloader = self._eval_loader(dataset, run_towers=True)
         model, num_batches = self._evaluated_model(dataloader)
         styles = dataset.styles if isinstance(dataset, CaptionedImageDataset) else None
+        if not leave_small:
+            check_sizes(Counter(styles or [None] * len(dataset)))
 
         def align() -> EncodedRetrieval:
             return align_encoded(
@@ -785,6 +800,13 @@ class PicoTrainer(DurableTrainer):
         if compute_objective is None:
             compute_objective = operator.itemgetter(f"{self._feedback_prefix()}_rsum")
         return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, **kwargs)
+
+
+def _is_augmented(dataset: Any) -> bool:
+    if not isinstance(dataset, CaptionedImageDataset):
+        return False
+    transform = dataset.transform
+    return any(transform) if isinstance(transform, list) else transform is not None
 
 
 def _num_dimensions(parameter: nn.Parameter) -> int:

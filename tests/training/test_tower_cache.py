@@ -5,9 +5,11 @@ from __future__ import annotations
 import pickle
 import random
 
+import peft
 import pytest
 import tiny
 import torch
+from torch.utils.data import Subset
 
 from modeling_pico.data import CaptionedImageDataset, PicoDataCollator
 from modeling_pico.data.dataset import SampleKey
@@ -199,3 +201,47 @@ def test_states_beyond_half_precision_are_refused(tmp_path):
         net.vision_model.layernorm.bias.fill_(1e5)
     with pytest.raises(ValueError, match=r"up to 1e\+05, which half precision cannot hold"):
         cached_states(tmp_path, net, dataset(), collator())
+
+
+def test_states_of_another_model_are_not_used(tmp_path):
+    options = {"data": dataset(), "eval_data": CaptionedImageDataset(tiny.rows(9, seed=1))}
+    made = tiny.trainer(tmp_path / "run", net=frozen(), tower_cache_dir=str(tmp_path / "cache"), **options)
+    made.evaluate()
+    other = frozen(seed=1)
+    made.model = made.model_wrapped = other
+    fresh = tiny.trainer(tmp_path / "fresh", net=other, tower_cache_dir=str(tmp_path / "cache"), **options)
+    assert made.evaluate()["eval_loss"] == pytest.approx(fresh.evaluate()["eval_loss"])
+    # Nor those of the weights before.
+    other.load_state_dict(frozen(seed=2).state_dict())
+    again = tiny.trainer(tmp_path / "again", net=other, tower_cache_dir=str(tmp_path / "cache"), **options)
+    assert made.evaluate()["eval_loss"] == pytest.approx(again.evaluate()["eval_loss"])
+
+
+def test_towers_with_adapters_are_refused(tmp_path):
+    net = frozen()
+    net.vision_model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj", "query"]))
+    net.vision_model.requires_grad_(False)
+    with pytest.raises(ValueError, match="what adapters do is not in these alone"):
+        cached_states(tmp_path, net, dataset(), collator())
+
+
+def test_a_model_in_half_precision_takes_kept_states(tmp_path):
+    net = frozen(method="fine_grained").to(torch.bfloat16).eval()
+    states = cached_states(tmp_path, net, dataset(), collator())
+    with torch.no_grad():
+        assert net(**states.__getitems__([0, 1, 2])).logits_per_image.isfinite().all()
+
+
+def test_parts_of_a_data_set_without_augmentation_are_kept_once(tmp_path):
+    part = Subset(dataset(), range(18))
+    made = tiny.trainer(
+        tmp_path / "run",
+        net=frozen(),
+        data=part,
+        eval_data=None,
+        eval_strategy="no",
+        feedback="constant",
+        tower_cache_dir=str(tmp_path / "cache"),
+    )
+    loader = made.get_train_dataloader()
+    assert loader.dataset._num_views is None
