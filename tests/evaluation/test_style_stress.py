@@ -239,6 +239,12 @@ def test_data_sets_of_ones_own_are_refused():
         measure_style_stress(tiny.model(), tiny.processor(), Own(), ["gray"])
 
 
+def test_images_that_are_drawn_already_are_refused():
+    drawn = CaptionedImageDataset(tiny.rows(5)).in_look("gray")
+    with pytest.raises(ValueError, match="in the look 'gray' already"):
+        measure_style_stress(tiny.model(), tiny.processor(), drawn, ["negative"])
+
+
 def test_contact_sheet_has_a_line_for_each_image_and_a_column_for_each_look():
     data = CaptionedImageDataset(tiny.rows(5))
     sheet = draw_looks(data, ["negative", "gray"], num_images=2, side=16)
