@@ -70,6 +70,7 @@ trainer = PicoTrainer(
 # For the model card.
 trainer.card_info = {"base_models": [args.checkpoint], "dataset_name": args.dataset}
 trainer.train()
+trainer.fit_alignment()
 
 metrics = trainer.evaluate()
 trainer.log_metrics("eval", metrics)

@@ -169,7 +169,8 @@ def test_only_prototypes_moments_and_temperature_are_kept_in_float32():
     state = {name for name in names if "_prototypes." in name and not name.endswith(".stage")}
     state |= {name for name in names if "image_moments." in name and not name.endswith(".count")}
     assert kept == {"logit_scale"} | state
-    assert all(any(re.search(pattern, name) for name in names) for pattern in patterns)
+    # Layers have moments only where the tower has batch normalisation.
+    assert all(any(re.search(pattern, name) for name in names) or ".layer_" in pattern for pattern in patterns)
 
 
 # Forward

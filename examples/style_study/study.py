@@ -316,7 +316,7 @@ def _train_job(options: argparse.Namespace) -> None:
     result = train(job["setting"], job["options"], job["seed"], job["splits"], options.cache, weights, base, aligned)
     # One write of one line: processes that append at the same time do not tear each other's.
     with open(options.output, "a") as table:
-        table.write(json.dumps({**job, "setting": _without_folders(job["setting"]), **result}) + "\n")
+        table.write(json.dumps({**job, **result}) + "\n")
     rsum = {name: [round(value, 1) for value in values] for name, values in result["rsum"].items()}
     print(f"{rsum}, {result['seconds']:.0f} s" if "seconds" in result else f"{rsum}, from kept weights")
 

@@ -291,6 +291,8 @@ def measure_style_stress(
 
 def can_align(model: PicoModel, dataset: Any) -> bool:
     """Whether the model knows where images of training lie, and a style is large enough to be moved there."""
+    if not isinstance(dataset, CaptionedImageDataset):
+        return False
     largest = max(Counter(dataset.styles or [None] * len(dataset)).values(), default=0)
     return model.image_moments.is_fitted and largest >= MIN_IMAGES
 
