@@ -186,17 +186,27 @@ def load_splits(setting: dict[str, Any], names: list[str], folder: Path) -> Stud
             split["styles"],
         )
     whole = splits["train"]
-    # The same images for every seed of a training, held out whatever splits are named.
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
-    splits["seen"] = whole.subset(order[: setting["num_seen"]])
-    splits["train"] = whole.subset(order[setting["num_seen"] :].sort().values)
+    seen, others = hold_out(len(whole), setting["num_seen"])
+    splits["seen"], splits["train"] = whole.subset(seen), whole.subset(others)
     return StudyData(splits, captions, tokenizer)
 
 
-def _rows(setting: dict[str, Any], split: str, size: int, folder: Path) -> dict[str, Any]:
+def hold_out(count: int, num_seen: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows that are held out, at random, and the others; the same for every seed and whatever splits are named."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return order[:num_seen], order[num_seen:].sort().values
+
+
+def loading_options(setting: dict[str, Any], split: str) -> dict[str, Any]:
+    """How a split of a setting is loaded by [`load_captioned_images`]."""
     options = {"id_column": setting.get("id_column"), "split": split}
     if setting["dataset_name"] != "styled_shapes":
         options["data_files"] = {split: str(Path(setting["dataset_name"]) / f"{split}.parquet")}
+    return options
+
+
+def _rows(setting: dict[str, Any], split: str, size: int, folder: Path) -> dict[str, Any]:
+    options = loading_options(setting, split)
     key = hashlib.sha256(json.dumps([setting["dataset_name"], options, size]).encode()).hexdigest()[:16]
     cached = folder / f"{split}-{key}.pt"
     if cached.exists():

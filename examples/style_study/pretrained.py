@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from encoded_data import hold_out, loading_options
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import set_seed
@@ -154,13 +155,9 @@ def _build_model(setting: dict[str, Any], options: dict[str, Any]) -> PicoModel:
 def _rows(setting: dict[str, Any], split: str, **options: Any) -> Any:
     """A split, of which `seen` are images that are held out of `train`, at random but for all trainings alike."""
     name = "train" if split == "seen" else split
-    files = {name: str(Path(setting["dataset_name"]) / f"{name}.parquet")}
-    rows = load_captioned_images(
-        setting["dataset_name"], split=name, data_files=files, id_column=setting.get("id_column"), **options
-    )
+    rows = load_captioned_images(setting["dataset_name"], **loading_options(setting, name), **options)
     if name == "train" and "num_seen" in setting:
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-        seen, others = order[: setting["num_seen"]], order[setting["num_seen"] :]
+        seen, others = hold_out(len(rows), setting["num_seen"])
         rows = rows.select((seen if split == "seen" else others).sort().values.tolist())
     return rows
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from ..distributed import gather_object
@@ -123,11 +124,28 @@ def align_encoded(
             yield {**batch, "image_alignment": alignment.for_images(of_batch)}
             start += size
 
-    parts = [(outputs.image_tokens, outputs.image_mask) for outputs in _run(model, alignments(), num_batches)]
-    tokens, mask = (concatenate_padded(tensors) for tensors in zip(*parts, strict=True))
+    tokens, mask = encode_images(model, alignments(), num_batches)
     if len(tokens) != count:
         raise ValueError(f"The batches have {len(tokens)} images, but the encoded set has {count}.")
     return replace(encoded, image_tokens=tokens.to(encoded.image_tokens.dtype), image_mask=mask)
+
+
+@torch.no_grad()
+def encode_images(
+    model: nn.Module, batches: Batches, num_batches: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    Encodes this process's images alone; arguments as in [`RetrievalEvaluator.encode`], and each batch may hold an
+    `image_alignment`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: tokens before weighting of shape `(own images, patches, dim)`, and their
+        mask `(own images, patches)`.
+    """
+    model.eval()
+    parts = [(outputs.image_tokens, outputs.image_mask) for outputs in _run(model, batches, num_batches)]
+    tokens, mask = (concatenate_padded(tensors) for tensors in zip(*parts, strict=True))
+    return tokens, mask
 
 
 def _pico_model(model: nn.Module) -> PicoModel:
@@ -137,8 +155,8 @@ def _pico_model(model: nn.Module) -> PicoModel:
 
 def _run(model: nn.Module, batches: Batches, num_batches: int | None, **options: Any) -> Iterator[PicoOutput]:
     """The images of each batch, encoded; a process with fewer batches repeats its last one without effect."""
-    # Not the wrapper: compiled, a tower passes over what moves its layers.
-    model = _pico_model(model)
+    # Compiled, a tower passes over what moves its layers.
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     device = next(model.parameters()).device
     inputs: dict[str, Any] = {}
     done = 0
@@ -154,4 +172,4 @@ def _run(model: nn.Module, batches: Batches, num_batches: int | None, **options:
         model(**inputs, **options, return_logits=False)
 
 
-__all__ = ["align_encoded", "measure_gallery"]
+__all__ = ["align_encoded", "encode_images", "measure_gallery"]

@@ -278,19 +278,24 @@ def measure_styles(
     """
     captioned: Any = as_captioned(dataset)
     order_styles(captioned.styles, seen_styles)
-    loader = DataLoader(
-        captioned,
-        sampler=own_rows(len(captioned)),
-        batch_size=batch_size,
-        collate_fn=PicoDataCollator(processor),
-        generator=torch.Generator(),  # else the loader draws from the global one
-    )
+    loader = own_batches(captioned, processor, batch_size)
     encoded = RetrievalEvaluator().encode(model, loader)
     aligned = None
     if model.image_moments.is_fitted:
         aligned = align_encoded(model, encoded, loader, captioned.styles, leave_small=True)
     return StyleReport.from_encoded(
         model, encoded, captioned.styles, captioned.num_captions, seen_styles, aligned=aligned
+    )
+
+
+def own_batches(dataset: Any, processor: PicoProcessor, batch_size: int) -> DataLoader:
+    """Batches of this process's images, with all their captions."""
+    return DataLoader(
+        dataset,
+        sampler=own_rows(len(dataset)),
+        batch_size=batch_size,
+        collate_fn=PicoDataCollator(processor),
+        generator=torch.Generator(),  # else the loader draws from the global one
     )
 
 

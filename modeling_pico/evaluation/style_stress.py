@@ -6,7 +6,7 @@ in fixed looks, and other captions ask in place of its own.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,21 +14,20 @@ import datasets
 import torch
 from accelerate import PartialState
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
-from ..data import CaptionedImageDataset, PicoDataCollator, as_captioned
+from ..data import CaptionedImageDataset, as_captioned
 from ..data.looks import check_looks
-from ..distributed import own_rows
 from ..markdown import markdown_table, number_cell, signed_number
 from ..model.gallery_alignment_pico import MIN_IMAGES
-from ..model.modeling_pico import PicoModel, image_inputs
+from ..model.modeling_pico import PicoModel
 from ..model.processing_pico import PicoProcessor
-from .evaluator import EncodedRetrieval, RetrievalEvaluator, concatenate_padded
+from .evaluator import EncodedRetrieval, RetrievalEvaluator
 from .retrieval_metrics import chance_rsum
-from .style_alignment import align_encoded
-from .style_report import recall_cells
+from .style_alignment import align_encoded, encode_images
+from .style_report import own_batches, recall_cells
 
 
 logger = logging.get_logger(__name__)
@@ -264,16 +263,9 @@ def measure_style_stress(
     ```
     """
     captioned: Any = as_captioned(dataset)
-    collator = PicoDataCollator(processor)
 
     def batches(data: CaptionedImageDataset) -> DataLoader:
-        return DataLoader(
-            data,
-            sampler=own_rows(len(data)),
-            batch_size=batch_size,
-            collate_fn=collator,
-            generator=torch.Generator(),  # else the loader draws from the global one
-        )
+        return own_batches(data, processor, batch_size)
 
     def align(data: CaptionedImageDataset, encoded: EncodedRetrieval) -> EncodedRetrieval:
         return align_encoded(model, encoded, batches(data), data.styles, leave_small=True)
@@ -295,32 +287,6 @@ def can_align(model: PicoModel, dataset: Any) -> bool:
         return False
     largest = max(Counter(dataset.styles or [None] * len(dataset)).values(), default=0)
     return model.image_moments.is_fitted and largest >= MIN_IMAGES
-
-
-@torch.no_grad()
-def encode_images(
-    model: nn.Module, batches: Iterable[dict[str, Any]], num_batches: int | None = None
-) -> tuple[Tensor, Tensor]:
-    r"""
-    Encodes this process's images alone; arguments as in [`RetrievalEvaluator.encode`].
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: tokens before weighting of shape `(own images, patches, dim)`, and their
-        mask `(own images, patches)`.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    encoded: list[tuple[Tensor, Tensor]] = []
-    inputs: dict[str, Any] = {}
-    for batch in batches:
-        inputs = image_inputs(batch, device)
-        outputs = model(**inputs, return_logits=False)
-        encoded.append((outputs.image_tokens, outputs.image_mask))
-    # As in [`encode_batches`]: sharded models run equally often on all processes.
-    for _ in range(len(encoded), num_batches or 0):
-        model(**inputs, return_logits=False)
-    tokens, mask = (concatenate_padded(parts) for parts in zip(*encoded, strict=True))
-    return tokens, mask
 
 
 def check_stress(dataset: Any, looks: Sequence[str], captions: Captions | None) -> None:

@@ -141,6 +141,9 @@ def measure_galleries(
     of_layers: dict[str | None, dict[str, FeatureMoments]] = {}
     passing: dict[str | None, dict[str, FeatureMoments]] = {}  # with the batch that is in the tower
     images = 0
+    targets = {}
+    if target is not None:
+        targets = {name: target.of_layer(name) for name in layers or {} if target.has_layer(name)}
 
     def rows_of(start: int, count: int) -> dict[str | None, list[int]]:
         rows: dict[str | None, list[int]] = {}
@@ -157,10 +160,11 @@ def measure_galleries(
             own = FeatureMoments.of(values[rows])
             known = of_layers.get(label, {}).get(name)
             passing.setdefault(label, {})[name] = own = own if known is None else known.merge(own)
-            if target is not None and target.has_layer(name):
-                scale, shift = _map(own, *target.of_layer(name), strength=_LAYER_STRENGTH)
-                part = _moved(values[rows], scale[None].to(values.device), shift[None].to(values.device))
-                moved = part if len(rows) == len(values) else moved.index_copy(0, _index(rows, values), part)
+            if name in targets:
+                maps = _map(own, *targets[name], strength=_LAYER_STRENGTH)
+                part = _moved(values[rows], *(values_of[None].to(values.device) for values_of in maps))
+                index = torch.tensor(rows, device=values.device)
+                moved = part if len(rows) == len(values) else moved.index_copy(0, index, part)
         return (moved, *others)
 
     hooks = [layer.register_forward_pre_hook(partial(measure, name)) for name, layer in (layers or {}).items()]
@@ -186,10 +190,6 @@ def measure_galleries(
     for label, layer_moments in of_layers.items():
         found[label].layers = layer_moments
     return found
-
-
-def _index(rows: list[int], values: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(rows, device=values.device)
 
 
 def _moved(values: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

@@ -25,9 +25,9 @@ from ..distributed import gather, gather_batch, gather_object, own_rows, reduce
 from ..durable import DurableTrainer, end_with_training_only, spread_non_finite
 from ..evaluation.embedding_cache import cached_embeddings
 from ..evaluation.evaluator import EncodedRetrieval, RetrievalEvaluator
-from ..evaluation.style_alignment import align_encoded, measure_gallery
+from ..evaluation.style_alignment import align_encoded, encode_images, measure_gallery
 from ..evaluation.style_report import StyleReport
-from ..evaluation.style_stress import Captions, StyleStress, can_align, encode_images
+from ..evaluation.style_stress import Captions, StyleStress, can_align
 from ..evaluation.uncertainty_reranking import RetrievalUncertainty, learn_reranking
 from ..model.backbones_pico import limit_text_length
 from ..model.gallery_alignment_pico import MIN_IMAGES, check_sizes, spread_rows
