@@ -156,6 +156,7 @@ class PicoTrainer(DurableTrainer):
         )
         if processing_class is not None:
             limit_text_length(processing_class.tokenizer, self._pico_model().text_model)
+        self._pico_model().freeze_batch_norm = args.freeze_batch_norm
         self.evaluator = RetrievalEvaluator(args.eval_num_folds, loss_batch_size=args.per_device_eval_batch_size)
         self.add_callback(LogitScaleCallback)
         self.add_callback(UploadCallback(self.create_model_card))
