@@ -710,8 +710,8 @@ class PicoModel(PicoPreTrainedModel):
     def align(self, gallery: Iterable[Mapping[str, Any]], styles: Sequence[str] | None = None) -> GalleryAlignment:
         """
         Measures a gallery of one look and gives what moves it to the mean and spread that images of training have: at
-        the outputs of the tower and, half of the way, before its layers of batch normalisation but for the first third
-        *(ours)*. No caption is needed. It may be used for images that are added later.
+        the outputs of the tower and, up to half of the way, before its layers of batch normalisation but for the first
+        third *(ours)*. No caption is needed. It may be used for images that are added later.
 
         Args:
             gallery (iterable of `dict`):
