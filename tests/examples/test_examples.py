@@ -387,6 +387,24 @@ def test_flickr8k_recipe(towers, tmp_path, monkeypatch):
     assert json.loads(Path("outputs/flickr8k/trainer_state.json").read_text())["max_steps"] == 30
 
 
+def test_flickr8k_head_first_and_then_both_towers(towers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_hub("flickr8k")
+    small = shlex.split(
+        "--use_cpu true --num_train_epochs 2 --per_device_train_batch_size 4 --log_level error --disable_tqdm true "
+        "--report_to none"
+    )
+    folder = EXAMPLES / "flickr8k"
+    train_pico.main([str(folder / "frozen.yaml"), *towers, *small, "--embedding_dim", "8"])
+    results = train_pico.main([str(folder / "finetuned.yaml"), *small])
+    assert {"eval_rsum", "test_rsum"} <= results.keys()
+    first, second = (PicoModel.from_pretrained(f"outputs/flickr8k_{name}") for name in ("frozen", "finetuned"))
+    changed = {
+        name.split(".")[0] for name, value in second.named_parameters() if not value.equal(first.get_parameter(name))
+    }
+    assert changed >= {"vision_model", "text_model", "alignment_head"}
+
+
 @pytest.mark.parametrize(
     ("recipe", "images"),
     [
