@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModel
 
+from ..fingerprint import model_fingerprint
 from ..model.modeling_pico import PicoModel
 from ..model.processing_pico import PicoProcessor
-from .embedding_cache import digest
 
 
 if TYPE_CHECKING:
@@ -155,15 +155,14 @@ class MtebEncoder:
         pooled = self.scores == "pooled"
         if is_local:
             # Results are kept by name and revision: those of another checkpoint in the same folder are not these.
-            parts = (config.to_json_string(), self.processor.image_processor.to_json_string())
-            revision = digest(parts, self.model.state_dict())
+            revision = model_fingerprint(self.model, self.processor)
         parameters = list(self.model.parameters())
         return ModelMeta.create_empty(
             {
                 "loader": type(self),
                 "loader_kwargs": {"scores": self.scores},
                 "name": name or (f"local/{Path(model_name).resolve().name}" if is_local else str(model_name)),
-                "revision": revision or config._commit_hash,
+                "revision": revision or getattr(config, "_commit_hash", None),
                 "n_parameters": sum(parameter.numel() for parameter in parameters),
                 "memory_usage_mb": sum(parameter.nbytes for parameter in parameters) / 1024**2,
                 "max_tokens": self.processor.tokenizer.model_max_length,

@@ -316,7 +316,7 @@ def make_encoder(model: Any, processor: Any = None, encoder: str = "model") -> E
     """An [`Encoder`] as it is, or that of a model, or with `"onnx"` that of the folder of an ONNX export."""
     if isinstance(model, Encoder):
         return model
-    if encoder == "onnx":
+    if encoder == "onnx" or isinstance(model, (str, os.PathLike)):
         from .encoder_onnx import OnnxEncoder
 
         return OnnxEncoder(model)
