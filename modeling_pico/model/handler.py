@@ -57,7 +57,8 @@ class EndpointHandler:
         Raises:
             ValueError: If the request cannot be answered; the message says what it may hold.
         """
-        inputs, parameters = data.get("inputs"), data.get("parameters") or {}
+        inputs: Any = data.get("inputs")
+        parameters: Any = data.get("parameters") or {}
         _check_names("parameters", parameters, PARAMETERS)
         if "candidate_labels" in parameters:
             return self._classify(inputs, parameters)
