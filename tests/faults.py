@@ -631,6 +631,31 @@ FAULTS = (
         "        scores = scores.gather(1, order)",
         ("tests/test_processing_pico.py::test_retrieve_by_hand",),
     ),
+    # Elsewhere
+    Fault(
+        "mteb_pooled",
+        "mteb ranks by pooled vectors where late interaction was asked for",
+        "modeling_pico/evaluation/mteb_encoder.py",
+        "encoded.extend(embeds[mask].cpu() for embeds, mask in pairs)",
+        "encoded.extend(embeds[mask].mean(dim=0, keepdim=True).cpu() for embeds, mask in pairs)",
+        ("tests/evaluation/test_mteb_encoder.py::test_late_interaction_equals_the_evaluator",),
+    ),
+    Fault(
+        "onnx_padding",
+        "padding of texts counts as words where ONNX encoders encode them",
+        "modeling_pico/search/encoder_onnx.py",
+        "return [tokens[real] for tokens, real in zip(embeds, mask, strict=True)]",
+        "return list(embeds)",
+        ("tests/search/test_encoder_onnx.py::test_encodes_as_the_model_does",),
+    ),
+    Fault(
+        "handler_scale",
+        "an endpoint's shares of labels are flatter than the model's",
+        "modeling_pico/model/handler.py",
+        "(scores * self.model.logit_scale.float().exp().cpu()).softmax(dim=1)",
+        "scores.softmax(dim=1)",
+        ("tests/test_handler.py::test_labels",),
+    ),
 )
 
 
