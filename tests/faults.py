@@ -350,24 +350,24 @@ FAULTS = (
     Fault(
         "cache_text_tower",
         "kept embeddings are used although the text tower was trained",
-        "modeling_pico/evaluation/embedding_cache.py",
-        'made_by = ("vision_model.", "text_model.", "alignment_head.")',
-        'made_by = ("vision_model.", "alignment_head.")',
+        "modeling_pico/fingerprint.py",
+        '_EMBEDDING_WEIGHTS = ("vision_model.", "text_model.", "alignment_head.")',
+        '_EMBEDDING_WEIGHTS = ("vision_model.", "alignment_head.")',
         ("tests/evaluation/test_embedding_cache.py",),
     ),
     Fault(
         "cache_moments",
         "kept embeddings of aligned images are used although the moments of training changed",
         "modeling_pico/evaluation/embedding_cache.py",
-        '("image_moments.",) * aligned',
-        "()",
+        'model.image_moments.state_dict(prefix="image_moments.") if aligned else {}',
+        "{}",
         ("tests/training/test_alignment.py::test_kept_embeddings_are_plain_or_aligned",),
     ),
     Fault(
         "cache_preprocessing",
         "kept embeddings are used although images are preprocessed otherwise",
         "modeling_pico/evaluation/embedding_cache.py",
-        "_options(image_processor.to_dict())",
+        "sorted_options(image_processor.to_dict())",
         "None",
         ("tests/evaluation/test_embedding_cache.py",),
     ),
@@ -630,6 +630,31 @@ FAULTS = (
         "        order = scores.shape[1] - 1 - scores.flip(1).argsort(dim=1, descending=True, stable=True)\n"
         "        scores = scores.gather(1, order)",
         ("tests/test_processing_pico.py::test_retrieve_by_hand",),
+    ),
+    # Elsewhere
+    Fault(
+        "mteb_pooled",
+        "mteb ranks by pooled vectors where late interaction was asked for",
+        "modeling_pico/evaluation/mteb_encoder.py",
+        "encoded.extend(embeds[mask].cpu() for embeds, mask in pairs)",
+        "encoded.extend(embeds[mask].mean(dim=0, keepdim=True).cpu() for embeds, mask in pairs)",
+        ("tests/evaluation/test_mteb_encoder.py::test_late_interaction_equals_the_evaluator",),
+    ),
+    Fault(
+        "onnx_padding",
+        "padding of texts counts as words where ONNX encoders encode them",
+        "modeling_pico/search/encoder_onnx.py",
+        "return [tokens[real] for tokens, real in zip(embeds, mask, strict=True)]",
+        "return list(embeds)",
+        ("tests/search/test_encoder_onnx.py::test_encodes_as_the_model_does",),
+    ),
+    Fault(
+        "handler_scale",
+        "an endpoint's shares of labels are flatter than the model's",
+        "modeling_pico/model/handler.py",
+        "(scores * self.model.logit_scale.float().exp().cpu()).softmax(dim=1)",
+        "scores.softmax(dim=1)",
+        ("tests/test_handler.py::test_labels",),
     ),
 )
 

@@ -150,7 +150,7 @@ def load_captioned_images(
         config_name (`str`, *optional*): The `name` of `datasets.load_dataset`.
         cache_dir (`str`, *optional*): As that of `load_dataset`.
         data_files (`str`, `Sequence[str]` or `dict`, *optional*): As those of `load_dataset`.
-        revision (`str`, *optional*): As that of `load_dataset`.
+        revision (`str`, *optional*): As that of `load_dataset`; of a name on the Hub alone.
         token (`str` or `bool`, *optional*): As that of `load_dataset`.
         on_empty_captions (`str`, *optional*, defaults to `"error"`):
             What becomes of a row whose captions are all empty: `"error"` raises, `"skip"` drops it with a warning, as
@@ -227,6 +227,12 @@ def _open_source(
         paths = paths if files else paths or _matching(path)
         lists = find_image_lists(path) if path.is_dir() else paths
         lists = lists if all(file.suffix.lower() == ".json" and has_image_list(file) for file in lists) else []
+    if hub["revision"] is not None and (name == STYLED_SHAPES or paths or files or path.is_dir()):
+        what = "is generated" if name == STYLED_SHAPES else "lies on this disk"
+        raise ValueError(
+            f"`revision` (--dataset_revision) is {hub['revision']!r}, a version of a data set on the Hub, but "
+            f"{name!r} {what}. Leave it out."
+        )
     folder = path if path.is_dir() else None
     if named := paths or files:
         folder = _common_folder(named)

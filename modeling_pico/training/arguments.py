@@ -180,7 +180,8 @@ class PicoTrainingArguments(TrainingArguments):
     eval_cache_dir: str | None = option_field(
         None,
         "Folder that keeps embeddings of evaluations outside of training, in half precision: evaluating the same "
-        "model on the same data again then only scores (default: nowhere)",
+        "model on the same data again then only scores; beside tower_cache_dir those of aligned galleries alone "
+        "(default: nowhere)",
     )
 
     def __post_init__(self):

@@ -1,0 +1,635 @@
+"""A gallery of images that lies in a vector database, grows, and is searched by texts and by images."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from PIL import Image
+
+from ..model.image_decoding_pico import BadImageError
+from .embeddings import PRECISIONS, pack, pair_score, unpack
+from .encoders import Encoder, ModelEncoder, load_alignment, save_alignment
+from .filters import parse_where
+from .gallery import Gallery, Item, read_image
+from .processes import Processes
+from .store import Row, Store
+
+
+# Raised whenever what lies on disk changes: an index of another version is refused.
+SCHEMA_VERSION = 1
+INDEX_FILE, ALIGNMENT_FILE, LOCK_FILE = "index.json", "alignment.safetensors", "_lock"
+STORES = ("lancedb", "qdrant")
+# Images that one process encodes between two commits: what a killed build encodes again at most.
+COMMIT_IMAGES = 512
+
+
+@dataclass
+class Hit:
+    """
+    An image that was found.
+
+    Attributes:
+        id (`str`): Digest of its content.
+        score (`float`): Its exact score with the query, that of `pair_scores`.
+        path (`str`, *optional*): Absolute path of its file; None for an image that came without one.
+        columns (`dict[str, Any]`): What else is known of it.
+    """
+
+    id: str
+    score: float
+    path: str | None
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Changes:
+    """
+    What became of the images that were given to [`PicoIndex.add`].
+
+    Attributes:
+        added (`int`): Images that are new in the index.
+        changed (`int`): Images whose content, path or columns were others before.
+        removed (`int`): Images that left because they are no longer there.
+        unchanged (`int`): Images that the index had.
+        skipped (`dict[str, str]`): What is not in the index under its name, with the reason: an image that cannot be
+            read, or a second file of the same content.
+    """
+
+    added: int = 0
+    changed: int = 0
+    removed: int = 0
+    unchanged: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Outcome:
+    """
+    What a process found out about an image: the id of its content, and its row if it is to be written, without
+    embeddings if the index has them; the path of another file of the same content that the index keeps; or a problem.
+    """
+
+    name: str
+    path: str | None
+    id: str = ""
+    row: Row | None = None
+    twin: str = ""
+    problem: str = ""
+
+
+class _Known:
+    """What the index holds, by id and by path, kept up to date while images are added."""
+
+    def __init__(self, keys: Sequence[tuple[str, str | None, str]]) -> None:
+        self.keys = {id: (path, state) for id, path, state in keys}
+        self.at: dict[str, set[str]] = {}
+        for id, path, _ in keys:
+            if path is not None:
+                self.at.setdefault(path, set()).add(id)
+        # Images that were among those given so far, with the name of the first file of each.
+        self.given: dict[str, str] = {}
+
+
+class PicoIndex:
+    r"""
+    A gallery in a vector database, in a folder of its own. [`PicoIndex.create`] makes it and [`PicoIndex.open`] opens
+    it; nothing is held open in between.
+
+    Example:
+
+    ```python
+    >>> index = PicoIndex.create("outputs/gallery", model, processor)
+    >>> index.add("pictures")
+    >>> index.search("a red circle above a blue star", k=5)
+    ```
+    """
+
+    def __init__(self, folder: Path, about: dict[str, Any], encoder: Encoder | None, url: str | None) -> None:
+        self.folder, self.url = folder, url
+        self._about, self._encoder = about, encoder
+        self._opened: Store | None = None
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | os.PathLike,
+        model: Any,
+        processor: Any = None,
+        *,
+        encoder: str = "model",
+        precision: str = "float16",
+        store: str = "lancedb",
+        url: str | None = None,
+        align: bool | None = None,
+    ) -> PicoIndex:
+        r"""
+        Makes an empty index.
+
+        Args:
+            folder (`str` or `os.PathLike`): Its folder, which must not exist or be empty.
+            model ([`PicoModel`], [`Encoder`] or `str`):
+                What encodes images and queries; with `encoder="onnx"` the folder of an ONNX export.
+            processor ([`PicoProcessor`], *optional*): The processor of a [`PicoModel`].
+            encoder (`str`, *optional*, defaults to `"model"`): `"model"` or `"onnx"`.
+            precision (`str`, *optional*, defaults to `"float16"`):
+                How embeddings are kept: `"float16"`, or `"int8"` with a scale for each token, which takes half of it.
+            store (`str`, *optional*, defaults to `"lancedb"`): The database: `"lancedb"`, or `"qdrant"`.
+            url (`str`, *optional*): Address of a Qdrant server. Without it Qdrant runs in this process.
+            align (`bool`, *optional*):
+                Whether the gallery, of one look that training has not shown, is moved to where images of training
+                lie ([`PicoModel.align`]). It is measured at the first `add`, and moves what is added later.
+
+        Raises:
+            ValueError: for a folder that is not empty, or an option that is not one of the above.
+        """
+        for name, value, allowed in (("precision", precision, PRECISIONS), ("store", store, STORES)):
+            if value not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        if url is not None and store != "qdrant":
+            raise ValueError(f"A server is named by `url` for store='qdrant' alone, got store={store!r}.")
+        folder = Path(folder)
+        own = make_encoder(model, processor, encoder)
+        if align and not isinstance(own, ModelEncoder):
+            raise ValueError(
+                f"`align` needs a PicoModel, since {type(own).__name__} does not move galleries. Build the index with "
+                "the model; it may be searched with the ONNX encoders of that model."
+            )
+        about = {
+            "schema_version": SCHEMA_VERSION,
+            "store": store,
+            "collection": f"pico-{uuid.uuid4().hex[:12]}",
+            "precision": precision,
+            "align": bool(align),
+            "model": own.identity,
+            "dim": None,
+            "columns": None,
+        }
+        index = cls(folder, about, own, url)
+        Processes().on_main(index._make_folder)
+        return index
+
+    @classmethod
+    def open(
+        cls, folder: str | os.PathLike, model: Any = None, processor: Any = None, *, url: str | None = None
+    ) -> PicoIndex:
+        r"""
+        Opens an index.
+
+        Args:
+            folder (`str` or `os.PathLike`): Its folder.
+            model ([`PicoModel`], [`Encoder`] or `str`, *optional*):
+                What made it, or the folder of the ONNX export of that model. Without a model the index tells what it
+                holds and deletes, but neither adds nor searches.
+            processor ([`PicoProcessor`], *optional*): The processor of a [`PicoModel`].
+            url (`str`, *optional*): Address of the Qdrant server, if it lies on one.
+
+        Raises:
+            ValueError: for a folder without an index, and for another model than the one that made it.
+        """
+        folder = Path(folder)
+        try:
+            about = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+            version = about["schema_version"]
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(f"{str(folder)!r} holds no index: there is no {INDEX_FILE} in it.") from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{str(folder / INDEX_FILE)!r} is not that of an index: {error!r}.") from error
+        if version != SCHEMA_VERSION:
+            raise ValueError(
+                f"The index in {str(folder)!r} has version {version}, this code reads version {SCHEMA_VERSION}. Build "
+                "it again, or install the version of the package that made it."
+            )
+        encoder = None
+        if model is not None:
+            encoder = make_encoder(model, processor, "model" if processor is not None else "onnx")
+            if encoder.identity["fingerprint"] != about["model"]["fingerprint"]:
+                raise ValueError(
+                    f"The index in {str(folder)!r} was made by another model: {_describe(about['model'])}. This is "
+                    f"{_describe(encoder.identity)}. (Weights, configuration, preprocessing and dtype all count.)"
+                )
+        return cls(folder, about, encoder, url)
+
+    # Adding and removing
+
+    def add(
+        self,
+        images: Any,
+        *,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        batch_size: int = 32,
+        remove_missing: bool = False,
+        progress: bool = True,
+    ) -> Changes:
+        r"""
+        Adds images, each once: an image is known by its content. Files that did not change are not read again, so that
+        a build that was interrupted continues, and a folder is brought up to date, by the same call. Under
+        `accelerate launch` every process encodes its share.
+
+        Args:
+            images (`str`, `os.PathLike`, `datasets.Dataset`, [`CaptionedImageDataset`] or a sequence):
+                A folder with all folders in it, rows with a column `image`, or paths, bytes of files or PIL images.
+            columns (`Mapping[str, Sequence]`, *optional*):
+                What else is known of each image, for [`Hit`] and `where`: texts, numbers, truth values or lists of
+                texts. A data set brings its own. The first `add` decides which columns there are.
+            batch_size (`int`, *optional*, defaults to 32): Images encoded at a time.
+            remove_missing (`bool`, *optional*, defaults to `False`):
+                Whether images leave that are not among these: of a folder those that were in it, else all others.
+            progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
+
+        Returns:
+            [`Changes`]: numbers, and the images that were skipped with the reasons.
+
+        Raises:
+            ValueError: if there is nothing to add, another process writes to the index, or columns do not fit.
+            OSError: if the disk is full. The index holds what it held, and what was committed before.
+        """
+        from transformers.utils import logging
+
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        encoder = self._needs_encoder()
+        gallery = Gallery(images, columns, leave_out=self.folder)
+        changes = Changes()
+        with self._sole_writer() as processes:
+            self._check_columns(gallery.kinds)
+            known = _Known(processes.from_main(lambda: self._store.keys() if self._about["dim"] else []))
+            before = dict(known.keys)
+            stale: set[str] = set()
+            alignment = self._alignment(gallery, processes) if self._about["align"] else None
+            bar = logging.tqdm(total=len(gallery), desc="Indexing", disable=not (progress and processes.is_main))
+            round_size = COMMIT_IMAGES * processes.count
+            for start in range(0, len(gallery), round_size):
+                own_start = start + COMMIT_IMAGES * processes.rank
+                places = range(min(own_start, len(gallery)), min(own_start + COMMIT_IMAGES, len(gallery)))
+                look = partial(self._look_at, gallery, places, known, encoder, batch_size, alignment)
+                rows = _take_account(processes.gather(look), known, changes, stale)
+                if rows:
+                    self._set_dim(rows, processes)
+                    processes.on_main(partial(self._commit, rows))
+                bar.update(min(round_size, len(gallery) - start))
+            bar.close()
+            gone = stale - known.given.keys()
+            if remove_missing:
+                missing = {id for id, (path, _) in before.items() if gallery.covers(path)} - known.given.keys() - gone
+                changes.removed = len(missing)
+                gone |= missing
+            processes.on_main(lambda: self._finish(sorted(gone), bool(changes.added + changes.changed)))
+        return changes
+
+    def delete(self, ids: str | Sequence[str]) -> int:
+        """Removes images by their ids; returns how many there were."""
+        with self._sole_writer(alone=True):
+            before = len(self)
+            if before:
+                self._finish([ids] if isinstance(ids, str) else list(ids), False)
+            return before - len(self)
+
+    def _look_at(
+        self, gallery: Gallery, places: range, known: _Known, encoder: Encoder, batch_size: int, alignment: Any
+    ) -> list[_Outcome]:
+        """What becomes of some images; those that are new are encoded."""
+        outcomes: list[_Outcome] = []
+        fresh: dict[str, tuple[_Outcome, Image.Image]] = {}
+
+        def encode() -> None:
+            moved = {} if alignment is None else {"alignment": alignment}
+            encoded = encoder.encode_images([image for _, image in fresh.values()], batch_size=batch_size, **moved)
+            for (outcome, _), tokens in zip(fresh.values(), encoded, strict=True):
+                self._fill(outcome, tokens)
+            fresh.clear()
+
+        seen: set[str] = set()
+        for place in places:
+            item = gallery[place]
+            state = _State(_digest_columns(item.columns), _file_state(item.path))
+            outcome = _Outcome(item.name, item.path)
+            outcomes.append(outcome)
+            unread = [id for id in known.at.get(item.path or "", ()) if known.keys[id][1] == str(state)]
+            if state.file and unread:
+                outcome.id = unread[0]
+                continue
+            try:
+                _check_name(item)
+                outcome.id, image = read_image(item.value)
+            except BadImageError as error:
+                outcome.problem = str(error)
+                continue
+            outcome.row = Row(outcome.id, item.path, str(state), b"", np.empty((0, 0)), item.columns)
+            if outcome.id in known.keys:
+                path, of_old = known.keys[outcome.id]
+                old = _State(*of_old.split(" ", 1))
+                if item.path is None:
+                    outcome.row.path = path
+                if outcome.row.path == path and old.columns == state.columns:
+                    outcome.row = None
+                elif item.path is not None and path not in (None, item.path) and _file_state(path) == old.file:
+                    outcome.row, outcome.twin = None, str(path)
+            elif outcome.id not in seen:
+                seen.add(outcome.id)
+                fresh[outcome.id] = (outcome, image)
+                if len(fresh) == batch_size:
+                    encode()
+        if fresh:
+            encode()
+        return outcomes
+
+    def _fill(self, outcome: _Outcome, tokens: np.ndarray) -> None:
+        assert outcome.row is not None
+        if np.isfinite(tokens.astype(np.float16)).all():
+            outcome.row.data = pack(tokens, self._about["precision"])
+            outcome.row.vectors = tokens
+        else:
+            outcome.id, outcome.row = "", None
+            outcome.problem = "the model gives values for it that are NaN, infinite or too large for float16"
+
+    def _commit(self, rows: list[Row]) -> None:
+        moved = [row for row in rows if not row.data]
+        kept = {row.id: row.data for row in self._store.read([row.id for row in moved])}
+        for row in moved:
+            row.data = kept[row.id]
+            row.vectors = unpack(row.data, self._about["dim"], self._about["precision"])
+        with _clear_if_full(self.folder):
+            self._store.add(rows)
+
+    def _finish(self, gone: Sequence[str], grew: bool) -> None:
+        with _clear_if_full(self.folder):
+            for start in range(0, len(gone), 1000):
+                self._store.delete(gone[start : start + 1000])
+            if gone or grew:
+                self._store.tidy()
+
+    # Searching
+
+    def search(
+        self, query: Any, k: int = 10, *, where: str | Mapping[str, Any] | None = None, candidates: int = 100
+    ) -> list[Hit]:
+        r"""
+        Finds the images that fit a query best. The database finds `candidates` by its multi-vector comparison, and
+        these are scored exactly, both ways.
+
+        Args:
+            query (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`):
+                A text, or an image. A `str` is a text always; give the path of an image as a `Path`.
+            k (`int`, *optional*, defaults to 10): Images to find; a smaller gallery is returned whole.
+            where (`str` or `Mapping[str, Any]`, *optional*):
+                What images must fulfil: `"style = 'ink' and year >= 1990"`, or `{"style": ["ink", "pen"]}`.
+            candidates (`int`, *optional*, defaults to 100):
+                Images that are scored exactly, at least `k`. With more, fewer of the best are missed.
+
+        Returns:
+            `list[Hit]`: best first.
+
+        Raises:
+            ValueError: for an empty query, an image that cannot be decoded, `k` or `candidates` below 1, or a filter
+                that cannot be read or names a column that does not exist.
+        """
+        if k < 1 or candidates < 1:
+            raise ValueError(f"k and candidates must be at least 1, got k={k} and candidates={candidates}.")
+        if isinstance(query, str) and not query.strip():
+            raise ValueError("The query is empty. Give a text, or an image as a Path, as bytes or as a PIL image.")
+        encoder = self._needs_encoder()
+        conditions = parse_where(where, self.columns)
+        if not len(self):
+            return []
+        tokens = encoder.encode_texts([query])[0] if isinstance(query, str) else self._image_tokens(query, encoder)
+        limit = max(k, candidates)
+        # Where so few are asked for, all of them are scored.
+        if self._store.count(conditions) <= limit:
+            rows = self._store.all(conditions)
+        else:
+            rows = self._store.nearest(tokens, limit, conditions)
+        hits = [Hit(row.id, pair_score(tokens, self._unpack(row)), row.path, row.columns) for row in rows]
+        return sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k]
+
+    def _image_tokens(self, query: Any, encoder: Encoder) -> np.ndarray:
+        id, image = read_image(query)
+        # An image of a moved gallery is where it was moved to; any other stays where it is, as images of training do.
+        if self._about["align"] and (rows := self._store.read([id])):
+            return self._unpack(rows[0])
+        return encoder.encode_images([image])[0]
+
+    def _unpack(self, row: Row) -> np.ndarray:
+        return unpack(row.data, self._about["dim"], self._about["precision"])
+
+    # What there is
+
+    def __len__(self) -> int:
+        return self._store.count() if self._about["dim"] else 0
+
+    def info(self) -> dict[str, Any]:
+        """
+        What the index is: its number of `images`, `bytes` on this disk, `model` (what names it), `precision`, `store`,
+        `align`, `columns` with what each holds, and `dim` of the embeddings.
+        """
+        files = [path for path in self.folder.rglob("*") if path.is_file()]
+        return {
+            "folder": str(self.folder.resolve()),
+            "images": len(self),
+            "bytes": sum(path.stat().st_size for path in files),
+            **{name: self._about[name] for name in ("model", "precision", "store", "align", "dim", "schema_version")},
+            "columns": self.columns,
+        }
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Names of the columns, and what each holds: text, integer, number, truth or texts (which no filter reads)."""
+        return dict(self._about["columns"] or {})
+
+    def close(self) -> None:
+        """Lets go of the database."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    # Files
+
+    @property
+    def _store(self) -> Store:
+        if self._opened is None:
+            dim, columns = self._about["dim"], self.columns
+            if self._about["store"] == "lancedb":
+                from .store_lancedb import LanceStore
+
+                self._opened = LanceStore(self.folder / "lancedb", dim, columns)
+            else:
+                from .store_qdrant import QdrantStore
+
+                self._opened = QdrantStore(self.folder / "qdrant", self.url, self._about["collection"], dim, columns)
+        return self._opened
+
+    def _make_folder(self) -> None:
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            what = "holds an index already" if (self.folder / INDEX_FILE).exists() else "is not an empty folder"
+            raise ValueError(
+                f"{str(self.folder)!r} {what}. PicoIndex.open opens an index; a new one needs a folder of its own."
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write()
+
+    def _write(self) -> None:
+        part = self.folder / f"_{INDEX_FILE}.part"
+        with _clear_if_full(self.folder):
+            with part.open("w", encoding="utf-8") as file:
+                json.dump(self._about, file, indent=2)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(self.folder / INDEX_FILE)
+
+    def _needs_encoder(self) -> Encoder:
+        if self._encoder is None:
+            raise ValueError("The index was opened without a model: PicoIndex.open(folder, model, processor).")
+        return self._encoder
+
+    def _check_columns(self, kinds: Mapping[str, str]) -> None:
+        known = self._about["columns"]
+        if known is None:
+            self._about["columns"] = dict(kinds)
+            return
+        for name, kind in kinds.items():
+            if name not in known or (kind != known[name] and (kind, known[name]) != ("integer", "number")):
+                raise ValueError(
+                    f"The column {name!r} ({kind}) is none of the index. The first images decided which there are: "
+                    f"{', '.join(f'{name} ({kind})' for name, kind in sorted(known.items())) or 'none'}."
+                )
+
+    def _set_dim(self, rows: Sequence[Row], processes: Processes) -> None:
+        if self._about["dim"] is None:
+            self._about["dim"] = rows[0].vectors.shape[1]
+            processes.on_main(self._write)
+
+    def _alignment(self, gallery: Gallery, processes: Processes) -> Any:
+        """What moves the gallery: as it was measured at first, or else as these images are measured now."""
+        assert isinstance(self._encoder, ModelEncoder)
+        path = self.folder / ALIGNMENT_FILE
+        if not path.exists():
+            alignment = self._encoder.measure(gallery)
+            processes.on_main(lambda: save_alignment(alignment, path))
+        return load_alignment(path)
+
+    @contextmanager
+    def _sole_writer(self, alone: bool = False) -> Iterator[Processes]:
+        processes = Processes(alone)
+        lock = FileLock(self.folder / LOCK_FILE, thread_local=False)
+
+        def acquire() -> None:
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                raise ValueError(
+                    f"Another process is writing to the index in {str(self.folder)!r}. Wait until it has ended; "
+                    "nothing was changed."
+                ) from None
+
+        processes.on_main(acquire)
+        try:
+            # Another process may have been the first to add.
+            self._about = json.loads((self.folder / INDEX_FILE).read_text(encoding="utf-8"))
+            self.close()
+            yield processes
+        finally:
+            lock.release()
+
+
+def make_encoder(model: Any, processor: Any = None, encoder: str = "model") -> Encoder:
+    """An [`Encoder`] as it is, or that of a model and its processor, or with `"onnx"` that of an exported folder."""
+    if encoder not in ("model", "onnx"):
+        raise ValueError(f"`encoder` must be 'model' or 'onnx', got {encoder!r}.")
+    if isinstance(model, Encoder):
+        return model
+    if encoder == "onnx" or isinstance(model, (str, os.PathLike)):
+        from .encoder_onnx import OnnxEncoder
+
+        return OnnxEncoder(model)
+    if processor is None:
+        raise ValueError("Give the model's processor as well: PicoProcessor.from_pretrained(...).")
+    return ModelEncoder(model, processor)
+
+
+def _take_account(outcomes: list[_Outcome], known: _Known, changes: Changes, stale: set[str]) -> list[Row]:
+    """Counts what became of images, the same in all processes; returns the rows to write."""
+    rows = []
+    for outcome in outcomes:
+        id, row, name = outcome.id, outcome.row, outcome.name
+        if not id:
+            changes.skipped[name] = outcome.problem
+            continue
+        others = known.at.get(outcome.path or "", set()) - {id}
+        stale |= others
+        first = known.given.setdefault(id, outcome.twin or name)
+        if first != name or (row is not None and not row.data and id not in known.keys):
+            changes.skipped[name] = f"the same image as {first}"
+        elif row is None:
+            changes.unchanged += 1
+        else:
+            if id in known.keys or others:
+                changes.changed += 1
+            else:
+                changes.added += 1
+            rows.append(row)
+            known.keys[id] = (row.path, row.state)
+    return rows
+
+
+@dataclass
+class _State:
+    """What is kept of an image to see that nothing changed: a digest of its columns, and the state of its file."""
+
+    columns: str
+    file: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.columns} {self.file}".strip()
+
+
+def _digest_columns(columns: Mapping[str, Any]) -> str:
+    return blake2b(repr(sorted(columns.items())).encode(errors="surrogatepass"), digest_size=8).hexdigest()
+
+
+def _file_state(path: str | None) -> str:
+    from ..data.images import file_state
+
+    return " ".join(map(str, file_state(path)))
+
+
+def _check_name(item: Item) -> None:
+    try:
+        (item.path or "").encode()
+    except UnicodeEncodeError:
+        raise BadImageError("Its name is no valid text (UTF-8), as which a database keeps it.") from None
+
+
+def _describe(identity: Mapping[str, str]) -> str:
+    at = f" at {identity['revision']}" if identity.get("revision") else ""
+    return f"{identity.get('name') or 'unnamed'}{at} ({identity.get('method')}, {identity['fingerprint'][:8]})"
+
+
+@contextmanager
+def _clear_if_full(folder: Path) -> Iterator[None]:
+    """Databases report a full disk each in its own way."""
+    try:
+        yield
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else None
+        if code not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            "The disk is full. The index holds what was committed before; make room and add the images again, which "
+            "continues. It lies in",
+            str(folder),
+        ) from error
+
+
+__all__ = ["Changes", "Hit", "PicoIndex", "make_encoder"]
