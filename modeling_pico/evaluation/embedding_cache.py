@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,13 @@ import torch
 import transformers
 from accelerate import PartialState
 from safetensors import SafetensorError
-from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedConfig
-from transformers.utils import is_peft_available, logging
+from transformers.utils import logging
 
 from ..data import CaptionedImageDataset, PicoDataCollator
 from ..data.images import file_state, iter_encoded
 from ..distributed import gather
+from ..fingerprint import describe_tower, digest, embedding_weights, has_adapters, sorted_options
 from ..model.modeling_pico import PicoModel
 from ..model.prototypes_pico import StylePrototypes
 from .evaluator import EncodedRetrieval
@@ -33,8 +32,6 @@ from .evaluator import EncodedRetrieval
 logger = logging.get_logger(__name__)
 
 _PACKAGE = Path(__file__).parents[1]
-# A model just trained and the same one loaded again differ in these, and share their embeddings.
-_SET_BY_SAVING = ("_name_or_path", "architectures", "auto_map", "dtype", "processor_class")
 
 
 def cached_embeddings(
@@ -87,14 +84,14 @@ def cache_key(model: PicoModel, loader: DataLoader, precision: str = "no", align
     collator: Any = loader.collate_fn
     # Embeddings are kept before weighting.
     weighting = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, StylePrototypes))
-    made_by = ("vision_model.", "text_model.", "alignment_head.") + ("image_moments.",) * aligned
+    moments = model.image_moments.state_dict(prefix="image_moments.") if aligned else {}
     tensors = {
         name: tensor
-        for name, tensor in model.state_dict().items()
-        if name.startswith(made_by) and not name.startswith(weighting)
+        for name, tensor in {**embedding_weights(model), **moments}.items()
+        if not name.startswith(weighting)
     }
     parts = [
-        _options({**config.to_dict(), "uncertainty_config": None}),
+        sorted_options({**config.to_dict(), "uncertainty_config": None}),
         *map(describe_tower, (config.vision_config, config.text_config)),
         *describe_software(precision, model.device),
         dataset.ids.tolist(),
@@ -103,19 +100,6 @@ def cache_key(model: PicoModel, loader: DataLoader, precision: str = "no", align
         *describe_texts(dataset, collator),
     ]
     return digest(parts, tensors)
-
-
-def digest(parts: Iterable[Any], tensors: Mapping[str, torch.Tensor]) -> str:
-    """Digest of values, as bytes or as they are printed, and of named tensors."""
-    found = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        # With its length, so that no part can pass for a piece of another.
-        data = part if isinstance(part, bytes) else str(part).encode(errors="surrogatepass")
-        found.update(len(data).to_bytes(8, "little") + data)
-    for name, tensor in tensors.items():
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def describe_software(precision: str, device: torch.device) -> Iterator[Any]:
@@ -127,15 +111,10 @@ def describe_software(precision: str, device: torch.device) -> Iterator[Any]:
         yield file.read_bytes()
 
 
-def describe_tower(config: PreTrainedConfig) -> Any:
-    """Options of a tower."""
-    return _options(config.to_dict()), config._attn_implementation
-
-
 def describe_images(dataset: CaptionedImageDataset, collator: PicoDataCollator) -> Iterator[Any]:
     """Images, by their bytes or by name, size and times of their files, and their preprocessing."""
     image_processor = collator.processor.image_processor
-    yield type(image_processor).__name__, _options(image_processor.to_dict())
+    yield type(image_processor).__name__, sorted_options(image_processor.to_dict())
     yield dataset.look
     yield from _images(dataset.dataset)
 
@@ -147,13 +126,6 @@ def describe_texts(dataset: CaptionedImageDataset, collator: PicoDataCollator) -
     for captions in dataset.dataset["captions"]:
         limit = {"truncation": collator.max_length is not None, "max_length": collator.max_length}
         yield tokenizer(captions, **limit, verbose=False)["input_ids"]
-
-
-def _options(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    # Keys of JSON are strings, those of the labels of a tower that was not saved are not.
-    return {str(name): _options(value[name]) for name in sorted(value, key=str) if name not in _SET_BY_SAVING}
 
 
 def _images(dataset: datasets.Dataset) -> Iterator[Any]:
@@ -175,15 +147,6 @@ def _why_not_cached(model: PicoModel, loader: DataLoader) -> str | None:
     if has_adapters(model):
         return "what adapters do is not in the weights alone. Merge them into the model to have them kept."
     return None
-
-
-def has_adapters(module: nn.Module) -> bool:
-    """Whether adapters (PEFT) change what a module gives."""
-    if not is_peft_available():
-        return False
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return any(isinstance(layer, BaseTunerLayer) for layer in module.modules())
 
 
 def load_embeddings(folder: str | os.PathLike, key: str, device: torch.device) -> EncodedRetrieval | None:
@@ -232,9 +195,6 @@ __all__ = [
     "describe_images",
     "describe_software",
     "describe_texts",
-    "describe_tower",
-    "digest",
-    "has_adapters",
     "load_embeddings",
     "save_embeddings",
 ]

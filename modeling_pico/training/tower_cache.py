@@ -20,14 +20,8 @@ from transformers.utils import logging
 from ..data import CaptionedImageDataset, PicoDataCollator
 from ..data.dataset import SampleKey, caption_code
 from ..distributed import own_rows, wait_for_everyone
-from ..evaluation.embedding_cache import (
-    describe_images,
-    describe_software,
-    describe_texts,
-    describe_tower,
-    digest,
-    has_adapters,
-)
+from ..evaluation.embedding_cache import describe_images, describe_software, describe_texts
+from ..fingerprint import describe_tower, digest, has_adapters
 from ..model.modeling_pico import PicoModel, TokenStates
 
 

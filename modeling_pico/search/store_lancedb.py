@@ -1,0 +1,135 @@
+"""LanceDB, in this process and on this disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .filters import Condition
+from .store import Row
+
+
+try:
+    import lancedb
+    import pyarrow as pa
+except ImportError as error:
+    raise ImportError('An index needs LanceDB: pip install "modeling-pico[search]"') from error
+
+TABLE = "images"
+_TYPES = {"text": pa.string(), "integer": pa.int64(), "number": pa.float64(), "truth": pa.bool_()}
+_TYPES["texts"] = pa.list_(pa.string())
+_OWN = ("id", "path", "state", "data", "vectors")
+
+
+class LanceStore:
+    r"""
+    A [`Store`] in a folder. Every change is one commit of LanceDB.
+
+    Args:
+        folder (`Path`): The database's folder, made if need be.
+        dim (`int`): Dimension of the embeddings.
+        columns (`Mapping[str, str]`): Names and types of the columns that come with the images.
+    """
+
+    def __init__(self, folder: Path, dim: int, columns: Mapping[str, str]) -> None:
+        self._columns = dict(columns)
+        fields = [("id", pa.string()), ("path", pa.string()), ("state", pa.string()), ("data", pa.binary())]
+        fields += [("vectors", pa.list_(pa.list_(pa.float16(), dim)))]
+        # Under names of their own: nothing that a column is called can meet those above or mean something in SQL.
+        fields += [(_own_name(place), _TYPES[kind]) for place, kind in enumerate(columns.values())]
+        self._schema = pa.schema(fields)
+        self._table = lancedb.connect(folder).create_table(TABLE, schema=self._schema, exist_ok=True)
+
+    def add(self, rows: Sequence[Row]) -> None:
+        if not rows:
+            return
+        flat = pa.FixedSizeListArray.from_arrays(
+            pa.array(np.concatenate([row.vectors for row in rows]).astype(np.float16).reshape(-1)),
+            self._schema.field("vectors").type.value_type.list_size,
+        )
+        ends = np.cumsum([0, *(len(row.vectors) for row in rows)])
+        arrays = [pa.array([row.id for row in rows], pa.string()), pa.array([row.path for row in rows], pa.string())]
+        arrays += [pa.array([row.state for row in rows], pa.string())]
+        arrays += [pa.array([row.data for row in rows], pa.binary())]
+        arrays += [pa.ListArray.from_arrays(pa.array(ends, pa.int32()), flat)]
+        arrays += [
+            pa.array([row.columns.get(name) for row in rows], _TYPES[kind]) for name, kind in self._columns.items()
+        ]
+        table = pa.table(arrays, schema=self._schema)
+        self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(table)
+
+    def delete(self, ids: Sequence[str]) -> None:
+        if ids:
+            self._table.delete(_one_of("id", ids))
+
+    def keys(self) -> list[tuple[str, str | None, str]]:
+        found = self._table.search().select(["id", "path", "state"]).to_arrow()
+        return list(zip(*(found[name].to_pylist() for name in ("id", "path", "state")), strict=True))
+
+    def count(self, conditions: Sequence[Condition] = ()) -> int:
+        return self._table.count_rows(self._sql(conditions))
+
+    def nearest(self, query: np.ndarray, limit: int, conditions: Sequence[Condition] = ()) -> list[Row]:
+        search = self._table.search(query.astype(np.float16), vector_column_name="vectors")
+        search = search.distance_type("dot").select(["id", "_distance"]).limit(limit).with_row_id(True)
+        if conditions:
+            search = search.where(self._sql(conditions), prefilter=True)
+        return self._rows(self._table.take_row_ids(search.to_arrow()["_rowid"].to_pylist()))
+
+    def all(self, conditions: Sequence[Condition] = ()) -> list[Row]:
+        search = self._table.search()
+        return self._rows(search.where(self._sql(conditions)) if conditions else search)
+
+    def read(self, ids: Sequence[str]) -> list[Row]:
+        return self._rows(self._table.search().where(_one_of("id", ids))) if ids else []
+
+    def tidy(self) -> None:
+        # Versions before the last are of no use; nobody else writes (the index holds its lock).
+        self._table.optimize(cleanup_older_than=timedelta(0))
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
+
+    def _rows(self, query: Any) -> list[Row]:
+        wanted = [name for name in self._schema.names if name != "vectors"]
+        found = query.select(wanted).to_arrow().to_pylist()
+        return [
+            Row(
+                **{name: row[name] for name in _OWN if name != "vectors"},
+                vectors=np.empty((0, 0)),
+                columns={name: row[_own_name(place)] for place, name in enumerate(self._columns)},
+            )
+            for row in found
+        ]
+
+    def _sql(self, conditions: Sequence[Condition]) -> str | None:
+        parts = []
+        for condition in conditions:
+            name = condition.column
+            own = _own_name(list(self._columns).index(name)) if name in self._columns else name
+            if condition.operator == "in":
+                parts.append(_one_of(own, condition.value))
+            else:
+                parts.append(f"{own} {condition.operator} {_literal(condition.value)}")
+        return " AND ".join(parts) or None
+
+
+def _own_name(place: int) -> str:
+    return f"column_{place}"
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, str):
+        return "'" + value.replace("'", "''") + "'"
+    return repr(value).lower()
+
+
+def _one_of(column: str, values: Sequence[Any]) -> str:
+    return f"{column} IN ({', '.join(map(_literal, values))})"
+
+
+__all__ = ["LanceStore"]
