@@ -387,14 +387,6 @@ FAULTS = (
         "except TypeError as error:",
         ("tests/evaluation/test_embedding_cache.py",),
     ),
-    Fault(
-        "search_time",
-        "examples/retrieve.py finds pictures by what they were",
-        "examples/retrieve.py",
-        "state = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino",
-        "state = stat.st_size, stat.st_ino",
-        ("tests/examples/test_examples.py::test_retrieve_sees_that_a_file_of_the_same_size_has_changed",),
-    ),
     # Style stress test and style augmentation
     Fault(
         "stress_fair",

@@ -180,7 +180,9 @@ def load_captioned_images(
     if style_column is None and "style" in dataset.column_names:
         style_column = "style"
     if unknown := [name for name in keep_columns if name not in dataset.column_names]:
-        raise ValueError(f"There is no column {unknown[0]!r} (`keep_columns`); the columns are {dataset.column_names}.")
+        raise ValueError(
+            f"There is no column {unknown[0]!r} (`keep_columns`); the columns are {dataset.column_names}."
+        )
     image_column = _image_column(dataset, image_column)
     columns = [
         _caption_lists(dataset, column, is_entries=source.has_ids)

@@ -6,18 +6,20 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from ..model.image_decoding_pico import BadImageError, decode_image
+from ..model.image_decoding_pico import BadImageError, decode_image, open_image
+from .contact_sheet import check_no_sheet
 from .embeddings import PRECISIONS, pack, pair_score, unpack
 from .encoders import Encoder, ModelEncoder
-from .filters import parse_where
+from .filters import KINDS, parse_where
 from .store import Row, Store
 
 
@@ -255,6 +257,19 @@ class PicoIndex:
         files = [path for path in self.folder.rglob("*") if path.is_file()]
         return {**self._about, "images": len(self), "bytes": sum(path.stat().st_size for path in files)}
 
+    def embeddings(self, id: str) -> np.ndarray:
+        """The stored embeddings `(tokens, dim)` of an image in float32; ValueError if there is none of this id."""
+        rows = self._store.read([id]) if self._about["dim"] else []
+        if not rows:
+            raise ValueError(f"The index holds no image {id!r}.")
+        return unpack(rows[0].data, self._about["dim"], self._about["precision"])
+
+    def values(self, column: str, limit: int = 200) -> list[Any]:
+        """The values of a column in order; none if there are more than `limit`, or none that a filter can name."""
+        if self.columns.get(column) not in KINDS or not self._about["dim"]:
+            return []
+        return self._store.values(column, limit)
+
     def __len__(self) -> int:
         return self._store.count() if self._about["dim"] else 0
 
@@ -270,6 +285,11 @@ class PicoIndex:
 
             self._opened = LanceStore(self.folder / "lancedb", self._about["dim"], self._about["columns"] or {})
         return self._opened
+
+    @property
+    def encoder(self) -> Encoder:
+        """What encodes queries; ValueError if the index was opened without a model."""
+        return self._needs_encoder()
 
     def _needs_encoder(self) -> Encoder:
         if self._encoder is None:
@@ -354,7 +374,13 @@ def _items(images: Any, columns: Mapping[str, Sequence[Any]] | None) -> tuple[li
 
 def _kind(name: str, values: Sequence[Any]) -> str:
     found = {type(value) for value in values if value is not None}
-    for kind, types in (("text", {str}), ("truth", {bool}), ("integer", {int}), ("number", {int, float})):
+    for kind, types in (
+        ("texts", {list}),
+        ("text", {str}),
+        ("truth", {bool}),
+        ("integer", {int}),
+        ("number", {int, float}),
+    ):
         if found <= types:
             return kind
     raise ValueError(f"The column {name!r} holds {sorted(kind.__name__ for kind in found)}.")
@@ -376,6 +402,8 @@ def _read(item: _Item) -> tuple[str, Image.Image]:
             value = {"path": value, "bytes": Path(value).read_bytes() if os.path.isfile(value) else None}
         except OSError as error:
             raise BadImageError(f"The image file {value!r} cannot be read: {error}") from error
+    with open_image(value) if not isinstance(value, Image.Image) else nullcontext(value) as opened:
+        check_no_sheet(opened)
     image = decode_image(value)
     if isinstance(value, Mapping):
         content = value["bytes"]
