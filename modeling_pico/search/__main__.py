@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from PIL import Image
 
@@ -28,6 +28,10 @@ from .contact_sheet import PICTURES, contact_sheet, save_sheet
 from .embeddings import PRECISIONS
 from .encoders import Encoder, ModelEncoder
 from .index import STORES, PicoIndex, make_encoder
+
+
+if TYPE_CHECKING:
+    import datasets
 
 
 # Pictures that are named when they are left out.
@@ -139,22 +143,40 @@ def _open(args: argparse.Namespace) -> PicoIndex:
 def _build(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.model is None:
         raise ValueError("--model names the checkpoint that encodes the pictures, such as --model outputs/quickstart.")
+    gallery = _gallery(args)
     options = {"precision": args.precision, "store": args.store, "url": args.url, "align": args.align}
-    return _add_to(PicoIndex.create(args.index, _encoder(args, args.model), **options), args)
+    return _add_to(PicoIndex.create(args.index, _encoder(args, args.model), **options), gallery, args)
 
 
 def _add(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    return _add_to(_open(args), args, remove_missing=args.remove_missing)
+    gallery = _gallery(args)
+    return _add_to(_open(args), gallery, args, remove_missing=args.remove_missing)
 
 
-def _add_to(index: PicoIndex, args: argparse.Namespace, **options: Any) -> tuple[dict[str, Any], str]:
-    if args.split is None:
-        if args.columns:
-            raise ValueError("--columns are those of a data set, whose split --split names.")
-        images: Any = args.gallery
-        columns = None
-    else:
-        images, columns = _data_set(args)
+def _gallery(args: argparse.Namespace) -> datasets.Dataset | None:
+    """The rows of a data set, or None for a folder of pictures. Looked for before anything slow."""
+    if args.split is not None:
+        from ..data import load_captioned_images
+
+        columns = args.columns or ()
+        return load_captioned_images(args.gallery, split=args.split, on_empty_captions="keep", keep_columns=columns)
+    if args.columns:
+        raise ValueError("--columns are those of a data set, whose split --split names.")
+    if not Path(args.gallery).is_dir():
+        raise ValueError(f"{args.gallery!r} is not a folder of pictures. Of a data set name the split: --split train.")
+    if not any(path.is_file() for path in Path(args.gallery).rglob("*")):
+        raise ValueError(f"There is no file in {args.gallery!r}.")
+    return None
+
+
+def _add_to(
+    index: PicoIndex, rows: datasets.Dataset | None, args: argparse.Namespace, **options: Any
+) -> tuple[dict[str, Any], str]:
+    images: Any = args.gallery
+    columns = None
+    if rows is not None:
+        images = _files_of(rows, args.index.absolute() / PICTURES)
+        columns = {name: rows[name][:] for name in rows.column_names if name not in ("image", "image_id")}
     changes = index.add(images, columns=columns, batch_size=args.batch_size, **options)
     lines = [f"Left out: {name}: {reason}" for name, reason in itertools.islice(changes.skipped.items(), _SHOWN)]
     if len(changes.skipped) > _SHOWN:
@@ -165,21 +187,13 @@ def _add_to(index: PicoIndex, args: argparse.Namespace, **options: Any) -> tuple
     return {**asdict(changes), "images": len(index)}, "\n".join(lines)
 
 
-def _data_set(args: argparse.Namespace) -> tuple[list[str], dict[str, list[Any]]]:
-    """Paths of the pictures of a data set, and its columns. What has no file of its own is written to the index."""
+def _files_of(rows: datasets.Dataset, folder: Path) -> list[str]:
+    """Where the pictures of a data set lie. What lies in no file is written to a folder, to be shown from there."""
     from accelerate import PartialState
 
-    from ..data import load_captioned_images
-
-    rows = load_captioned_images(
-        str(args.gallery), split=args.split, on_empty_captions="keep", keep_columns=args.columns or ()
-    )
-    folder = args.index.absolute() / PICTURES
     with PartialState().main_process_first():
         folder.mkdir(exist_ok=True)
-        paths = [_file_of(image, folder) for image in rows["image"]]
-    names = [name for name in rows.column_names if name not in ("image", "image_id")]
-    return paths, {name: rows[name][:] for name in names}
+        return [_file_of(image, folder) for image in rows["image"]]
 
 
 def _file_of(image: dict[str, Any], folder: Path) -> str:
@@ -200,7 +214,7 @@ def _query(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.sheet is not None and args.sheet.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"--sheet {str(args.sheet)!r} must end as pictures do, such as hits.png.")
     query = args.text if args.image is None else decode_image(args.image)
-    found = _open(args).search(query, args.k or 10, where=args.where, candidates=args.candidates)
+    found = _open(args).search(query, 10 if args.k is None else args.k, where=args.where, candidates=args.candidates)
     if args.sheet is not None:
         save_sheet(contact_sheet(query, found, [args.index]), args.sheet)
     lines = [f"{rank:3}. {hit.score:7.3f}  {hit.path or hit.id}" for rank, hit in enumerate(found, start=1)]
@@ -227,7 +241,8 @@ def _serve(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from .page import serve
 
     index = _open(args)
-    serve(index, host=args.host, port=args.port, k=args.k or 24, candidates=args.candidates, pictures=args.pictures)
+    k = 24 if args.k is None else args.k
+    serve(index, host=args.host, port=args.port, k=k, candidates=args.candidates, pictures=args.pictures)
     return {}, "The page is closed."
 
 
