@@ -120,6 +120,13 @@ def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
 
 
+def raise_together(error: Exception | None) -> None:
+    """Raises the error of the first process that has one, on all of them: none waits for one that has left."""
+    for found in [error] if PartialState().num_processes == 1 else gather_object([error]):
+        if found is not None:
+            raise found
+
+
 def whole(tensor: Any) -> Any:
     """All of a tensor of which every process holds a part; anything else as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -147,6 +154,7 @@ __all__ = [
     "gather_object",
     "gather_rows",
     "own_rows",
+    "raise_together",
     "reduce",
     "wait_for_everyone",
     "whole",

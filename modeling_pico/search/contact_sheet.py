@@ -75,10 +75,10 @@ def save_sheet(sheet: Image.Image, path: str | os.PathLike) -> None:
     sheet.save(path, exif=exif)
 
 
-def check_no_sheet(image: Image.Image) -> None:
+def check_no_sheet(image: Image.Image, source: str) -> None:
     """`BadImageError` for a contact sheet of an earlier search, which is no picture of a gallery."""
     if image.getexif().get(_SOFTWARE) == _MARK:
-        raise BadImageError("It is a contact sheet of an earlier search.")
+        raise BadImageError(f"{source} is a contact sheet of an earlier search.")
 
 
 def picture_file(hit: Hit, folders: Sequence[str | os.PathLike] = ()) -> str | None:

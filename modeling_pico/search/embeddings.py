@@ -31,8 +31,8 @@ def unpack(data: bytes, dim: int, precision: str) -> np.ndarray:
 
 def pair_score(query: np.ndarray, item: np.ndarray) -> float:
     """
-    The score of two samples `(tokens, dim)`, the same either way and the one of `pair_scores`: the mean over the tokens
-    of each side of the best similarity among the other's. 0 if a side has no token.
+    The score of two samples `(tokens, dim)`, which is that of `pair_scores` and the same either way: the mean over the
+    tokens of each side of the best similarity among the other's. 0 if a side has no token.
     """
     if not len(query) or not len(item):
         return 0.0

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
+
+from ..model.image_decoding_pico import BadImageError
+from .gallery import read_image
 
 
 if TYPE_CHECKING:
@@ -66,10 +71,53 @@ class ModelEncoder:
         )
         return [np.asarray(tokens, dtype=np.float32) for tokens in encoded]
 
+    def measure(self, gallery: Any) -> GalleryAlignment:
+        """What moves a [`Gallery`] to where images of training lie, from some that are spread over it."""
+        from ..model.gallery_alignment_pico import spread_rows
+
+        def batches() -> Iterator[Any]:
+            rows = spread_rows([None] * len(gallery))
+            for start in range(0, len(rows), 32):
+                pictures = []
+                for row in rows[start : start + 32]:
+                    with contextlib.suppress(BadImageError):  # named when it is to be encoded
+                        pictures.append(read_image(gallery[row].value)[1])
+                if pictures:
+                    yield self.processor(images=pictures, return_tensors="pt")
+
+        return self.model.align(batches())
+
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Embeddings of texts; see [`Encoder`]."""
         encoded = self.processor.encode_texts(self.model, list(texts), convert_to_numpy=True)
         return [np.asarray(tokens, dtype=np.float32) for tokens in encoded]
 
 
-__all__ = ["Encoder", "ModelEncoder"]
+def save_alignment(alignment: GalleryAlignment, path: Path) -> None:
+    """Writes what moves a gallery, complete or not at all."""
+    from safetensors.torch import save_file
+
+    names = ("scale", "shift", "class_scale", "class_shift")
+    tensors = {name: value for name, value in vars(alignment).items() if name in names and value is not None}
+    for name, parts in alignment.layers.items():
+        tensors.update({f"layers.{name}.{place}": part for place, part in enumerate(parts)})
+    part = path.with_name(f"_{path.name}.part")
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, part)
+    part.replace(path)
+
+
+def load_alignment(path: Path) -> GalleryAlignment:
+    """Reads what [`save_alignment`] wrote."""
+    from safetensors.torch import load_file
+
+    from ..model.gallery_alignment_pico import GalleryAlignment
+
+    tensors = load_file(path)
+    names = {name.rpartition(".")[0] for name in tensors if name.startswith("layers.")}
+    layers = {name.removeprefix("layers."): (tensors[f"{name}.0"], tensors[f"{name}.1"]) for name in names}
+    return GalleryAlignment(
+        tensors["scale"], tensors["shift"], tensors.get("class_scale"), tensors.get("class_shift"), layers=layers
+    )
+
+
+__all__ = ["Encoder", "ModelEncoder", "load_alignment", "save_alignment"]

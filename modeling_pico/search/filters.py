@@ -66,6 +66,11 @@ def parse_where(where: str | Mapping[str, Any] | None, columns: Mapping[str, str
     return conditions
 
 
+def _fits(value: Any, kind: str) -> bool:
+    # True is an integer to Python.
+    return isinstance(value, KINDS[kind]) and isinstance(value, bool) == (kind == "truth")
+
+
 def _columns(known: Mapping[str, str]) -> str:
     return f"The columns are: {', '.join(f'{name} ({kind})' for name, kind in sorted(known.items()))}."
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
 import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +18,21 @@ import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from ..model.image_decoding_pico import BadImageError, decode_image, open_image
-from .contact_sheet import check_no_sheet
+from ..model.image_decoding_pico import BadImageError
 from .embeddings import PRECISIONS, pack, pair_score, unpack
-from .encoders import Encoder, ModelEncoder
+from .encoders import Encoder, ModelEncoder, load_alignment, save_alignment
 from .filters import KINDS, parse_where
+from .gallery import Gallery, Item, read_image
+from .processes import Processes
 from .store import Row, Store
 
 
+# Raised whenever what lies on disk changes: an index of another version is refused.
 SCHEMA_VERSION = 1
-FILE, LOCK_FILE, ALIGNMENT_FILE = "index.json", "_lock", "alignment.safetensors"
+INDEX_FILE, ALIGNMENT_FILE, LOCK_FILE = "index.json", "alignment.safetensors", "_lock"
 STORES = ("lancedb", "qdrant")
-# Images of one commit: what a killed build encodes again at most.
-COMMIT = 512
+# Images that one process encodes between two commits: what a killed build encodes again at most.
+COMMIT_IMAGES = 512
 
 
 @dataclass
@@ -37,8 +42,8 @@ class Hit:
 
     Attributes:
         id (`str`): Digest of its content.
-        score (`float`): The exact score, that of `pair_scores`.
-        path (`str`, *optional*): Absolute path; None for an image that came without a file.
+        score (`float`): Its exact score with the query, that of `pair_scores`.
+        path (`str`, *optional*): Absolute path of its file; None for an image that came without one.
         columns (`dict[str, Any]`): What else is known of it.
     """
 
@@ -51,14 +56,15 @@ class Hit:
 @dataclass
 class Changes:
     """
-    What became of the images that were added.
+    What became of the images that were given to [`PicoIndex.add`].
 
     Attributes:
-        added (`int`): New images.
-        changed (`int`): Images at paths where another was before, which left.
+        added (`int`): Images that are new in the index.
+        changed (`int`): Images whose content, path or columns were others before.
         removed (`int`): Images that left because they are no longer there.
         unchanged (`int`): Images that the index had.
-        skipped (`dict[str, str]`): The images that are not in the index, with the reason.
+        skipped (`dict[str, str]`): What is not in the index under its name, with the reason: an image that cannot be
+            read, or a second file of the same content.
     """
 
     added: int = 0
@@ -69,30 +75,50 @@ class Changes:
 
 
 @dataclass
-class _Item:
-    """An image to be added: its name in messages, its file if it has one, what to decode, and its columns."""
+class _Outcome:
+    """
+    What a process found out about an image: the id of its content, and its row if it is to be written, without
+    embeddings if the index has them; the path of another file of the same content that the index keeps; or a problem.
+    """
 
     name: str
     path: str | None
-    value: Any
-    columns: dict[str, Any]
+    id: str = ""
+    row: Row | None = None
+    twin: str = ""
+    problem: str = ""
+
+
+class _Known:
+    """What the index holds, by id and by path, kept up to date while images are added."""
+
+    def __init__(self, keys: Sequence[tuple[str, str | None, str]]) -> None:
+        self.keys = {id: (path, state) for id, path, state in keys}
+        self.at: dict[str, set[str]] = {}
+        for id, path, _ in keys:
+            if path is not None:
+                self.at.setdefault(path, set()).add(id)
+        # Images that were among those given so far, with the name of the first file of each.
+        self.given: dict[str, str] = {}
 
 
 class PicoIndex:
-    """
-    A gallery on disk, made by [`PicoIndex.create`] and read by [`PicoIndex.open`].
+    r"""
+    A gallery in a vector database, in a folder of its own. [`PicoIndex.create`] makes it and [`PicoIndex.open`] opens
+    it; nothing is held open in between.
 
     Example:
 
     ```python
-    >>> index = PicoIndex.create("gallery", model, processor)
+    >>> index = PicoIndex.create("outputs/gallery", model, processor)
     >>> index.add("pictures")
-    >>> index.search("a red circle", k=5)
+    >>> index.search("a red circle above a blue star", k=5)
     ```
     """
 
     def __init__(self, folder: Path, about: dict[str, Any], encoder: Encoder | None, url: str | None) -> None:
-        self.folder, self._about, self._encoder, self._url = folder, about, encoder, url
+        self.folder, self.url = folder, url
+        self._about, self._encoder = about, encoder
         self._opened: Store | None = None
 
     @classmethod
@@ -108,45 +134,94 @@ class PicoIndex:
         url: str | None = None,
         align: bool | None = None,
     ) -> PicoIndex:
+        r"""
+        Makes an empty index.
+
+        Args:
+            folder (`str` or `os.PathLike`): Its folder, which must not exist or be empty.
+            model ([`PicoModel`], [`Encoder`] or `str`):
+                What encodes images and queries; with `encoder="onnx"` the folder of an ONNX export.
+            processor ([`PicoProcessor`], *optional*): The processor of a [`PicoModel`].
+            encoder (`str`, *optional*, defaults to `"model"`): `"model"` or `"onnx"`.
+            precision (`str`, *optional*, defaults to `"float16"`):
+                How embeddings are kept: `"float16"`, or `"int8"` with a scale for each token, which takes half of it.
+            store (`str`, *optional*, defaults to `"lancedb"`): The database: `"lancedb"`, or `"qdrant"`.
+            url (`str`, *optional*): Address of a Qdrant server. Without it Qdrant runs in this process.
+            align (`bool`, *optional*):
+                Whether the gallery, of one look that training has not shown, is moved to where images of training
+                lie ([`PicoModel.align`]). It is measured at the first `add`, and moves what is added later.
+
+        Raises:
+            ValueError: for a folder that is not empty, or an option that is not one of the above.
+        """
         for name, value, allowed in (("precision", precision, PRECISIONS), ("store", store, STORES)):
             if value not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        if url is not None and store != "qdrant":
+            raise ValueError(f"A server is named by `url` for store='qdrant' alone, got store={store!r}.")
         folder = Path(folder)
-        if (folder / FILE).exists():
-            raise ValueError(f"{str(folder)!r} holds an index already. Open it with PicoIndex.open, or delete it.")
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"{str(folder)!r} is not empty. An index needs a folder of its own.")
-        made_by = make_encoder(model, processor, encoder)
+        own = make_encoder(model, processor, encoder)
+        if align and not isinstance(own, ModelEncoder):
+            raise ValueError(
+                f"`align` needs a PicoModel, since {type(own).__name__} does not move galleries. Build the index with "
+                "the model; it may be searched with the ONNX encoders of that model."
+            )
         about = {
             "schema_version": SCHEMA_VERSION,
             "store": store,
+            "collection": f"pico-{uuid.uuid4().hex[:12]}",
             "precision": precision,
-            "model": made_by.identity,
             "align": bool(align),
+            "model": own.identity,
             "dim": None,
             "columns": None,
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        index = cls(folder, about, made_by, url)
-        index._write()
+        index = cls(folder, about, own, url)
+        Processes().on_main(index._make_folder)
         return index
 
     @classmethod
     def open(
         cls, folder: str | os.PathLike, model: Any = None, processor: Any = None, *, url: str | None = None
     ) -> PicoIndex:
+        r"""
+        Opens an index.
+
+        Args:
+            folder (`str` or `os.PathLike`): Its folder.
+            model ([`PicoModel`], [`Encoder`] or `str`, *optional*):
+                What made it, or the folder of the ONNX export of that model. Without a model the index tells what it
+                holds and deletes, but neither adds nor searches.
+            processor ([`PicoProcessor`], *optional*): The processor of a [`PicoModel`].
+            url (`str`, *optional*): Address of the Qdrant server, if it lies on one.
+
+        Raises:
+            ValueError: for a folder without an index, and for another model than the one that made it.
+        """
         folder = Path(folder)
         try:
-            about = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ValueError(f"{str(folder)!r} holds no index: there is no {FILE} in it.") from None
-        encoder = None if model is None else make_encoder(model, processor)
-        if encoder is not None and encoder.identity["fingerprint"] != about["model"]["fingerprint"]:
+            about = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+            version = about["schema_version"]
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(f"{str(folder)!r} holds no index: there is no {INDEX_FILE} in it.") from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{str(folder / INDEX_FILE)!r} is not that of an index: {error!r}.") from error
+        if version != SCHEMA_VERSION:
             raise ValueError(
-                f"The index in {str(folder)!r} was made by another model: {_describe(about['model'])}, and this is "
-                f"{_describe(encoder.identity)}. Open it with the model that made it, or build another index."
+                f"The index in {str(folder)!r} has version {version}, this code reads version {SCHEMA_VERSION}. Build "
+                "it again, or install the version of the package that made it."
             )
+        encoder = None
+        if model is not None:
+            encoder = make_encoder(model, processor, "model" if processor is not None else "onnx")
+            if encoder.identity["fingerprint"] != about["model"]["fingerprint"]:
+                raise ValueError(
+                    f"The index in {str(folder)!r} was made by another model: {_describe(about['model'])}. This is "
+                    f"{_describe(encoder.identity)}. (Weights, configuration, preprocessing and dtype all count.)"
+                )
         return cls(folder, about, encoder, url)
+
+    # Adding and removing
 
     def add(
         self,
@@ -157,112 +232,205 @@ class PicoIndex:
         remove_missing: bool = False,
         progress: bool = True,
     ) -> Changes:
+        r"""
+        Adds images, each once: an image is known by its content. Files that did not change are not read again, so that
+        a build that was interrupted continues, and a folder is brought up to date, by the same call. Under
+        `accelerate launch` every process encodes its share.
+
+        Args:
+            images (`str`, `os.PathLike`, `datasets.Dataset`, [`CaptionedImageDataset`] or a sequence):
+                A folder with all folders in it, rows with a column `image`, or paths, bytes of files or PIL images.
+            columns (`Mapping[str, Sequence]`, *optional*):
+                What else is known of each image, for [`Hit`] and `where`: texts, numbers, truth values or lists of
+                texts. A data set brings its own. The first `add` decides which columns there are.
+            batch_size (`int`, *optional*, defaults to 32): Images encoded at a time.
+            remove_missing (`bool`, *optional*, defaults to `False`):
+                Whether images leave that are not among these: of a folder those that were in it, else all others.
+            progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
+
+        Returns:
+            [`Changes`]: numbers, and the images that were skipped with the reasons.
+
+        Raises:
+            ValueError: if there is nothing to add, another process writes to the index, or columns do not fit.
+            OSError: if the disk is full. The index holds what it held, and what was committed before.
+        """
         from transformers.utils import logging
 
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         encoder = self._needs_encoder()
-        items, inside = _items(images, columns)
+        gallery = Gallery(images, columns, leave_out=self.folder)
         changes = Changes()
-        with self._sole_writer():
-            self._set_columns(items, columns)
-            known = self._store.keys() if self._about["dim"] else []
-            state_of = {path: (id, state) for id, path, state in known if path is not None}
-            ids = {id: path for id, path, _ in known}
-            kept: set[str] = set()
+        with self._sole_writer() as processes:
+            self._check_columns(gallery.kinds)
+            known = _Known(processes.from_main(lambda: self._store.keys() if self._about["dim"] else []))
+            before = dict(known.keys)
             stale: set[str] = set()
-            bar = logging.tqdm(total=len(items), desc="Indexing", disable=not progress)
-            for start in range(0, len(items), COMMIT):
-                new: list[tuple[_Item, str, str, Image.Image]] = []
-                for item in items[start : start + COMMIT]:
-                    bar.update()
-                    state = _file_state(item.path)
-                    id, seen = state_of.get(item.path or "", ("", ""))
-                    if state and state == seen:
-                        changes.unchanged += 1
-                        kept.add(id)
-                        continue
-                    try:
-                        content, image = _read(item)
-                    except BadImageError as error:
-                        changes.skipped[item.name] = str(error)
-                        continue
-                    if content in kept or content in ids:
-                        if content in kept and ids.get(content) != item.path:
-                            changes.skipped[item.name] = f"the same image as {ids.get(content) or 'an earlier one'}"
-                        else:
-                            changes.unchanged += 1
-                        kept.add(content)
-                        continue
-                    if id:
-                        changes.changed += 1
-                        stale.add(id)
-                    else:
-                        changes.added += 1
-                    kept.add(content)
-                    ids[content] = item.path
-                    new.append((item, content, state, image))
-                if new:
-                    encoded = encoder.encode_images([image for *_, image in new], batch_size=batch_size)
-                    self._set_dim(encoded[0].shape[1])
-                    self._store.add(
-                        [
-                            Row(
-                                content, item.path, state, pack(tokens, self._about["precision"]), tokens, item.columns
-                            )
-                            for (item, content, state, _), tokens in zip(new, encoded, strict=True)
-                        ]
-                    )
+            alignment = self._alignment(gallery, processes) if self._about["align"] else None
+            bar = logging.tqdm(total=len(gallery), desc="Indexing", disable=not (progress and processes.is_main))
+            round_size = COMMIT_IMAGES * processes.count
+            for start in range(0, len(gallery), round_size):
+                own_start = start + COMMIT_IMAGES * processes.rank
+                places = range(min(own_start, len(gallery)), min(own_start + COMMIT_IMAGES, len(gallery)))
+                look = partial(self._look_at, gallery, places, known, encoder, batch_size, alignment)
+                rows = _take_account(processes.gather(look), known, changes, stale)
+                if rows:
+                    self._set_dim(rows, processes)
+                    processes.on_main(partial(self._commit, rows))
+                bar.update(min(round_size, len(gallery) - start))
             bar.close()
-            gone = stale - kept
+            gone = stale - known.given.keys()
             if remove_missing:
-                missing = {id for id, path, _ in known if inside(path)} - kept - gone
+                missing = {id for id, (path, _) in before.items() if gallery.covers(path)} - known.given.keys() - gone
                 changes.removed = len(missing)
                 gone |= missing
-            if gone:
-                self._store.delete(sorted(gone))
-            if changes.added or gone:
-                self._store.tidy()
+            processes.on_main(lambda: self._finish(sorted(gone), bool(changes.added + changes.changed)))
         return changes
+
+    def delete(self, ids: str | Sequence[str]) -> int:
+        """Removes images by their ids; returns how many there were."""
+        with self._sole_writer(alone=True):
+            before = len(self)
+            if before:
+                self._finish([ids] if isinstance(ids, str) else list(ids), False)
+            return before - len(self)
+
+    def _look_at(
+        self, gallery: Gallery, places: range, known: _Known, encoder: Encoder, batch_size: int, alignment: Any
+    ) -> list[_Outcome]:
+        """What becomes of some images; those that are new are encoded."""
+        outcomes: list[_Outcome] = []
+        fresh: dict[str, tuple[_Outcome, Image.Image]] = {}
+
+        def encode() -> None:
+            moved = {} if alignment is None else {"alignment": alignment}
+            encoded = encoder.encode_images([image for _, image in fresh.values()], batch_size=batch_size, **moved)
+            for (outcome, _), tokens in zip(fresh.values(), encoded, strict=True):
+                self._fill(outcome, tokens)
+            fresh.clear()
+
+        seen: set[str] = set()
+        for place in places:
+            item = gallery[place]
+            state = _State(_digest_columns(item.columns), _file_state(item.path))
+            outcome = _Outcome(item.name, item.path)
+            outcomes.append(outcome)
+            unread = [id for id in known.at.get(item.path or "", ()) if known.keys[id][1] == str(state)]
+            if state.file and unread:
+                outcome.id = unread[0]
+                continue
+            try:
+                _check_name(item)
+                outcome.id, image = read_image(item.value)
+            except BadImageError as error:
+                outcome.problem = str(error)
+                continue
+            outcome.row = Row(outcome.id, item.path, str(state), b"", np.empty((0, 0)), item.columns)
+            if outcome.id in known.keys:
+                path, of_old = known.keys[outcome.id]
+                old = _State(*of_old.split(" ", 1))
+                if item.path is None:
+                    outcome.row.path = path
+                if outcome.row.path == path and old.columns == state.columns:
+                    outcome.row = None
+                elif item.path is not None and path not in (None, item.path) and _file_state(path) == old.file:
+                    outcome.row, outcome.twin = None, str(path)
+            elif outcome.id not in seen:
+                seen.add(outcome.id)
+                fresh[outcome.id] = (outcome, image)
+                if len(fresh) == batch_size:
+                    encode()
+        if fresh:
+            encode()
+        return outcomes
+
+    def _fill(self, outcome: _Outcome, tokens: np.ndarray) -> None:
+        assert outcome.row is not None
+        if np.isfinite(tokens.astype(np.float16)).all():
+            outcome.row.data = pack(tokens, self._about["precision"])
+            outcome.row.vectors = tokens
+        else:
+            outcome.id, outcome.row = "", None
+            outcome.problem = "the model gives values for it that are NaN, infinite or too large for float16"
+
+    def _commit(self, rows: list[Row]) -> None:
+        moved = [row for row in rows if not row.data]
+        kept = {row.id: row.data for row in self._store.read([row.id for row in moved])}
+        for row in moved:
+            row.data = kept[row.id]
+            row.vectors = unpack(row.data, self._about["dim"], self._about["precision"])
+        with _clear_if_full(self.folder):
+            self._store.add(rows)
+
+    def _finish(self, gone: Sequence[str], grew: bool) -> None:
+        with _clear_if_full(self.folder):
+            for start in range(0, len(gone), 1000):
+                self._store.delete(gone[start : start + 1000])
+            if gone or grew:
+                self._store.tidy()
+
+    # Searching
 
     def search(
         self, query: Any, k: int = 10, *, where: str | Mapping[str, Any] | None = None, candidates: int = 100
     ) -> list[Hit]:
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}.")
+        r"""
+        Finds the images that fit a query best. The database finds `candidates` by its multi-vector comparison, and
+        these are scored exactly, both ways.
+
+        Args:
+            query (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`):
+                A text, or an image. A `str` is a text always; give the path of an image as a `Path`.
+            k (`int`, *optional*, defaults to 10): Images to find; a smaller gallery is returned whole.
+            where (`str` or `Mapping[str, Any]`, *optional*):
+                What images must fulfil: `"style = 'ink' and year >= 1990"`, or `{"style": ["ink", "pen"]}`.
+            candidates (`int`, *optional*, defaults to 100):
+                Images that are scored exactly, at least `k`. With more, fewer of the best are missed.
+
+        Returns:
+            `list[Hit]`: best first.
+
+        Raises:
+            ValueError: for an empty query, an image that cannot be decoded, `k` or `candidates` below 1, or a filter
+                that cannot be read or names a column that does not exist.
+        """
+        if k < 1 or candidates < 1:
+            raise ValueError(f"k and candidates must be at least 1, got k={k} and candidates={candidates}.")
+        if isinstance(query, str) and not query.strip():
+            raise ValueError("The query is empty. Give a text, or an image as a Path, as bytes or as a PIL image.")
         encoder = self._needs_encoder()
         conditions = parse_where(where, self.columns)
-        if isinstance(query, str):
-            if not query.strip():
-                raise ValueError("The query is empty.")
-            tokens = encoder.encode_texts([query])[0]
-        else:
-            tokens = encoder.encode_images([query])[0]
         if not len(self):
             return []
+        tokens = encoder.encode_texts([query])[0] if isinstance(query, str) else self._image_tokens(query, encoder)
         limit = max(k, candidates)
-        few = self._store.count(conditions) <= limit
-        rows = self._store.all(conditions) if few else self._store.nearest(tokens, limit, conditions)
-        precision, dim = self._about["precision"], self._about["dim"]
-        hits = [Hit(r.id, pair_score(tokens, unpack(r.data, dim, precision)), r.path, r.columns) for r in rows]
+        # Where so few are asked for, all of them are scored.
+        if self._store.count(conditions) <= limit:
+            rows = self._store.all(conditions)
+        else:
+            rows = self._store.nearest(tokens, limit, conditions)
+        hits = [Hit(row.id, pair_score(tokens, self._unpack(row)), row.path, row.columns) for row in rows]
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k]
 
-    def delete(self, ids: str | Sequence[str]) -> int:
-        wanted = [ids] if isinstance(ids, str) else list(ids)
-        with self._sole_writer():
-            before = len(self)
-            if before:
-                self._store.delete(wanted)
-            return before - len(self)
+    def _image_tokens(self, query: Any, encoder: Encoder) -> np.ndarray:
+        id, image = read_image(query)
+        # An image of a moved gallery is where it was moved to; any other stays where it is, as images of training do.
+        if self._about["align"] and (rows := self._store.read([id])):
+            return self._unpack(rows[0])
+        return encoder.encode_images([image])[0]
 
-    def info(self) -> dict[str, Any]:
-        files = [path for path in self.folder.rglob("*") if path.is_file()]
-        return {**self._about, "images": len(self), "bytes": sum(path.stat().st_size for path in files)}
+    def _unpack(self, row: Row) -> np.ndarray:
+        return unpack(row.data, self._about["dim"], self._about["precision"])
+
+    # What there is
 
     def embeddings(self, id: str) -> np.ndarray:
         """The stored embeddings `(tokens, dim)` of an image in float32; ValueError if there is none of this id."""
         rows = self._store.read([id]) if self._about["dim"] else []
         if not rows:
             raise ValueError(f"The index holds no image {id!r}.")
-        return unpack(rows[0].data, self._about["dim"], self._about["precision"])
+        return self._unpack(rows[0])
 
     def values(self, column: str, limit: int = 200) -> list[Any]:
         """The values of a column in order; none if there are more than `limit`, or none that a filter can name."""
@@ -273,18 +441,64 @@ class PicoIndex:
     def __len__(self) -> int:
         return self._store.count() if self._about["dim"] else 0
 
+    def info(self) -> dict[str, Any]:
+        """
+        What the index is: its number of `images`, `bytes` on this disk, `model` (what names it), `precision`, `store`,
+        `align`, `columns` with what each holds, and `dim` of the embeddings.
+        """
+        files = [path for path in self.folder.rglob("*") if path.is_file()]
+        return {
+            "folder": str(self.folder.resolve()),
+            "images": len(self),
+            "bytes": sum(path.stat().st_size for path in files),
+            **{name: self._about[name] for name in ("model", "precision", "store", "align", "dim", "schema_version")},
+            "columns": self.columns,
+        }
+
     @property
     def columns(self) -> dict[str, str]:
-        """The columns that `where` may name, with what each holds: text, integer, number or truth."""
-        return {"id": "text", "path": "text", **(self._about["columns"] or {})}
+        """Names of the columns, and what each holds: text, integer, number, truth or texts (which no filter reads)."""
+        return dict(self._about["columns"] or {})
+
+    def close(self) -> None:
+        """Lets go of the database."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    # Files
 
     @property
     def _store(self) -> Store:
         if self._opened is None:
-            from .store_lancedb import LanceStore
+            dim, columns = self._about["dim"], self.columns
+            if self._about["store"] == "lancedb":
+                from .store_lancedb import LanceStore
 
-            self._opened = LanceStore(self.folder / "lancedb", self._about["dim"], self._about["columns"] or {})
+                self._opened = LanceStore(self.folder / "lancedb", dim, columns)
+            else:
+                from .store_qdrant import QdrantStore
+
+                self._opened = QdrantStore(self.folder / "qdrant", self.url, self._about["collection"], dim, columns)
         return self._opened
+
+    def _make_folder(self) -> None:
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            what = "holds an index already" if (self.folder / INDEX_FILE).exists() else "is not an empty folder"
+            raise ValueError(
+                f"{str(self.folder)!r} {what}. PicoIndex.open opens an index; a new one needs a folder of its own."
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write()
+
+    def _write(self) -> None:
+        part = self.folder / f"_{INDEX_FILE}.part"
+        with _clear_if_full(self.folder):
+            with part.open("w", encoding="utf-8") as file:
+                json.dump(self._about, file, indent=2)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(self.folder / INDEX_FILE)
 
     @property
     def encoder(self) -> Encoder:
@@ -296,122 +510,144 @@ class PicoIndex:
             raise ValueError("The index was opened without a model: PicoIndex.open(folder, model, processor).")
         return self._encoder
 
-    def _set_columns(self, items: list[_Item], columns: Any) -> None:
-        if self._about["columns"] is None:
-            self._about["columns"] = {
-                name: _kind(name, [item.columns.get(name) for item in items])
-                for name in dict.fromkeys(name for item in items for name in item.columns)
-            }
+    def _check_columns(self, kinds: Mapping[str, str]) -> None:
+        known = self._about["columns"]
+        if known is None:
+            self._about["columns"] = dict(kinds)
+            return
+        for name, kind in kinds.items():
+            if name not in known or (kind != known[name] and (kind, known[name]) != ("integer", "number")):
+                raise ValueError(
+                    f"The column {name!r} ({kind}) is none of the index. The first images decided which there are: "
+                    f"{', '.join(f'{name} ({kind})' for name, kind in sorted(known.items())) or 'none'}."
+                )
 
-    def _set_dim(self, dim: int) -> None:
+    def _set_dim(self, rows: Sequence[Row], processes: Processes) -> None:
         if self._about["dim"] is None:
-            self._about["dim"] = dim
-            self._write()
+            self._about["dim"] = rows[0].vectors.shape[1]
+            processes.on_main(self._write)
 
-    def _write(self) -> None:
-        part = self.folder / f"_{FILE}.part"
-        with part.open("w", encoding="utf-8") as file:
-            json.dump(self._about, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self.folder / FILE)
+    def _alignment(self, gallery: Gallery, processes: Processes) -> Any:
+        """What moves the gallery: as it was measured at first, or else as these images are measured now."""
+        assert isinstance(self._encoder, ModelEncoder)
+        path = self.folder / ALIGNMENT_FILE
+        if not path.exists():
+            alignment = self._encoder.measure(gallery)
+            processes.on_main(lambda: save_alignment(alignment, path))
+        return load_alignment(path)
 
     @contextmanager
-    def _sole_writer(self) -> Iterator[None]:
+    def _sole_writer(self, alone: bool = False) -> Iterator[Processes]:
+        processes = Processes(alone)
         lock = FileLock(self.folder / LOCK_FILE, thread_local=False)
+
+        def acquire() -> None:
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                raise ValueError(
+                    f"Another process is writing to the index in {str(self.folder)!r}. Wait until it has ended; "
+                    "nothing was changed."
+                ) from None
+
+        processes.on_main(acquire)
         try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            raise ValueError(
-                f"Another process is writing to the index in {str(self.folder)!r}. Wait until it has ended; nothing "
-                "was changed."
-            ) from None
-        try:
-            yield
+            # Another process may have been the first to add.
+            self._about = json.loads((self.folder / INDEX_FILE).read_text(encoding="utf-8"))
+            self.close()
+            yield processes
         finally:
             lock.release()
 
 
 def make_encoder(model: Any, processor: Any = None, encoder: str = "model") -> Encoder:
-    """An [`Encoder`] as it is, or that of a model, or with `"onnx"` that of the folder of an ONNX export."""
+    """An [`Encoder`] as it is, or that of a model and its processor, or with `"onnx"` that of an exported folder."""
+    if encoder not in ("model", "onnx"):
+        raise ValueError(f"`encoder` must be 'model' or 'onnx', got {encoder!r}.")
     if isinstance(model, Encoder):
         return model
     if encoder == "onnx":
         from .encoder_onnx import OnnxEncoder
 
         return OnnxEncoder(model)
+    if processor is None:
+        raise ValueError("Give the model's processor as well: PicoProcessor.from_pretrained(...).")
     return ModelEncoder(model, processor)
 
 
-def _describe(identity: Mapping[str, str]) -> str:
-    of_revision = f" at {identity['revision']}" if identity.get("revision") else ""
-    return f"{identity.get('name')!r}{of_revision} ({identity.get('method')}, {identity['fingerprint'][:8]})"
+def _take_account(outcomes: list[_Outcome], known: _Known, changes: Changes, stale: set[str]) -> list[Row]:
+    """Counts what became of images, the same in all processes; returns the rows to write."""
+    rows = []
+    for outcome in outcomes:
+        id, row, name = outcome.id, outcome.row, outcome.name
+        if not id:
+            changes.skipped[name] = outcome.problem
+            continue
+        others = known.at.get(outcome.path or "", set()) - {id}
+        stale |= others
+        first = known.given.setdefault(id, outcome.twin or name)
+        if first != name or (row is not None and not row.data and id not in known.keys):
+            changes.skipped[name] = f"the same image as {first}"
+        elif row is None:
+            changes.unchanged += 1
+        else:
+            if id in known.keys or others:
+                changes.changed += 1
+            else:
+                changes.added += 1
+            rows.append(row)
+            known.keys[id] = (row.path, row.state)
+    return rows
 
 
-def _items(images: Any, columns: Mapping[str, Sequence[Any]] | None) -> tuple[list[_Item], Any]:
-    """What is to be added, and which paths count as missing if they are not among it."""
-    columns = columns or {}
-    if isinstance(images, (str, os.PathLike)):
-        folder = os.path.abspath(images)
-        if not os.path.isdir(folder):
-            raise ValueError(f"{str(images)!r} is not a folder.")
-        paths = sorted(os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
-        if not paths:
-            raise ValueError(f"There is no file in {str(images)!r}.")
-        values: Sequence[Any] = paths
-        inside = lambda path: path is not None and path.startswith(os.path.join(folder, ""))  # noqa: E731
-    else:
-        values, inside = list(images), lambda path: True
-        if not values:
-            raise ValueError("There is no image to add.")
-    items = []
-    for place, value in enumerate(values):
-        path = os.path.abspath(value) if isinstance(value, (str, os.PathLike)) else None
-        own = {name: of_all[place] for name, of_all in columns.items()}
-        items.append(_Item(path or f"image {place}", path, path or value, own))
-    return items, inside
+@dataclass
+class _State:
+    """What is kept of an image to see that nothing changed: a digest of its columns, and the state of its file."""
+
+    columns: str
+    file: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.columns} {self.file}".strip()
 
 
-def _kind(name: str, values: Sequence[Any]) -> str:
-    found = {type(value) for value in values if value is not None}
-    for kind, types in (
-        ("texts", {list}),
-        ("text", {str}),
-        ("truth", {bool}),
-        ("integer", {int}),
-        ("number", {int, float}),
-    ):
-        if found <= types:
-            return kind
-    raise ValueError(f"The column {name!r} holds {sorted(kind.__name__ for kind in found)}.")
+def _digest_columns(columns: Mapping[str, Any]) -> str:
+    return blake2b(repr(sorted(columns.items())).encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 def _file_state(path: str | None) -> str:
+    from ..data.images import file_state
+
+    return " ".join(map(str, file_state(path)))
+
+
+def _check_name(item: Item) -> None:
     try:
-        state = None if path is None else os.stat(path)
-    except (OSError, ValueError):
-        return ""
-    return "" if state is None else f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
+        (item.path or "").encode()
+    except UnicodeEncodeError:
+        raise BadImageError("Its name is no valid text (UTF-8), as which a database keeps it.") from None
 
 
-def _read(item: _Item) -> tuple[str, Image.Image]:
-    """Digest of an image's content, and the image; BadImageError if it cannot be decoded."""
-    value = item.value
-    if isinstance(value, str):
-        try:
-            value = {"path": value, "bytes": Path(value).read_bytes() if os.path.isfile(value) else None}
-        except OSError as error:
-            raise BadImageError(f"The image file {value!r} cannot be read: {error}") from error
-    with open_image(value) if not isinstance(value, Image.Image) else nullcontext(value) as opened:
-        check_no_sheet(opened)
-    image = decode_image(value)
-    if isinstance(value, Mapping):
-        content = value["bytes"]
-    elif isinstance(value, bytes):
-        content = value
-    else:
-        content = f"{image.size}".encode() + image.tobytes()
-    return hashlib.blake2b(content, digest_size=16).hexdigest(), image
+def _describe(identity: Mapping[str, str]) -> str:
+    at = f" at {identity['revision']}" if identity.get("revision") else ""
+    return f"{identity.get('name') or 'unnamed'}{at} ({identity.get('method')}, {identity['fingerprint'][:8]})"
+
+
+@contextmanager
+def _clear_if_full(folder: Path) -> Iterator[None]:
+    """Databases report a full disk each in its own way."""
+    try:
+        yield
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else None
+        if code not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            "The disk is full. The index holds what was committed before; make room and add the images again, which "
+            "continues. It lies in",
+            str(folder),
+        ) from error
 
 
 __all__ = ["Changes", "Hit", "PicoIndex", "make_encoder"]

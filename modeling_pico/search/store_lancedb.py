@@ -74,7 +74,7 @@ class LanceStore:
         return self._table.count_rows(self._sql(conditions))
 
     def nearest(self, query: np.ndarray, limit: int, conditions: Sequence[Condition] = ()) -> list[Row]:
-        search = self._table.search(query.astype(np.float16), vector_column_name="vectors")
+        search: Any = self._table.search(query.astype(np.float16), vector_column_name="vectors")
         search = search.distance_type("dot").select(["id", "_distance"]).limit(limit).with_row_id(True)
         if conditions:
             search = search.where(self._sql(conditions), prefilter=True)
@@ -82,7 +82,8 @@ class LanceStore:
 
     def all(self, conditions: Sequence[Condition] = ()) -> list[Row]:
         search = self._table.search()
-        return self._rows(search.where(self._sql(conditions)) if conditions else search)
+        sql = self._sql(conditions)
+        return self._rows(search if sql is None else search.where(sql))
 
     def read(self, ids: Sequence[str]) -> list[Row]:
         return self._rows(self._table.search().where(_one_of("id", ids))) if ids else []

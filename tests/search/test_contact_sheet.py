@@ -75,6 +75,6 @@ def test_a_picture_that_moved_is_found_inside_of_the_folder_that_is_named(hits, 
 def test_a_sheet_is_known(hits, tmp_path, name):
     save_sheet(contact_sheet("q", hits), tmp_path / name)
     with Image.open(tmp_path / name) as sheet, pytest.raises(BadImageError, match="contact sheet"):
-        check_no_sheet(sheet)
+        check_no_sheet(sheet, name)
     with Image.open(tmp_path / "red.png") as picture:
-        check_no_sheet(picture)
+        check_no_sheet(picture, name)
