@@ -167,14 +167,14 @@ def test_a_data_set_brings_columns_and_pictures(tmp_path, checkpoint, own_cache,
         (["query", "{index}", "a", "--where", "colour = 'red'"], "There is no column 'colour'"),
         (["query", "{index}", "a", "--sheet", "hits.pdf2"], "must end as pictures do"),
         (["query", "{index}", "--image", "{index}/gone.png"], "does not exist"),
-        (["query", "{index}", "a", "--k", "0"], "k must be at least 1"),
+        (["query", "{index}", "a", "--k", "0"], "at least 1, got k=0"),
         (["query", "{index}", "a", "--kk", "1"], "unrecognized arguments: --kk 1"),
         (["query", "{index}/none", "a"], "holds no index"),
         (["build", "{index}_2", "{index}/gone", "--model", "{model}"], "is not a folder of pictures. Of a data set"),
         (["build", "{index}_2", "{empty}", "--model", "{model}"], "There is no file in"),
         (["build", "{index}_2", "{empty}"], "--model names the checkpoint"),
         (["build", "{index}_2", "{empty}", "--model", "{model}", "--columns", "a"], "whose split --split names"),
-        (["add", "{index}", "{empty}", "--model", "{other}"], "was made by another model"),
+        (["add", "{index}", "{pictures}", "--model", "{other}"], "was made by another model"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -185,7 +185,13 @@ def test_mistakes_are_named(index, tmp_path, checkpoint, tiny_model, tiny_proces
         torch.nn.init.ones_(model.alignment_head.visual_projection.weight)
         model.save_pretrained(tmp_path / "other")
         tiny_processor.save_pretrained(tmp_path / "other")
-    names = {"index": index, "empty": tmp_path / "empty", "model": checkpoint, "other": tmp_path / "other"}
+    names = {
+        "pictures": tmp_path / "pictures",
+        "index": index,
+        "empty": tmp_path / "empty",
+        "model": checkpoint,
+        "other": tmp_path / "other",
+    }
     with pytest.raises(ValueError, match=said) as error:
         main([word.format(**names) for word in words])
     assert "\n" not in str(error.value)
