@@ -387,6 +387,30 @@ FAULTS = (
         "except TypeError as error:",
         ("tests/evaluation/test_embedding_cache.py",),
     ),
+    Fault(
+        "search_sheet",
+        "contact sheets of earlier searches are found as pictures",
+        "modeling_pico/search/contact_sheet.py",
+        "if image.getexif().get(_SOFTWARE) == _MARK:",
+        "if image.getexif().get(_SOFTWARE) == image:",
+        ("tests/search/test_search_command.py::test_a_sheet_in_the_gallery_is_not_found",),
+    ),
+    Fault(
+        "search_page_upload",
+        "the page decodes any upload, however many pixels it claims",
+        "modeling_pico/search/page.py",
+        "return _small(decode_image(path), 2 * _LARGE)",
+        "return _small(Image.open(path).convert('RGB'), 2 * _LARGE)",
+        ("tests/search/test_page.py::test_uploads_are_limited",),
+    ),
+    Fault(
+        "search_page_message",
+        "what a visitor typed is markup in the message that it is wrong",
+        "modeling_pico/search/page.py",
+        "raise gradio.Error(html.escape(str(error))",
+        "raise gradio.Error(str(error)",
+        ("tests/search/test_page.py::test_a_mistake_is_told_as_text",),
+    ),
     # Style stress test and style augmentation
     Fault(
         "stress_fair",

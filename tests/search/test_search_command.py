@@ -185,13 +185,8 @@ def test_mistakes_are_named(index, tmp_path, checkpoint, tiny_model, tiny_proces
         torch.nn.init.ones_(model.alignment_head.visual_projection.weight)
         model.save_pretrained(tmp_path / "other")
         tiny_processor.save_pretrained(tmp_path / "other")
-    names = {
-        "pictures": tmp_path / "pictures",
-        "index": index,
-        "empty": tmp_path / "empty",
-        "model": checkpoint,
-        "other": tmp_path / "other",
-    }
+    names = {name: tmp_path / name for name in ("pictures", "empty", "other")}
+    names |= {"index": index, "model": checkpoint}
     with pytest.raises(ValueError, match=said) as error:
         main([word.format(**names) for word in words])
     assert "\n" not in str(error.value)
