@@ -59,7 +59,8 @@ _CSS = """
 #hits button img, #words button img { padding-bottom: 26px; }
 #detail { position: sticky; top: 8px; align-self: flex-start; }
 #large img { width: 100%; height: 100%; object-fit: contain; }
-#about code { padding: 0; border: 0; background: none; font: inherit; }
+#said ol { padding-left: 2em; }
+#about code, #said code { padding: 0; border: 0; background: none; font: inherit; }
 """
 
 
@@ -269,7 +270,7 @@ def _said(function: Callable) -> Callable:
         try:
             return function(*arguments, **options)
         except ValueError as error:
-            raise gradio.Error(html.escape(str(error)), print_exception=False, title="Not found") from error
+            raise gradio.Error(html.escape(str(error)), print_exception=False) from error
 
     return run
 
