@@ -27,7 +27,7 @@ from ..markdown import escape_markdown
 from ..model.image_decoding_pico import BadImageError, decode_image
 from ..plots import NothingToDrawError, patch_grid, shown_image, token_names
 from .contact_sheet import hit_name, hit_picture, picture_file
-from .embeddings import pair_score
+from .embeddings import exact_scores
 from .encoders import ModelEncoder
 from .heat_map import heat_maps
 from .index import Hit, PicoIndex
@@ -332,7 +332,7 @@ def best_captions(index: PicoIndex, query: Image.Image, hits: Sequence[Hit]) -> 
     if not captions:
         return []
     (picture,), texts = index.encoder.encode_images([query]), index.encoder.encode_texts(captions)
-    scores = [pair_score(picture, text) for text in texts]
+    scores = exact_scores(picture, texts).tolist()
     return sorted(zip(captions, scores, strict=True), key=lambda pair: -pair[1])[:_MAX_CAPTIONS]
 
 

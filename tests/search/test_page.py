@@ -147,6 +147,22 @@ def test_filters_offer_the_values_of_columns_and_join_conditions(gallery):
     assert len(found) == 4 and {hit.columns["style"] for hit in found} == {STYLES[1]}
 
 
+@pytest.mark.parametrize("store", ["lancedb", "qdrant"])
+def test_an_index_tells_its_values_and_embeddings(gallery, tmp_path, store):
+    encoder = gallery.index.encoder
+    index = PicoIndex.create(tmp_path / "index", encoder, store=store)
+    assert index.values("style") == []
+    index.add(gallery.paths[:3], columns={"style": ["oil", None, "ink"], "notes": [["a"]] * 3}, progress=False)
+    assert index.values("style") == ["ink", "oil"] and index.values("style", limit=1) == []
+    assert index.values("notes") == [] and index.values("gone") == []
+    (hit,) = index.search(gallery.paths[1], k=1)
+    (expected,) = encoder.encode_images([gallery.paths[1]])
+    np.testing.assert_allclose(index.embeddings(hit.id), expected, atol=2e-3)
+    with pytest.raises(ValueError, match="holds no image 'gone'"):
+        index.embeddings("gone")
+    index.close()
+
+
 def test_maps_are_of_the_similarities_that_the_score_is_made_of(gallery):
     index = gallery.index
     (hit,) = index.search("red star", k=1)
