@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
@@ -81,15 +82,20 @@ def model_fingerprint(model: Any, processor: Any) -> str:
         raise ValueError("What adapters do is not in the weights alone. Merge them into the model first.")
     image_processor, tokenizer = processor.image_processor, processor.tokenizer
     parts = [
-        sorted_options({**model.config.to_dict(), "uncertainty_config": None}),
+        _as_saved({**model.config.to_dict(), "uncertainty_config": None}),
         type(image_processor).__name__,
-        sorted_options(image_processor.to_dict()),
+        _as_saved(image_processor.to_dict()),
         tokenizer.model_max_length,
         sorted(tokenizer.get_vocab().items()),
         # What becomes of letters that no vocabulary shows: case, accents, spaces.
         tokenizer("A Red  Circle, déjà vu: 3½ ﬁsh!")["input_ids"],
     ]
     return digest(parts, embedding_weights(model))
+
+
+def _as_saved(options: dict[str, Any]) -> str:
+    """Options as JSON has them, where tuples are lists and enumerations are numbers."""
+    return json.dumps(sorted_options(options), default=str)
 
 
 __all__ = ["describe_tower", "digest", "embedding_weights", "has_adapters", "model_fingerprint", "sorted_options"]

@@ -276,7 +276,7 @@ def test_unreadable_pictures_are_counted_and_named(make, tmp_path):
     (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:60])
     os.mkfifo(folder / "pipe.png")
     (folder / ".hidden").write_text("left out")
-    open(os.fsencode(folder) + b"/\xff.png", "wb").write((folder / "1.png").read_bytes())
+    shutil.copy(folder / "1.png", os.fsencode(folder) + b"/\xff.png")
     index = make()
     changes = add(index, folder)
     assert changes.added == len(index) == 3 and len(changes.skipped) == 4
@@ -365,7 +365,7 @@ def test_another_model_is_refused_by_name(tmp_path, tiny_model, tiny_processor):
     PicoIndex.create(tmp_path / "index", model, tiny_processor)
     PicoIndex.open(tmp_path / "index", model, tiny_processor)
     with torch.no_grad():
-        model.alignment_head.style_prototypes["image"].scale.add_(1)
+        model.alignment_head.style_prototypes["image"].column_scale.add_(1)
     model.config._name_or_path = "user/second"
     with pytest.raises(ValueError, match="another model: user/first .pico, .*This is user/second .pico"):
         PicoIndex.open(tmp_path / "index", model, tiny_processor)
@@ -572,7 +572,8 @@ def test_processes_share_the_work_and_make_one_index(tmp_path):
     expected = vars(alone.add(folder, progress=False))
     (first, changes, held), (second, other_changes, _) = run_processes(_build, 2, tmp_path / "both", folder)
     assert changes == other_changes == expected and held == contents(alone)
-    assert second == 15 and first < 29 + 29  # the main process also fits the first stage
+    # Both encode about half, and the main process some more to fit the first stage.
+    assert 13 <= second <= 16 and 13 + 20 <= first <= 17 + 31
     assert json.loads((tmp_path / "both" / "index.json").read_text())["dim"] == DIM
 
 
