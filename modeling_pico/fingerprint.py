@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from typing import Any
 
 import torch
@@ -33,6 +35,11 @@ def digest(parts: Iterable[Any], tensors: Mapping[str, torch.Tensor]) -> str:
 
 def sorted_options(value: Any) -> Any:
     """Options without those that saving sets, in one order."""
+    # Files hold the number of an enumeration (`resample`), and no tuples.
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (list, tuple)):
+        return [sorted_options(item) for item in value]
     if not isinstance(value, dict):
         return value
     # Keys of JSON are strings, those of the labels of a tower that was not saved are not.
@@ -75,9 +82,9 @@ def model_fingerprint(model: Any, processor: Any) -> str:
         raise ValueError("What adapters do is not in the weights alone. Merge them into the model first.")
     image_processor, tokenizer = processor.image_processor, processor.tokenizer
     parts = [
-        sorted_options({**model.config.to_dict(), "uncertainty_config": None}),
+        _as_saved({**model.config.to_dict(), "uncertainty_config": None}),
         type(image_processor).__name__,
-        sorted_options(image_processor.to_dict()),
+        _as_saved(image_processor.to_dict()),
         tokenizer.model_max_length,
         sorted(tokenizer.get_vocab().items()),
         # What becomes of letters that no vocabulary shows: case, accents, spaces.
@@ -100,6 +107,11 @@ def model_identity(model: Any, processor: Any) -> dict[str, str]:
         "revision": getattr(config, "_commit_hash", None) or "",
         "method": config.method,
     }
+
+
+def _as_saved(options: dict[str, Any]) -> str:
+    """Options as JSON has them, where tuples are lists and enumerations are numbers."""
+    return json.dumps(sorted_options(options), default=str)
 
 
 __all__ = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import os
 import re
 import runpy
@@ -94,7 +94,11 @@ def check(words: list[str]) -> None:
         if script == "train_pico.py":
             parse_arguments([*arguments, "--use_cpu", "true"])  # bfloat16 is refused on a CPU that was not asked for
         elif script == "-m":
-            reads_arguments(importlib.import_module(arguments[0]).main, arguments)
+            spec = importlib.util.find_spec(arguments[0])
+            name = (
+                f"{spec.name}.__main__" if spec.submodule_search_locations else spec.name
+            )  # as Python runs a package
+            reads_arguments(importlib.import_module(name).main, arguments)
         else:
             folder = str((ROOT / script).parent)
             with mock.patch.object(sys, "path", [folder, *sys.path]):

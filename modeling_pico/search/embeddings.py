@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -29,15 +31,23 @@ def unpack(data: bytes, dim: int, precision: str) -> np.ndarray:
     return levels * np.frombuffer(data, "<f4", tokens, tokens * dim)[:, None]
 
 
-def pair_score(query: np.ndarray, item: np.ndarray) -> float:
+def exact_scores(query: np.ndarray, items: Sequence[np.ndarray]) -> np.ndarray:
     """
-    The score of two samples `(tokens, dim)`, which is that of `pair_scores` and the same either way: the mean over the
-    tokens of each side of the best similarity among the other's. 0 if a side has no token.
+    The scores `(items,)` of a query with items, each `(tokens, dim)`, which are those of `pair_scores` and the same
+    either way: the mean over the tokens of each side of the best similarity among the other's. 0 if a side has no
+    token.
     """
-    if not len(query) or not len(item):
-        return 0.0
-    similarity = query @ item.T
-    return float(similarity.max(axis=1).mean() + similarity.max(axis=0).mean())
+    scores = np.zeros(len(items), np.float32)
+    counts = np.array([len(item) for item in items], dtype=np.int64)
+    some = np.flatnonzero(counts).tolist()
+    if not len(query) or not some:
+        return scores
+    starts = np.cumsum(counts[some]) - counts[some]
+    similarity = np.concatenate([items[place] for place in some]) @ query.T
+    of_query = np.maximum.reduceat(similarity, starts).mean(axis=1)
+    of_items = np.add.reduceat(similarity.max(axis=1), starts) / counts[some]
+    scores[some] = of_query + of_items
+    return scores
 
 
-__all__ = ["PRECISIONS", "pack", "pair_score", "unpack"]
+__all__ = ["PRECISIONS", "exact_scores", "pack", "unpack"]

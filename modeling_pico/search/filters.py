@@ -63,6 +63,11 @@ def parse_where(where: str | Mapping[str, Any] | None, columns: Mapping[str, str
                 f"The column {condition.column!r} holds a {kind} and cannot be compared with {condition.value!r}. "
                 f"{_columns(known)}"
             )
+        if kind in ("text", "truth") and condition.operator not in ("=", "!=", "in"):
+            raise ValueError(
+                f"The column {condition.column!r} holds a {kind}, which is compared by =, != and in alone, not by "
+                f"{condition.operator}."
+            )
     return conditions
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -19,20 +19,26 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from ..model.image_decoding_pico import BadImageError
-from .embeddings import PRECISIONS, pack, pair_score, unpack
+from .embeddings import PRECISIONS, exact_scores, pack, unpack
 from .encoders import Encoder, ModelEncoder, load_alignment, save_alignment
-from .filters import parse_where
+from .filters import KINDS, parse_where
+from .first_stage import CENTROIDS, FirstStage
 from .gallery import Gallery, Item, read_image
 from .processes import Processes
-from .store import Row, Store
+from .store import NO_VECTOR, Row, Store
 
 
 # Raised whenever what lies on disk changes: an index of another version is refused.
 SCHEMA_VERSION = 1
 INDEX_FILE, ALIGNMENT_FILE, LOCK_FILE = "index.json", "alignment.safetensors", "_lock"
+FIRST_STAGE_FILE = "first_stage.npz"
 STORES = ("lancedb", "qdrant")
 # Images that one process encodes between two commits: what a killed build encodes again at most.
 COMMIT_IMAGES = 512
+# Images that are scored exactly. Up to so many are all scored, and need no first stage.
+CANDIDATES = 1000
+# Images that the first stage is fitted to, spread over those that are added first.
+_FITTED_IMAGES = 512
 
 
 @dataclass
@@ -87,6 +93,7 @@ class _Outcome:
     row: Row | None = None
     twin: str = ""
     problem: str = ""
+    dim: int = 0
 
 
 class _Known:
@@ -120,6 +127,7 @@ class PicoIndex:
         self.folder, self.url = folder, url
         self._about, self._encoder = about, encoder
         self._opened: Store | None = None
+        self._fitted: FirstStage | None = None
 
     @classmethod
     def create(
@@ -268,15 +276,18 @@ class PicoIndex:
             before = dict(known.keys)
             stale: set[str] = set()
             alignment = self._alignment(gallery, processes) if self._about["align"] else None
+            if len(known.keys) + len(gallery) > CANDIDATES and not (self.folder / FIRST_STAGE_FILE).exists():
+                processes.on_main(partial(self._fit_first_stage, gallery, encoder, batch_size, alignment))
             bar = logging.tqdm(total=len(gallery), desc="Indexing", disable=not (progress and processes.is_main))
             round_size = COMMIT_IMAGES * processes.count
             for start in range(0, len(gallery), round_size):
                 own_start = start + COMMIT_IMAGES * processes.rank
                 places = range(min(own_start, len(gallery)), min(own_start + COMMIT_IMAGES, len(gallery)))
                 look = partial(self._look_at, gallery, places, known, encoder, batch_size, alignment)
-                rows = _take_account(processes.gather(look), known, changes, stale)
+                outcomes = processes.gather(look)
+                rows = _take_account(outcomes, known, changes, stale)
                 if rows:
-                    self._set_dim(rows, processes)
+                    self._set_dim(max(outcome.dim for outcome in outcomes), processes)
                     processes.on_main(partial(self._commit, rows))
                 bar.update(min(round_size, len(gallery) - start))
             bar.close()
@@ -304,8 +315,7 @@ class PicoIndex:
         fresh: dict[str, tuple[_Outcome, Image.Image]] = {}
 
         def encode() -> None:
-            moved = {} if alignment is None else {"alignment": alignment}
-            encoded = encoder.encode_images([image for _, image in fresh.values()], batch_size=batch_size, **moved)
+            encoded = _encode(encoder, [image for _, image in fresh.values()], batch_size, alignment)
             for (outcome, _), tokens in zip(fresh.values(), encoded, strict=True):
                 self._fill(outcome, tokens)
             fresh.clear()
@@ -326,7 +336,7 @@ class PicoIndex:
             except BadImageError as error:
                 outcome.problem = str(error)
                 continue
-            outcome.row = Row(outcome.id, item.path, str(state), b"", np.empty((0, 0)), item.columns)
+            outcome.row = Row(outcome.id, item.path, str(state), b"", NO_VECTOR, item.columns)
             if outcome.id in known.keys:
                 path, of_old = known.keys[outcome.id]
                 old = _State(*of_old.split(" ", 1))
@@ -349,7 +359,7 @@ class PicoIndex:
         assert outcome.row is not None
         if np.isfinite(tokens.astype(np.float16)).all():
             outcome.row.data = pack(tokens, self._about["precision"])
-            outcome.row.vectors = tokens
+            outcome.dim = tokens.shape[1]
         else:
             outcome.id, outcome.row = "", None
             outcome.problem = "the model gives values for it that are NaN, infinite or too large for float16"
@@ -359,9 +369,46 @@ class PicoIndex:
         kept = {row.id: row.data for row in self._store.read([row.id for row in moved])}
         for row in moved:
             row.data = kept[row.id]
-            row.vectors = unpack(row.data, self._about["dim"], self._about["precision"])
+        self._add(rows)
+
+    def _add(self, rows: list[Row]) -> None:
+        first_stage = self._first_stage()
+        for row in rows:
+            if first_stage is None:
+                row.vector = np.zeros(CENTROIDS + self._about["dim"], np.float32)
+            else:
+                row.vector = first_stage.of_image(self._unpack(row))
         with _clear_if_full(self.folder):
             self._store.add(rows)
+
+    def _fit_first_stage(self, gallery: Gallery, encoder: Encoder, batch_size: int, alignment: Any) -> None:
+        """
+        Fits the first stage when the gallery outgrows `CANDIDATES`. What is there already gets its vectors before the
+        first stage is written: without it nobody looks at them.
+        """
+        count = min(len(gallery), _FITTED_IMAGES)
+        places = [index * len(gallery) // count for index in range(count)]
+        images = []
+        for place in places:
+            with suppress(BadImageError):  # named when it is to be encoded
+                images.append(read_image(gallery[place].value)[1])
+        encoded = _encode(encoder, images, batch_size, alignment)
+        rows = self._store.all() if self._about["dim"] else []
+        tokens = [*encoded, *(self._unpack(row) for row in rows)]
+        finite = [part[np.isfinite(part).all(axis=1)] for part in tokens]
+        if not sum(map(len, finite)):
+            return
+        self._fitted = FirstStage.fit(np.concatenate(finite))
+        if rows:
+            self._add(rows)
+        with _clear_if_full(self.folder):
+            self._fitted.save(self.folder / FIRST_STAGE_FILE)
+
+    def _first_stage(self) -> FirstStage | None:
+        path = self.folder / FIRST_STAGE_FILE
+        if self._fitted is None and path.exists():
+            self._fitted = FirstStage.load(path)
+        return self._fitted
 
     def _finish(self, gone: Sequence[str], grew: bool) -> None:
         with _clear_if_full(self.folder):
@@ -373,11 +420,11 @@ class PicoIndex:
     # Searching
 
     def search(
-        self, query: Any, k: int = 10, *, where: str | Mapping[str, Any] | None = None, candidates: int = 100
+        self, query: Any, k: int = 10, *, where: str | Mapping[str, Any] | None = None, candidates: int = CANDIDATES
     ) -> list[Hit]:
         r"""
-        Finds the images that fit a query best. The database finds `candidates` by its multi-vector comparison, and
-        these are scored exactly, both ways.
+        Finds the images that fit a query best. The database finds `candidates` by one vector an image, which estimates
+        the score, and these are scored exactly; a gallery of no more is scored whole.
 
         Args:
             query (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`):
@@ -385,7 +432,7 @@ class PicoIndex:
             k (`int`, *optional*, defaults to 10): Images to find; a smaller gallery is returned whole.
             where (`str` or `Mapping[str, Any]`, *optional*):
                 What images must fulfil: `"style = 'ink' and year >= 1990"`, or `{"style": ["ink", "pen"]}`.
-            candidates (`int`, *optional*, defaults to 100):
+            candidates (`int`, *optional*, defaults to 1000):
                 Images that are scored exactly, at least `k`. With more, fewer of the best are missed.
 
         Returns:
@@ -405,13 +452,14 @@ class PicoIndex:
             return []
         tokens = encoder.encode_texts([query])[0] if isinstance(query, str) else self._image_tokens(query, encoder)
         limit = max(k, candidates)
-        # Where so few are asked for, all of them are scored.
-        if self._store.count(conditions) <= limit:
+        first_stage = self._first_stage()
+        if first_stage is None or self._store.count(conditions) <= limit:
             rows = self._store.all(conditions)
         else:
-            rows = self._store.nearest(tokens, limit, conditions)
-        hits = [Hit(row.id, pair_score(tokens, self._unpack(row)), row.path, row.columns) for row in rows]
-        return sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k]
+            rows = self._store.nearest(first_stage.of_query(tokens), limit, conditions)
+        scores = exact_scores(tokens, [self._unpack(row) for row in rows])
+        best = sorted(range(len(rows)), key=lambda place: (-scores[place], rows[place].id))[:k]
+        return [Hit(rows[place].id, float(scores[place]), rows[place].path, rows[place].columns) for place in best]
 
     def _image_tokens(self, query: Any, encoder: Encoder) -> np.ndarray:
         id, image = read_image(query)
@@ -424,6 +472,19 @@ class PicoIndex:
         return unpack(row.data, self._about["dim"], self._about["precision"])
 
     # What there is
+
+    def embeddings(self, id: str) -> np.ndarray:
+        """The stored embeddings `(tokens, dim)` of an image in float32; ValueError if there is none of this id."""
+        rows = self._store.read([id]) if self._about["dim"] else []
+        if not rows:
+            raise ValueError(f"The index holds no image {id!r}.")
+        return self._unpack(rows[0])
+
+    def values(self, column: str, limit: int = 200) -> list[Any]:
+        """The values of a column in order; none if there are more than `limit`, or none that a filter can name."""
+        if self.columns.get(column) not in KINDS or not self._about["dim"]:
+            return []
+        return self._store.values(column, limit)
 
     def __len__(self) -> int:
         return self._store.count() if self._about["dim"] else 0
@@ -458,15 +519,15 @@ class PicoIndex:
     @property
     def _store(self) -> Store:
         if self._opened is None:
-            dim, columns = self._about["dim"], self.columns
+            size, columns = CENTROIDS + self._about["dim"], self.columns
             if self._about["store"] == "lancedb":
                 from .store_lancedb import LanceStore
 
-                self._opened = LanceStore(self.folder / "lancedb", dim, columns)
+                self._opened = LanceStore(self.folder / "lancedb", size, columns)
             else:
                 from .store_qdrant import QdrantStore
 
-                self._opened = QdrantStore(self.folder / "qdrant", self.url, self._about["collection"], dim, columns)
+                self._opened = QdrantStore(self.folder / "qdrant", self.url, self._about["collection"], size, columns)
         return self._opened
 
     def _make_folder(self) -> None:
@@ -487,6 +548,11 @@ class PicoIndex:
                 os.fsync(file.fileno())
             part.replace(self.folder / INDEX_FILE)
 
+    @property
+    def encoder(self) -> Encoder:
+        """What encodes queries; ValueError if the index was opened without a model."""
+        return self._needs_encoder()
+
     def _needs_encoder(self) -> Encoder:
         if self._encoder is None:
             raise ValueError("The index was opened without a model: PicoIndex.open(folder, model, processor).")
@@ -504,9 +570,9 @@ class PicoIndex:
                     f"{', '.join(f'{name} ({kind})' for name, kind in sorted(known.items())) or 'none'}."
                 )
 
-    def _set_dim(self, rows: Sequence[Row], processes: Processes) -> None:
+    def _set_dim(self, dim: int, processes: Processes) -> None:
         if self._about["dim"] is None:
-            self._about["dim"] = rows[0].vectors.shape[1]
+            self._about["dim"] = dim
             processes.on_main(self._write)
 
     def _alignment(self, gallery: Gallery, processes: Processes) -> Any:
@@ -555,6 +621,13 @@ def make_encoder(model: Any, processor: Any = None, encoder: str = "model") -> E
     if processor is None:
         raise ValueError("Give the model's processor as well: PicoProcessor.from_pretrained(...).")
     return ModelEncoder(model, processor)
+
+
+def _encode(encoder: Encoder, images: list[Image.Image], batch_size: int, alignment: Any) -> list[np.ndarray]:
+    if alignment is None:
+        return encoder.encode_images(images, batch_size=batch_size) if images else []
+    assert isinstance(encoder, ModelEncoder)
+    return encoder.encode_images(images, batch_size=batch_size, alignment=alignment) if images else []
 
 
 def _take_account(outcomes: list[_Outcome], known: _Known, changes: Changes, stale: set[str]) -> list[Row]:

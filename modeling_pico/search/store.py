@@ -11,6 +11,10 @@ import numpy as np
 from .filters import Condition
 
 
+# Of rows that were read, and of those that are to be written and get theirs then.
+NO_VECTOR = np.empty(0, np.float32)
+
+
 @dataclass
 class Row:
     """
@@ -21,7 +25,7 @@ class Row:
         path (`str`, *optional*): Where it was found; None for one that came without a file.
         state (`str`): State of that file, by which a later look sees that it need not be read again.
         data (`bytes`): Its embeddings, as [`~modeling_pico.search.embeddings.pack`] writes them.
-        vectors (`numpy.ndarray` of shape `(vectors, dim)`): What the first stage compares queries with.
+        vector (`numpy.ndarray` of shape `(size,)`): What the first stage compares queries with; not read back.
         columns (`dict[str, Any]`): What else is known of it.
     """
 
@@ -29,14 +33,14 @@ class Row:
     path: str | None
     state: str
     data: bytes
-    vectors: np.ndarray
+    vector: np.ndarray
     columns: dict[str, Any] = field(default_factory=dict)
 
 
 class Store(Protocol):
     """
-    A database of images. `add` and `delete` change all that they are given or nothing, whenever the process dies; an
-    image that is added again takes the place of the first.
+    A database of images, each with one vector. An image is there as a whole or not at all, whenever the process dies;
+    one that is added again takes the place of the first.
     """
 
     def add(self, rows: Sequence[Row]) -> None:
@@ -55,19 +59,20 @@ class Store(Protocol):
         """How many images fulfil all conditions."""
         ...
 
-    def nearest(self, query: np.ndarray, limit: int, conditions: Sequence[Condition] = ()) -> list[Row]:
-        """
-        The images whose vectors fit a query `(tokens, dim)` best, by the database's own multi-vector comparison (the
-        sum over the query's tokens of the best product with a vector of the image), without their vectors.
-        """
+    def nearest(self, vector: np.ndarray, limit: int, conditions: Sequence[Condition] = ()) -> list[Row]:
+        """The images whose vectors have the largest products with one `(size,)`, among those that fulfil all."""
         ...
 
     def all(self, conditions: Sequence[Condition] = ()) -> list[Row]:
-        """All images that fulfil the conditions, without their vectors."""
+        """All images that fulfil the conditions."""
         ...
 
     def read(self, ids: Sequence[str]) -> list[Row]:
-        """Images by their ids, those that there are, without their vectors."""
+        """Images by their ids, those that there are."""
+        ...
+
+    def values(self, column: str, limit: int) -> list[Any]:
+        """The values of a column in order; none if there are more than `limit`."""
         ...
 
     def tidy(self) -> None:
@@ -79,4 +84,4 @@ class Store(Protocol):
         ...
 
 
-__all__ = ["Row", "Store"]
+__all__ = ["NO_VECTOR", "Row", "Store"]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .filters import Condition
-from .store import Row
+from .store import NO_VECTOR, Row
 
 
 try:
@@ -20,9 +20,11 @@ except ImportError as error:
     raise ImportError('An index needs LanceDB: pip install "modeling-pico[search]"') from error
 
 TABLE = "images"
+# Files of rows, of which each commit makes one, that are brought together: every time all rows are written anew.
+_MOST_FILES = 64
 _TYPES = {"text": pa.string(), "integer": pa.int64(), "number": pa.float64(), "truth": pa.bool_()}
 _TYPES["texts"] = pa.list_(pa.string())
-_OWN = ("id", "path", "state", "data", "vectors")
+_OWN = ("id", "path", "state", "data")
 
 
 class LanceStore:
@@ -31,31 +33,29 @@ class LanceStore:
 
     Args:
         folder (`Path`): The database's folder, made if need be.
-        dim (`int`): Dimension of the embeddings.
+        size (`int`): Numbers of a vector.
         columns (`Mapping[str, str]`): Names and types of the columns that come with the images.
     """
 
-    def __init__(self, folder: Path, dim: int, columns: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, size: int, columns: Mapping[str, str]) -> None:
         self._columns = dict(columns)
         fields = [("id", pa.string()), ("path", pa.string()), ("state", pa.string()), ("data", pa.binary())]
-        fields += [("vectors", pa.list_(pa.list_(pa.float16(), dim)))]
+        fields += [("vector", pa.list_(pa.float16(), size))]
         # Under names of their own: nothing that a column is called can meet those above or mean something in SQL.
         fields += [(_own_name(place), _TYPES[kind]) for place, kind in enumerate(columns.values())]
         self._schema = pa.schema(fields)
-        self._table = lancedb.connect(folder).create_table(TABLE, schema=self._schema, exist_ok=True)
+        self._table = lancedb.connect(folder, read_consistency_interval=timedelta(0)).create_table(
+            TABLE, schema=self._schema, exist_ok=True
+        )
 
     def add(self, rows: Sequence[Row]) -> None:
         if not rows:
             return
-        flat = pa.FixedSizeListArray.from_arrays(
-            pa.array(np.concatenate([row.vectors for row in rows]).astype(np.float16).reshape(-1)),
-            self._schema.field("vectors").type.value_type.list_size,
-        )
-        ends = np.cumsum([0, *(len(row.vectors) for row in rows)])
+        vectors = np.stack([row.vector for row in rows]).astype(np.float16)
         arrays = [pa.array([row.id for row in rows], pa.string()), pa.array([row.path for row in rows], pa.string())]
         arrays += [pa.array([row.state for row in rows], pa.string())]
         arrays += [pa.array([row.data for row in rows], pa.binary())]
-        arrays += [pa.ListArray.from_arrays(pa.array(ends, pa.int32()), flat)]
+        arrays += [pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])]
         arrays += [
             pa.array([row.columns.get(name) for row in rows], _TYPES[kind]) for name, kind in self._columns.items()
         ]
@@ -73,12 +73,12 @@ class LanceStore:
     def count(self, conditions: Sequence[Condition] = ()) -> int:
         return self._table.count_rows(self._sql(conditions))
 
-    def nearest(self, query: np.ndarray, limit: int, conditions: Sequence[Condition] = ()) -> list[Row]:
-        search: Any = self._table.search(query.astype(np.float16), vector_column_name="vectors")
+    def nearest(self, vector: np.ndarray, limit: int, conditions: Sequence[Condition] = ()) -> list[Row]:
+        search: Any = self._table.search(vector.astype(np.float16), vector_column_name="vector")
         search = search.distance_type("dot").select(["id", "_distance"]).limit(limit).with_row_id(True)
         if conditions:
             search = search.where(self._sql(conditions), prefilter=True)
-        return self._rows(self._table.take_row_ids(search.to_arrow()["_rowid"].to_pylist()))
+        return self._rows(self._table.take_row_ids(sorted(search.to_arrow()["_rowid"].to_pylist())))
 
     def all(self, conditions: Sequence[Condition] = ()) -> list[Row]:
         search = self._table.search()
@@ -88,30 +88,41 @@ class LanceStore:
     def read(self, ids: Sequence[str]) -> list[Row]:
         return self._rows(self._table.search().where(_one_of("id", ids))) if ids else []
 
+    def values(self, column: str, limit: int) -> list[Any]:
+        own = self._own(column)
+        found = self._table.search().select([own]).to_arrow()[own].unique().drop_null()
+        return sorted(found.to_pylist()) if len(found) <= limit else []
+
     def tidy(self) -> None:
-        # Versions before the last are of no use; nobody else writes (the index holds its lock).
-        self._table.optimize(cleanup_older_than=timedelta(0))
+        stats: Any = self._table.stats()
+        if stats["fragment_stats"]["num_fragments"] < _MOST_FILES:
+            return
+        # Files of a build that was killed go too: nobody else writes, since the index holds its lock. Who reads an
+        # older version has a few seconds to end.
+        self._table.optimize(cleanup_older_than=timedelta(seconds=5), delete_unverified=True)
 
     def close(self) -> None:
         """There is nothing to let go of."""
 
     def _rows(self, query: Any) -> list[Row]:
-        wanted = [name for name in self._schema.names if name != "vectors"]
+        wanted = [name for name in self._schema.names if name != "vector"]
         found = query.select(wanted).to_arrow().to_pylist()
         return [
             Row(
-                **{name: row[name] for name in _OWN if name != "vectors"},
-                vectors=np.empty((0, 0)),
+                **{name: row[name] for name in _OWN},
+                vector=NO_VECTOR,
                 columns={name: row[_own_name(place)] for place, name in enumerate(self._columns)},
             )
             for row in found
         ]
 
+    def _own(self, column: str) -> str:
+        return _own_name(list(self._columns).index(column)) if column in self._columns else column
+
     def _sql(self, conditions: Sequence[Condition]) -> str | None:
         parts = []
         for condition in conditions:
-            name = condition.column
-            own = _own_name(list(self._columns).index(name)) if name in self._columns else name
+            own = self._own(condition.column)
             if condition.operator == "in":
                 parts.append(_one_of(own, condition.value))
             else:
