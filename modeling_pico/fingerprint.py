@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from enum import Enum
 from typing import Any
 
 import torch
@@ -35,11 +34,6 @@ def digest(parts: Iterable[Any], tensors: Mapping[str, torch.Tensor]) -> str:
 
 def sorted_options(value: Any) -> Any:
     """Options without those that saving sets, in one order."""
-    # Files hold the number of an enumeration (`resample`), and no tuples.
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, (list, tuple)):
-        return [sorted_options(item) for item in value]
     if not isinstance(value, dict):
         return value
     # Keys of JSON are strings, those of the labels of a tower that was not saved are not.
