@@ -1,28 +1,20 @@
 """
 PICO for Hugging Face: image-text retrieval that holds when the style of pictures and sentences changes.
 
-Importing the package registers PICO with the auto classes of transformers, and so with its pipelines. Training, data
-and evaluation are imported on first use.
+Importing the package registers PICO with the auto classes of transformers, and so with its pipelines. Its names are
+imported on first use. Without PyTorch nothing is registered, and what does not compute with it can be used:
+`modeling_pico.search` with ONNX encoders.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
 
-from .model.configuration_cdds import CddsConfig
-from .model.configuration_pico import PICO_LITERAL, PicoConfig
-from .model.gallery_alignment_pico import GalleryAlignment
-from .model.image_decoding_pico import decode_image
-from .model.loss_pico import image_text_loss
-from .model.modeling_cdds import CddsModel
-from .model.modeling_pico import PicoFeatures, PicoModel, PicoOutput, PicoPreTrainedModel
-from .model.processing_pico import PicoProcessor
-from .model.prototypes_pico import StylePrototypes
-from .model.scoring_pico import pair_scores
-
+if importlib.util.find_spec("torch") is not None:
+    from . import registration as registration
 
 if TYPE_CHECKING:
     from .data import CaptionedImageDataset, PicoDataCollator, load_captioned_images, styled_shapes
@@ -35,6 +27,16 @@ if TYPE_CHECKING:
         measure_styles,
     )
     from .evaluation.recall_metric import ImageTextRecall
+    from .model.configuration_cdds import CddsConfig
+    from .model.configuration_pico import PICO_LITERAL, PicoConfig
+    from .model.gallery_alignment_pico import GalleryAlignment
+    from .model.image_decoding_pico import decode_image
+    from .model.loss_pico import image_text_loss
+    from .model.modeling_cdds import CddsModel
+    from .model.modeling_pico import PicoFeatures, PicoModel, PicoOutput, PicoPreTrainedModel
+    from .model.processing_pico import PicoProcessor
+    from .model.prototypes_pico import StylePrototypes
+    from .model.scoring_pico import pair_scores
     from .plots import save_plots
     from .training import PicoTrainer, PicoTrainingArguments
 
@@ -53,6 +55,20 @@ _LAZY = {
     "align_encoded": "evaluation",
     "measure_style_stress": "evaluation",
     "measure_styles": "evaluation",
+    "CddsConfig": "model.configuration_cdds",
+    "PICO_LITERAL": "model.configuration_pico",
+    "PicoConfig": "model.configuration_pico",
+    "GalleryAlignment": "model.gallery_alignment_pico",
+    "decode_image": "model.image_decoding_pico",
+    "image_text_loss": "model.loss_pico",
+    "CddsModel": "model.modeling_cdds",
+    "PicoFeatures": "model.modeling_pico",
+    "PicoModel": "model.modeling_pico",
+    "PicoOutput": "model.modeling_pico",
+    "PicoPreTrainedModel": "model.modeling_pico",
+    "PicoProcessor": "model.processing_pico",
+    "StylePrototypes": "model.prototypes_pico",
+    "pair_scores": "model.scoring_pico",
     "save_plots": "plots",
     "PicoTrainer": "training",
     "PicoTrainingArguments": "training",
@@ -88,17 +104,6 @@ __all__ = [
     "save_plots",
     "styled_shapes",
 ]
-
-for _config, _model in ((PicoConfig, PicoModel), (CddsConfig, CddsModel)):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _model, exist_ok=True)
-    # The class of the pipeline "zero-shot-image-classification".
-    AutoModelForZeroShotImageClassification.register(_config, _model, exist_ok=True)
-    AutoProcessor.register(_config, PicoProcessor, exist_ok=True)
-    # `save_pretrained` then writes the code files beside the weights, for `trust_remote_code` without this package.
-    _config.register_for_auto_class()
-    _model.register_for_auto_class("AutoModel")
-PicoProcessor.register_for_auto_class("AutoProcessor")
 
 
 def __getattr__(name: str) -> Any:

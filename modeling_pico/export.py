@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import logging as python_logging
 import os
 import warnings
@@ -23,13 +24,14 @@ from torch import nn
 from transformers import AutoModel
 from transformers.utils import logging
 
+from .fingerprint import model_identity
 from .model.modeling_pico import PicoModel
 from .model.processing_pico import PicoProcessor
+from .onnx_files import ABOUT_FILE, IMAGE_ENCODER, TEXT_ENCODER
 
 
 logger = logging.get_logger(__name__)
 
-IMAGE_ENCODER, TEXT_ENCODER = "image_encoder.onnx", "text_encoder.onnx"
 # A protobuf file ends at 2 GB; larger weights go into a file beside it.
 _LARGEST_FILE = 1_900_000_000
 
@@ -58,7 +60,8 @@ class TextEncoder(_Encoder):
 
 def export_onnx(model: PicoModel, processor: PicoProcessor, output_dir: str | os.PathLike) -> tuple[Path, Path]:
     r"""
-    Writes `image_encoder.onnx` and `text_encoder.onnx`, and beside them the image processor and the tokenizer.
+    Writes `image_encoder.onnx` and `text_encoder.onnx`, and beside them the image processor, the tokenizer and
+    `encoders.json`, which names the model. [`~modeling_pico.search.OnnxEncoder`] reads the folder.
 
     Both files give `embeds`, with the semantic probability folded in, and `mask`. The image encoder takes
     `pixel_values`, any number of images of the processor's size; the text encoder takes `input_ids` and
@@ -87,6 +90,7 @@ def export_onnx(model: PicoModel, processor: PicoProcessor, output_dir: str | os
         )
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / ABOUT_FILE).unlink(missing_ok=True)
     # The parts and not the whole: a processor of ours would copy its code along.
     processor.image_processor.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
@@ -98,6 +102,9 @@ def export_onnx(model: PicoModel, processor: PicoProcessor, output_dir: str | os
         _export(TextEncoder(model), texts, {0: "batch", 1: "sequence"}, folder / TEXT_ENCODER)
     finally:
         model.train(training)
+    # Last: a folder that has it is whole.
+    about = {"identity": model_identity(model, processor), "image_backend": processor.image_backend}
+    (folder / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     logger.info(f"Encoders are written to {folder}.")
     return folder / IMAGE_ENCODER, folder / TEXT_ENCODER
 

@@ -62,8 +62,8 @@ def has_adapters(module: nn.Module) -> bool:
 def model_fingerprint(model: Any, processor: Any) -> str:
     r"""
     Names what a model makes of images and texts: its configuration, its weights with the prototypes, the
-    preprocessing of both sides. A model just trained and the same one loaded again have the same one, in another
-    precision (`dtype`) it is another.
+    preprocessing of both sides. A model just trained and the same one loaded again have the same one, also where it is
+    loaded in a wider type than it was saved in. With weights that were rounded to half precision it is another.
 
     Args:
         model ([`PicoModel`]): The model, without adapters.
@@ -84,7 +84,23 @@ def model_fingerprint(model: Any, processor: Any) -> str:
         # What becomes of letters that no vocabulary shows: case, accents, spaces.
         tokenizer("A Red  Circle, déjà vu: 3½ ﬁsh!")["input_ids"],
     ]
-    return digest(parts, embedding_weights(model))
+    weights = embedding_weights(model).items()
+    return digest(parts, {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights})
+
+
+def model_identity(model: Any, processor: Any) -> dict[str, str]:
+    """
+    Names a model for code, by `fingerprint` (see [`model_fingerprint`]), and for people, by `name`, `revision` and
+    `method`.
+    """
+    config = model.config
+    return {
+        "fingerprint": model_fingerprint(model, processor),
+        "name": config._name_or_path or "",
+        # Set where the configuration came from the Hub.
+        "revision": getattr(config, "_commit_hash", None) or "",
+        "method": config.method,
+    }
 
 
 def _as_saved(options: dict[str, Any]) -> str:
@@ -92,4 +108,12 @@ def _as_saved(options: dict[str, Any]) -> str:
     return json.dumps(sorted_options(options), default=str)
 
 
-__all__ = ["describe_tower", "digest", "embedding_weights", "has_adapters", "model_fingerprint", "sorted_options"]
+__all__ = [
+    "describe_tower",
+    "digest",
+    "embedding_weights",
+    "has_adapters",
+    "model_fingerprint",
+    "model_identity",
+    "sorted_options",
+]

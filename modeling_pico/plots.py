@@ -550,16 +550,19 @@ def _draw_matches(model: PicoModel, collator: PicoDataCollator, dataset: Caption
     outputs = model.eval()(**batch)
     taking_part = outputs.text_mask[0]
     similarity = outputs.image_embeds[0].float() @ outputs.text_embeds[0, taking_part].float().T
-    tokenizer, tokens = collator.processor.tokenizer, batch["input_ids"][0, taking_part].tolist()
     return plot_matches(
         shown_image(batch["pixel_values"][0], collator.processor.image_processor),
-        # What decodes to nothing goes by its name in the vocabulary.
-        [tokenizer.decode([token]).strip() or tokenizer.convert_ids_to_tokens(token) for token in tokens],
+        token_names(collator.processor.tokenizer, batch["input_ids"][0, taking_part].tolist()),
         similarity,
         patch_grid(model, len(similarity), batch["pixel_values"].shape[-2:]),
         caption=pair["caption"],
         score=float(outputs.logits_per_image / outputs.logit_scale),
     )
+
+
+def token_names(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+    """Tokens as text; what decodes to nothing goes by its name in the vocabulary."""
+    return [tokenizer.decode([token]).strip() or tokenizer.convert_ids_to_tokens(token) for token in tokens]
 
 
 def patch_grid(model: PicoModel, tokens: int, size: Sequence[int]) -> tuple[int, int]:

@@ -388,12 +388,28 @@ FAULTS = (
         ("tests/evaluation/test_embedding_cache.py",),
     ),
     Fault(
-        "search_time",
-        "examples/retrieve.py finds pictures by what they were",
-        "examples/retrieve.py",
-        "state = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino",
-        "state = stat.st_size, stat.st_ino",
-        ("tests/examples/test_examples.py::test_retrieve_sees_that_a_file_of_the_same_size_has_changed",),
+        "search_sheet",
+        "contact sheets of earlier searches are found as pictures",
+        "modeling_pico/search/contact_sheet.py",
+        "if image.getexif().get(_SOFTWARE) == _MARK:",
+        "if image.getexif().get(_SOFTWARE) == image:",
+        ("tests/search/test_search_command.py::test_a_sheet_in_the_gallery_is_not_found",),
+    ),
+    Fault(
+        "search_page_upload",
+        "the page decodes any upload, however many pixels it claims",
+        "modeling_pico/search/page.py",
+        "return _small(decode_image(path), 2 * _LARGE)",
+        "return _small(Image.open(path).convert('RGB'), 2 * _LARGE)",
+        ("tests/search/test_page.py::test_uploads_are_limited",),
+    ),
+    Fault(
+        "search_page_message",
+        "what a visitor typed is markup in the message that it is wrong",
+        "modeling_pico/search/page.py",
+        "raise gradio.Error(html.escape(str(error))",
+        "raise gradio.Error(str(error)",
+        ("tests/search/test_page.py::test_a_mistake_is_told_as_text",),
     ),
     # Style stress test and style augmentation
     Fault(
@@ -630,6 +646,31 @@ FAULTS = (
         "        order = scores.shape[1] - 1 - scores.flip(1).argsort(dim=1, descending=True, stable=True)\n"
         "        scores = scores.gather(1, order)",
         ("tests/test_processing_pico.py::test_retrieve_by_hand",),
+    ),
+    # Elsewhere
+    Fault(
+        "mteb_pooled",
+        "mteb ranks by pooled vectors where late interaction was asked for",
+        "modeling_pico/evaluation/mteb_encoder.py",
+        "encoded.extend(embeds[mask].cpu() for embeds, mask in pairs)",
+        "encoded.extend(embeds[mask].mean(dim=0, keepdim=True).cpu() for embeds, mask in pairs)",
+        ("tests/evaluation/test_mteb_encoder.py::test_late_interaction_equals_the_evaluator",),
+    ),
+    Fault(
+        "onnx_padding",
+        "padding of texts counts as words where ONNX encoders encode them",
+        "modeling_pico/search/encoder_onnx.py",
+        "return [tokens[real] for tokens, real in zip(embeds, mask, strict=True)]",
+        "return list(embeds)",
+        ("tests/search/test_encoder_onnx.py::test_encodes_as_the_model_does",),
+    ),
+    Fault(
+        "handler_scale",
+        "an endpoint's shares of labels are flatter than the model's",
+        "modeling_pico/model/handler.py",
+        "(scores * self.model.logit_scale.float().exp().cpu()).softmax(dim=1)",
+        "scores.softmax(dim=1)",
+        ("tests/test_handler.py::test_labels",),
     ),
 )
 

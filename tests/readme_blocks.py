@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import os
 import re
 import runpy
@@ -94,7 +94,11 @@ def check(words: list[str]) -> None:
         if script == "train_pico.py":
             parse_arguments([*arguments, "--use_cpu", "true"])  # bfloat16 is refused on a CPU that was not asked for
         elif script == "-m":
-            reads_arguments(importlib.import_module(arguments[0]).main, arguments)
+            spec = importlib.util.find_spec(arguments[0])
+            name = (
+                f"{spec.name}.__main__" if spec.submodule_search_locations else spec.name
+            )  # as Python runs a package
+            reads_arguments(importlib.import_module(name).main, arguments)
         else:
             folder = str((ROOT / script).parent)
             with mock.patch.object(sys, "path", [folder, *sys.path]):
@@ -145,8 +149,13 @@ def pins() -> dict[str, str]:
 def check_installation(words: list[str]) -> None:
     """Fails on an installation that leaves the constraints out or names an extra that does not exist."""
     arguments = [word for word in words[2:] if word != "-q"]
+    if arguments == ["--no-deps", "-e", "."]:
+        return
     if arguments[0] == "--no-deps":
         assert [len(Requirement(word).specifier) for word in arguments[1:]] == [1], words
+        return
+    if "-e" not in arguments:
+        assert arguments[:2] == ["-c", "constraints.txt"] and set(arguments[2:]) <= pins().keys(), words
         return
     *constraints, editable, target = arguments
     assert constraints == ["-c", "constraints.txt"] and editable == "-e", words

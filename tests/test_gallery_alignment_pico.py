@@ -342,7 +342,7 @@ def given_to_layers(model: PicoModel, images: torch.Tensor, **options) -> tuple[
     return before, {**after, "outputs": FeatureMoments.of(states.flatten(0, 1))}
 
 
-def test_every_layer_of_batch_normalisation_is_moved_half_of_the_way_to_training(with_batch_norm):
+def test_every_layer_of_batch_normalisation_is_moved_as_far_as_the_first_one_finds_the_gallery(with_batch_norm):
     known, gallery = pictures(50, 1), pictures(40, 2)
     with_batch_norm.fit_alignment([{"pixel_values": known}])
     _, training = given_to_layers(with_batch_norm, known)
@@ -351,12 +351,20 @@ def test_every_layer_of_batch_normalisation_is_moved_half_of_the_way_to_training
     assert alignment.layers.keys() == training.keys() - {"outputs"} and len(alignment.layers) > 3
     before, after = given_to_layers(with_batch_norm, gallery, image_alignment=alignment)
     close = {"rtol": 1e-4, "atol": 1e-4}
+    # Fréchet distance of two normal distributions, over the variance of training, before anything is moved.
+    first = next(iter(alignment.layers))
+    parts = ("mean", "std")
+    squares = [(getattr(plain[first], part) - getattr(training[first], part)).square().sum() for part in parts]
+    distance = (sum(squares) / training[first].std.square().sum()).item()
+    strength = 0.5 * distance / (distance + 0.15)
+    assert 0.05 < strength < 0.49
     for name, found in before.items():
         wanted = training[name]
         assert (found.mean - wanted.mean).abs().max() > 0.01
-        torch.testing.assert_close(after[name].std, (found.std * wanted.std).sqrt(), **close)
-        half_way = wanted.mean + (found.mean - wanted.mean) / 2 * (wanted.std / found.std).sqrt()
-        torch.testing.assert_close(after[name].mean, half_way, **close)
+        scale = (wanted.std / found.std) ** strength
+        torch.testing.assert_close(after[name].std, found.std * scale, **close)
+        mean = wanted.mean + (found.mean - wanted.mean) * (1 - strength) * scale
+        torch.testing.assert_close(after[name].mean, mean, **close)
     # The outputs go all of it.
     for part in ("mean", "std"):
         torch.testing.assert_close(*(getattr(of["outputs"], part) for of in (after, training)), **close)
@@ -454,3 +462,15 @@ def test_layers_that_do_not_run_are_not_passed_over(with_batch_norm):
     alignment.layers["unused"] = torch.ones(1, 3), torch.zeros(1, 3)
     with pytest.raises(ValueError, match="layers of the tower that do not run here"):
         with_batch_norm.get_image_features(pictures(4, 2), alignment=alignment)
+
+
+def test_the_nearer_a_gallery_lies_the_less_layers_are_moved(with_batch_norm):
+    known, others = pictures(800, 1).split(400)
+    with_batch_norm.fit_alignment([{"pixel_values": known}])
+    spread = {}
+    for brightness in (0.0, 0.1, 1.0):
+        gallery = others + brightness
+        alignment = with_batch_norm.align([{"pixel_values": gallery}])
+        name, (scale, shift) = next(iter(alignment.layers.items()))
+        spread[brightness] = (scale.log().abs() + shift.abs()).sum().item()
+    assert spread[0.0] < 0.1 * spread[0.1] < 0.1 * spread[1.0]

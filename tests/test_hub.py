@@ -32,7 +32,7 @@ CODE = (
     "prototypes",
     "scoring",
 )
-NEEDED = {"model.safetensors", "config.json", "README.md", "processor_config.json", "tokenizer.json"} | {
+NEEDED = {"model.safetensors", "config.json", "README.md", "processor_config.json", "tokenizer.json", "handler.py"} | {
     f"{name}_pico.py" for name in CODE
 }
 

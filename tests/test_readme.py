@@ -18,7 +18,6 @@ from unittest import mock
 
 import backbone_families
 import pytest
-import retrieve
 import safetensors.torch
 import tiny
 import torch
@@ -40,6 +39,7 @@ from readme_blocks import (
 
 import train_pico
 from modeling_pico import PicoModel, export
+from modeling_pico.search import __main__ as search
 
 
 styled_shapes = sys.modules["modeling_pico.data.styled_shapes"]
@@ -57,8 +57,10 @@ NOT_RUN = {
     "mscoco": "wants MS-COCO: tests/examples/test_examples.py runs the recipe and its second command",
     "tests/benchmarks/": "takes minutes: tests/test_benchmarks.py runs each with --quick",
     "--align_gallery": "wants more images than are made here: tests/test_train_pico.py aligns",
+    "modeling_pico.search serve": "serves until it is interrupted: tests/search/test_page.py",
     "style_study/study.py": "tests/examples/test_style_study.py compares its report with the pages",
 }
+MODULES = {"modeling_pico.export": export.main, "modeling_pico.search": search.main}
 QUIET = shlex.split("--log_level error --disable_tqdm true --plots false")
 # What makes a recipe small; blocks with settings of their own are run as they are.
 SMALL = shlex.split("--per_device_train_batch_size 8 --num_train_epochs 3 --num_style_prototypes 3")
@@ -103,11 +105,9 @@ class World:
                 small = SMALL if "examples/quickstart.yaml" in arguments else []
                 self.results[key] = train_pico.main([*arguments, *small, *QUIET])
             elif script == "-m":
-                assert arguments[0] == "modeling_pico.export", words
-                self.results[key] = export.main(arguments[1:])
+                self.results[key] = MODULES[arguments[0]](arguments[1:])
             else:
-                assert script == "examples/retrieve.py", words
-                self.results[key] = retrieve.main([*arguments, "--cache_dir", "cache"])
+                raise AssertionError(words)
             self._put_away(key)
         return self.results[key]
 
@@ -162,11 +162,13 @@ def world(tmp_path_factory, no_progress_bars) -> Iterator[World]:
         mock.patch("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules")),
         mock.patch("transformers.utils.hub.hf_api", Hub),
         mock.patch("transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: ModelCard("# Card")),
+        # It would download the tasks; tests/evaluation/test_mteb_encoder.py evaluates.
+        mock.patch("mteb.evaluate", lambda model, tasks, cache: sorted(task.metadata.name for task in tasks)),
     ):
         made = World(folder)
         # What later blocks build upon.
         for words in COMMANDS:
-            if words[-1] == "examples/quickstart.yaml" or "modeling_pico.export" in words:
+            if words[-1] == "examples/quickstart.yaml" or "modeling_pico.export" in words or words[3:4] == ["build"]:
                 made.run(words)
         yield made
     os.chdir(before)
@@ -177,8 +179,8 @@ def test_command(world, words):
     result = world.run(words)
     if "train_pico.py" in words:
         assert result
-    if "retrieve.py" in words[1]:
-        assert [path.name for path, _ in result] and (world.folder / "hits.png").is_file()
+    if "--sheet" in words:
+        assert len(result["hits"]) == 2 and (world.folder / "hits.png").is_file()
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
@@ -190,6 +192,8 @@ def test_python(world, block):
             outputs = names["model"](**inputs)
         expected = (outputs.logits_per_image / outputs.logit_scale).item()
         assert float(names["score"]) == pytest.approx(expected, abs=1e-4)
+    if "MtebEncoder" in block.code:
+        assert names["results"] == ["Flickr30kI2TRetrieval", "Flickr30kT2IRetrieval"]
 
 
 def test_the_command_and_the_python_that_are_the_same_train_the_same(world):

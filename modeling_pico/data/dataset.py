@@ -6,6 +6,7 @@ import copy
 import hashlib
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -228,6 +229,12 @@ def caption_code(caption: str) -> int:
     """The words of a caption as a number (64 bits, signed): the same for captions equal up to case and spaces."""
     words = " ".join(caption.casefold().split())
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def count_styles(dataset: Dataset) -> Counter[str | None]:
+    """Number of images of each style; of all images under None where they have none."""
+    styles = dataset.styles if isinstance(dataset, CaptionedImageDataset) else None
+    return Counter(styles or [None] * len(dataset))  # type: ignore[arg-type]
 
 
 def count_shared_captions(caption_codes: torch.Tensor, ids: torch.Tensor) -> int:

@@ -84,6 +84,7 @@ def load_captioned_images(
     revision: str | None = None,
     token: str | bool | None = None,
     on_empty_captions: Literal["error", "skip", "keep"] = "error",
+    keep_columns: Sequence[str] = (),
 ) -> datasets.Dataset:
     """
     Loads captioned images from any of the sources below into the same columns.
@@ -150,15 +151,17 @@ def load_captioned_images(
         config_name (`str`, *optional*): The `name` of `datasets.load_dataset`.
         cache_dir (`str`, *optional*): As that of `load_dataset`.
         data_files (`str`, `Sequence[str]` or `dict`, *optional*): As those of `load_dataset`.
-        revision (`str`, *optional*): As that of `load_dataset`.
+        revision (`str`, *optional*): As that of `load_dataset`; of a name on the Hub alone.
         token (`str` or `bool`, *optional*): As that of `load_dataset`.
         on_empty_captions (`str`, *optional*, defaults to `"error"`):
             What becomes of a row whose captions are all empty: `"error"` raises, `"skip"` drops it with a warning, as
             long as these are at most half of the rows, and `"keep"` leaves it without captions.
+        keep_columns (`Sequence[str]`, *optional*):
+            Further columns to keep as they are; of rows that become one, the values of the first.
 
     Returns:
         `datasets.Dataset`: with the columns `image` (`datasets.Image(decode=False)`, nothing is decoded), `captions`
-        (list of `str`), `image_id` (`str`) and, if known, `style` (`str`).
+        (list of `str`), `image_id` (`str`), if known `style` (`str`), and those of `keep_columns`.
 
     Raises:
         ValueError: for a column or split that does not exist, files that cannot be read or do not fit together,
@@ -176,6 +179,10 @@ def load_captioned_images(
         id_column = "image_id"
     if style_column is None and "style" in dataset.column_names:
         style_column = "style"
+    if unknown := [name for name in keep_columns if name not in dataset.column_names]:
+        raise ValueError(
+            f"There is no column {unknown[0]!r} (`keep_columns`); the columns are {dataset.column_names}."
+        )
     image_column = _image_column(dataset, image_column)
     columns = [
         _caption_lists(dataset, column, is_entries=source.has_ids)
@@ -212,7 +219,10 @@ def load_captioned_images(
     if first != list(range(len(images))):
         images = images.select(first)
     rest = datasets.Dataset.from_dict(values, features=datasets.Features(features))
-    return datasets.concatenate_datasets([images, rest], axis=1)
+    parts = [images, rest]
+    if others := [name for name in keep_columns if name not in {"image", *values}]:
+        parts.append(dataset.select_columns(others).select(first))
+    return datasets.concatenate_datasets(parts, axis=1)
 
 
 def _open_source(
@@ -227,6 +237,12 @@ def _open_source(
         paths = paths if files else paths or _matching(path)
         lists = find_image_lists(path) if path.is_dir() else paths
         lists = lists if all(file.suffix.lower() == ".json" and has_image_list(file) for file in lists) else []
+    if hub["revision"] is not None and (name == STYLED_SHAPES or paths or files or path.is_dir()):
+        what = "is generated" if name == STYLED_SHAPES else "lies on this disk"
+        raise ValueError(
+            f"`revision` (--dataset_revision) is {hub['revision']!r}, a version of a data set on the Hub, but "
+            f"{name!r} {what}. Leave it out."
+        )
     folder = path if path.is_dir() else None
     if named := paths or files:
         folder = _common_folder(named)

@@ -5,7 +5,6 @@ in fixed looks, and other captions ask in place of its own.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
 from ..data import CaptionedImageDataset, as_captioned
+from ..data.dataset import count_styles
 from ..data.looks import check_looks
 from ..markdown import markdown_table, number_cell, signed_number
 from ..model.gallery_alignment_pico import MIN_IMAGES
@@ -285,7 +285,7 @@ def can_align(model: PicoModel, dataset: Any) -> bool:
     """Whether the model knows where images of training lie, and a style is large enough to be moved there."""
     if not isinstance(dataset, CaptionedImageDataset):
         return False
-    largest = max(Counter(dataset.styles or [None] * len(dataset)).values(), default=0)
+    largest = max(count_styles(dataset).values(), default=0)
     return model.image_moments.is_fitted and largest >= MIN_IMAGES
 
 

@@ -16,6 +16,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -298,6 +299,11 @@ def joint_logit_scale(joint: PreTrainedModel) -> torch.Tensor | None:
     if "temperature" in parameters:  # ALIGN divides by it
         return -parameters["temperature"].detach().log().reshape(1)
     return None
+
+
+def batch_norm_layers(tower: nn.Module) -> dict[str, _BatchNorm]:
+    """The layers of batch normalisation in a tower, of which many have none, by name and from the first on."""
+    return {name: layer for name, layer in tower.named_modules() if isinstance(layer, _BatchNorm)}
 
 
 def freeze_unused(vision_model: PreTrainedModel, pooled: bool) -> None:

@@ -1,6 +1,6 @@
 """
 Gallery alignment: images of one look are moved to the mean and spread that images of training have, at the outputs of
-the image tower and before each of its layers of batch normalisation.
+the image tower and, the farther the look lies from training the more, before its layers of batch normalisation.
 
 These layers take the mean and spread of training for granted. Replacing them by those of the new images is known as
 AdaBN (arXiv 1603.04779); here the images get those of *training*, of the same tower on other data than it was
@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .backbones_pico import batch_norm_layers
+
 
 # With fewer images, what they happen to show would be moved as well as how they look (docs/robustness.md).
 MIN_IMAGES = 32
@@ -25,9 +27,10 @@ MAX_IMAGES = 1000
 # Images that pass the tower together when a gallery is measured: what a layer is given is moved by those so far, and a
 # few of them would mislead the layers after it.
 _TOGETHER = 256
-# Layers of the tower go half of the way, and the next ones on from there: as good for the look, and what the images
-# happen to show is moved less.
-_LAYER_STRENGTH = 0.5
+# Layers of the tower go up to half of the way, and the next ones on from there: as good for the look, and what the
+# images happen to show is moved less. They go the less, the nearer a gallery lies to training: at this distance (see
+# `_layer_strength`) half as far.
+_LAYER_STRENGTH, _HALF_STRENGTH_AT = 0.5, 0.15
 # A spread below this share of a feature's size is rounding.
 _ROUNDING = 1e-6
 
@@ -112,7 +115,7 @@ def moved_layers(tower: nn.Module) -> dict[str, _BatchNorm]:
     The layers of a tower whose inputs are moved too, by name: its batch normalisation, of which many towers have none,
     but for the first third. These see edges and tones, and moving them costs some looks more than it gains others.
     """
-    layers = [(name, layer) for name, layer in tower.named_modules() if isinstance(layer, _BatchNorm)]
+    layers = list(batch_norm_layers(tower).items())
     return dict(layers[len(layers) // 3 :])
 
 
@@ -161,7 +164,7 @@ def measure_galleries(
             known = of_layers.get(label, {}).get(name)
             passing.setdefault(label, {})[name] = own = own if known is None else known.merge(own)
             if name in targets:
-                maps = _map(own, *targets[name], strength=_LAYER_STRENGTH)
+                maps = _map(own, *targets[name], strength=_layer_strength(passing[label], targets))
                 part = _moved(values[rows], *(values_of[None].to(values.device) for values_of in maps))
                 index = torch.tensor(rows, device=values.device)
                 moved = part if len(rows) == len(values) else moved.index_copy(0, index, part)
@@ -444,9 +447,10 @@ class ImageMoments(nn.Module):
                 of_class = _map(moments.class_state, self.class_mean, self.class_std, stays)
                 row |= dict(zip(("class_scale", "class_shift"), of_class, strict=True))
             rows.append(row)
-            of_layers = {layer: own for layer, own in moments.layers.items() if self.has_layer(layer)}
+            targets = {layer: self.of_layer(layer) for layer in moments.layers if self.has_layer(layer)}
+            strength = _layer_strength(moments.layers, targets)
             maps.append(
-                {name: _map(own, *self.of_layer(name), stays, _LAYER_STRENGTH) for name, own in of_layers.items()}
+                {layer: _map(moments.layers[layer], *target, stays, strength) for layer, target in targets.items()}
             )
         device = self.mean.device
         layers: dict[str, Any] = {
@@ -456,6 +460,23 @@ class ImageMoments(nn.Module):
         tensors: dict[str, Any] = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
         styles = None if None in galleries else tuple(str(label) for label in galleries)
         return GalleryAlignment(**tensors, styles=styles, layers=layers)
+
+
+def _layer_strength(
+    layers: Mapping[str, FeatureMoments], targets: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+) -> float:
+    """
+    How far layers are moved, by where the first one that runs finds the gallery before anything has been moved: the
+    Fréchet distance of normal distributions with independent features, over the variance of training.
+    """
+    first = next((name for name in layers if name in targets), None)
+    if first is None:
+        return 0.0
+    mean, std = (values.cpu().double() for values in targets[first])
+    own = layers[first]
+    squares = (own.mean - mean).square().sum() + (own.std - std).square().sum()
+    distance = float(squares / std.square().sum())
+    return _LAYER_STRENGTH * distance / (distance + _HALF_STRENGTH_AT)
 
 
 def _map(

@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .alignment_heads_pico import HEADS, FineGrainedHead, TokenProjection
 from .backbones_pico import (
+    batch_norm_layers,
     build_backbone,
     check_vision_family,
     class_token_state,
@@ -343,6 +344,8 @@ class PicoModel(PicoPreTrainedModel):
         else:
             # A buffer and no frozen parameter: `from_pretrained` makes every parameter trainable.
             self.register_buffer("logit_scale", logit_scale)
+        # Whether batch normalisation of the towers keeps its statistics in training; for trainers to set.
+        self.freeze_batch_norm = False
         self._freeze_unused()
         self.post_init()
 
@@ -385,12 +388,16 @@ class PicoModel(PicoPreTrainedModel):
     def train(self, mode: bool = True) -> "PicoModel":
         """
         As `nn.Module.train`; frozen towers stay in evaluation mode, where no dropout and no statistics of a batch
-        change what they give, and so does the head where no embedding is trained.
+        change what they give, and so does the head where no embedding is trained. With `freeze_batch_norm` so do the
+        towers' layers of batch normalisation.
         """
         super().train(mode)
         for tower in (self.vision_model, self.text_model):
             if not any(parameter.requires_grad for parameter in tower.parameters()):
                 tower.eval()
+            elif self.freeze_batch_norm:
+                for layer in batch_norm_layers(tower).values():
+                    layer.eval()
         if not self.trains_embeddings:
             self.alignment_head.eval()
         return self
@@ -703,8 +710,8 @@ class PicoModel(PicoPreTrainedModel):
     def align(self, gallery: Iterable[Mapping[str, Any]], styles: Sequence[str] | None = None) -> GalleryAlignment:
         """
         Measures a gallery of one look and gives what moves it to the mean and spread that images of training have: at
-        the outputs of the tower and, half of the way, before its layers of batch normalisation but for the first third
-        *(ours)*. No caption is needed. It may be used for images that are added later.
+        the outputs of the tower and, up to half of the way, before its layers of batch normalisation but for the first
+        third *(ours)*. No caption is needed. It may be used for images that are added later.
 
         Args:
             gallery (iterable of `dict`):

@@ -12,6 +12,9 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessorPi
 from transformers.utils import logging
 
 from .gallery_alignment_pico import GalleryAlignment, spread_rows
+
+# Not used here: what is imported is saved beside the processor, and so the handler of endpoints too.
+from .handler import EndpointHandler as EndpointHandler
 from .image_decoding_pico import decode_image
 from .scoring_pico import pair_scores
 from .untrusted_pico import HUB_OPTIONS

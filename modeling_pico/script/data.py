@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..data import (
     check_images,
     load_captioned_images,
 )
-from ..data.dataset import Transform
+from ..data.dataset import Transform, count_styles
 from ..data.images import image_keys
 from ..distributed import gather_object
 from ..evaluation.style_report import order_styles
@@ -157,7 +156,7 @@ def _check_galleries(data: Data, data_args: DataArguments, training_args: PicoTr
     if training_args.do_eval and data.evaluation is not None:
         moved[data_args.eval_split] = data.evaluation
     for name, split in moved.items():
-        check_sizes(Counter(split.styles or [None] * len(split)), f"split {name!r}")
+        check_sizes(count_styles(split), f"split {name!r}")
     for reference in (data.train, data.reference):
         if reference is not None:
             check_sizes({None: len(reference)}, f"split {data_args.train_split!r}")

@@ -7,12 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .encoder_onnx import OnnxEncoder
     from .encoders import Encoder, ModelEncoder
     from .index import Changes, Hit, PicoIndex
 
-_LAZY = {"Changes": "index", "Encoder": "encoders", "Hit": "index", "ModelEncoder": "encoders", "PicoIndex": "index"}
+_LAZY = {
+    "Changes": "index",
+    "Encoder": "encoders",
+    "Hit": "index",
+    "ModelEncoder": "encoders",
+    "OnnxEncoder": "encoder_onnx",
+    "PicoIndex": "index",
+}
 
-__all__ = ["Changes", "Encoder", "Hit", "ModelEncoder", "PicoIndex"]
+__all__ = ["Changes", "Encoder", "Hit", "ModelEncoder", "OnnxEncoder", "PicoIndex"]
 
 
 def __getattr__(name: str) -> Any:

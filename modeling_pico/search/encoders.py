@@ -51,16 +51,10 @@ class ModelEncoder:
     """
 
     def __init__(self, model: PicoModel, processor: PicoProcessor, revision: str | None = None) -> None:
-        from ..fingerprint import model_fingerprint
+        from ..fingerprint import model_identity
 
         self.model, self.processor = model, processor
-        config = model.config
-        self.identity = {
-            "fingerprint": model_fingerprint(model, processor),
-            "name": config._name_or_path or "",
-            "revision": revision or "",
-            "method": config.method,
-        }
+        self.identity = model_identity(model, processor)
 
     def encode_images(
         self, images: Sequence[Any], batch_size: int = 32, alignment: GalleryAlignment | None = None

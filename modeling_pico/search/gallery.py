@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..model.image_decoding_pico import BadImageError, decode_image
+from ..model.image_decoding_pico import BadImageError, decode_image, describe_image, open_image
+from .contact_sheet import check_no_sheet
 
 
 @dataclass
@@ -140,6 +141,9 @@ def read_image(value: Any) -> tuple[str, Image.Image]:
             except OSError as error:
                 raise BadImageError(f"The image file {path!r} cannot be read: {error}") from error
     image = decode_image(value)
+    if not isinstance(value, Image.Image):
+        with open_image(value) as opened:
+            check_no_sheet(opened, describe_image(value))
     content = value["bytes"] if isinstance(value, Mapping) else value
     if isinstance(value, Image.Image):
         content = repr(image.size).encode() + image.tobytes()

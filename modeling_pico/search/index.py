@@ -21,7 +21,7 @@ from PIL import Image
 from ..model.image_decoding_pico import BadImageError
 from .embeddings import PRECISIONS, exact_scores, pack, token_bytes, unpack
 from .encoders import Encoder, ModelEncoder, load_alignment, save_alignment
-from .filters import parse_where
+from .filters import KINDS, parse_where
 from .first_stage import CENTROIDS, FirstStage
 from .gallery import Gallery, Item, read_image
 from .processes import Processes
@@ -475,6 +475,19 @@ class PicoIndex:
 
     # What there is
 
+    def embeddings(self, id: str) -> np.ndarray:
+        """The stored embeddings `(tokens, dim)` of an image in float32; ValueError if there is none of this id."""
+        rows = self._store.read([id]) if self._about["dim"] else []
+        if not rows:
+            raise ValueError(f"The index holds no image {id!r}.")
+        return self._unpack(rows[0])
+
+    def values(self, column: str, limit: int = 200) -> list[Any]:
+        """The values of a column in order; none if there are more than `limit`, or none that a filter can name."""
+        if self.columns.get(column) not in KINDS or not self._about["dim"]:
+            return []
+        return self._store.values(column, limit)
+
     def __len__(self) -> int:
         return self._store.count() if self._about["dim"] else 0
 
@@ -537,6 +550,11 @@ class PicoIndex:
                 os.fsync(file.fileno())
             part.replace(self.folder / INDEX_FILE)
 
+    @property
+    def encoder(self) -> Encoder:
+        """What encodes queries; ValueError if the index was opened without a model."""
+        return self._needs_encoder()
+
     def _needs_encoder(self) -> Encoder:
         if self._encoder is None:
             raise ValueError("The index was opened without a model: PicoIndex.open(folder, model, processor).")
@@ -598,7 +616,7 @@ def make_encoder(model: Any, processor: Any = None, encoder: str = "model") -> E
         raise ValueError(f"`encoder` must be 'model' or 'onnx', got {encoder!r}.")
     if isinstance(model, Encoder):
         return model
-    if encoder == "onnx":
+    if encoder == "onnx" or isinstance(model, (str, os.PathLike)):
         from .encoder_onnx import OnnxEncoder
 
         return OnnxEncoder(model)

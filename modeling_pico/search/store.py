@@ -71,6 +71,10 @@ class Store(Protocol):
         """Images by their ids, those that there are."""
         ...
 
+    def values(self, column: str, limit: int) -> list[Any]:
+        """The values of a column in order; none if there are more than `limit`."""
+        ...
+
     def tidy(self) -> None:
         """Called when many images have been added or removed."""
         ...

@@ -88,6 +88,11 @@ class LanceStore:
     def read(self, ids: Sequence[str]) -> list[Row]:
         return self._rows(self._table.search().where(_one_of("id", ids))) if ids else []
 
+    def values(self, column: str, limit: int) -> list[Any]:
+        own = self._own(column)
+        found = self._table.search().select([own]).to_arrow()[own].unique().drop_null()
+        return sorted(found.to_pylist()) if len(found) <= limit else []
+
     def tidy(self) -> None:
         stats: Any = self._table.stats()
         if stats["fragment_stats"]["num_fragments"] < _MOST_FILES:
@@ -111,11 +116,13 @@ class LanceStore:
             for row in found
         ]
 
+    def _own(self, column: str) -> str:
+        return _own_name(list(self._columns).index(column)) if column in self._columns else column
+
     def _sql(self, conditions: Sequence[Condition]) -> str | None:
         parts = []
         for condition in conditions:
-            name = condition.column
-            own = _own_name(list(self._columns).index(name)) if name in self._columns else name
+            own = self._own(condition.column)
             if condition.operator == "in":
                 parts.append(_one_of(own, condition.value))
             else:

@@ -88,6 +88,11 @@ class QdrantStore:
             [self._row(point.payload) for point in self._client.retrieve(self._collection, points)] if points else []
         )
 
+    def values(self, column: str, limit: int) -> list[Any]:
+        own = self._names[column]
+        found = {payload[own] for payload in self._scroll(None, [own])} - {None}
+        return sorted(found) if len(found) <= limit else []
+
     def tidy(self) -> None:
         """Qdrant does it by itself."""
 

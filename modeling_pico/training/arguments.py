@@ -102,6 +102,11 @@ class PicoTrainingArguments(TrainingArguments):
         "Learning rate of the backbones (default: a tenth of learning_rate). Towers without pretrained weights learn "
         "at one rate with the rest.",
     )
+    freeze_batch_norm: bool = option_field(
+        True,
+        "Batch normalisation in the towers keeps the mean and variance that it has, those of pretraining, and learns "
+        "its scale and shift; those of a batch would change what a pretrained tower gives at once.",
+    )
     ddp_find_unused_parameters: bool | None = option_field(
         False, "Look for parameters without a gradient, of which tested towers have none, in every step."
     )
@@ -175,7 +180,8 @@ class PicoTrainingArguments(TrainingArguments):
     eval_cache_dir: str | None = option_field(
         None,
         "Folder that keeps embeddings of evaluations outside of training, in half precision: evaluating the same "
-        "model on the same data again then only scores (default: nowhere)",
+        "model on the same data again then only scores; beside tower_cache_dir those of aligned galleries alone "
+        "(default: nowhere)",
     )
 
     def __post_init__(self):

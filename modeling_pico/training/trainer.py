@@ -6,7 +6,6 @@ import functools
 import math
 import operator
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers.trainer_utils import BestRun, EvalLoopOutput
 from transformers.utils import is_peft_available, logging
 
 from ..data import CaptionedImageDataset, PicoDataCollator, UniqueIdBatchSampler, as_captioned
+from ..data.dataset import count_styles
 from ..distributed import gather, gather_batch, gather_object, own_rows, reduce
 from ..durable import DurableTrainer, end_with_training_only, spread_non_finite
 from ..evaluation.embedding_cache import cached_embeddings
@@ -156,6 +156,7 @@ class PicoTrainer(DurableTrainer):
         )
         if processing_class is not None:
             limit_text_length(processing_class.tokenizer, self._pico_model().text_model)
+        self._pico_model().freeze_batch_norm = args.freeze_batch_norm
         self.evaluator = RetrievalEvaluator(args.eval_num_folds, loss_batch_size=args.per_device_eval_batch_size)
         self.add_callback(LogitScaleCallback)
         self.add_callback(UploadCallback(self.create_model_card))
@@ -653,7 +654,7 @@ class PicoTrainer(DurableTrainer):
         model, num_batches = self._evaluated_model(dataloader)
         styles = dataset.styles if isinstance(dataset, CaptionedImageDataset) else None
         if not leave_small:
-            check_sizes(Counter(styles or [None] * len(dataset)))
+            check_sizes(count_styles(dataset))
 
         def align() -> EncodedRetrieval:
             return align_encoded(
@@ -724,8 +725,8 @@ class PicoTrainer(DurableTrainer):
     def _cached(
         self, dataloader: DataLoader, encode: Callable[[], EncodedRetrieval], aligned: bool = False
     ) -> EncodedRetrieval:
-        # In training the weights change from one evaluation to the next.
-        if self.is_in_train or self.args.eval_cache_dir is None:
+        # In training the weights change from one evaluation to the next. What frozen towers give is kept already.
+        if self.is_in_train or self.args.eval_cache_dir is None or isinstance(dataloader.dataset, TowerStates):
             return encode()
         precision = f"{self.accelerator.mixed_precision}, tf32 {self.args.tf32}"
         return cached_embeddings(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -57,6 +58,18 @@ def test_parquet_file_with_bytes(tmp_path, make_images):
     assert len(set(loaded["image_id"])) == 2
     assert loaded["style"][:] == ["x", "y"]
     assert loaded[1]["image"]["bytes"] == two.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["styled_shapes", "folder", "folder/train.parquet", "folder/*.parquet"])
+def test_a_revision_of_what_is_not_on_the_hub_is_refused(tmp_path, monkeypatch, make_images, name):
+    (one,) = make_images("images/one.png")
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    save_parquet(Path("folder/train.parquet"), [{"image": png(one), "caption": "a"}], image=datasets.Image())
+    what = "is generated" if name == "styled_shapes" else "lies on this disk"
+    message = rf"`revision` \(--dataset_revision\) is 'v2', .* but '{re.escape(name)}' {what}\. Leave it out"
+    with pytest.raises(ValueError, match=message):
+        load_captioned_images(name, split="train", revision="v2")
 
 
 def test_parquet_folder_finds_its_splits(tmp_path, make_images):

@@ -24,11 +24,12 @@ from processes import run_processes
 from tiny import CountedDataset, model, prototype_log, rows, trainer
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.tensor import DTensor
-from transformers import set_seed
+from transformers import ResNetConfig, set_seed
 
 from modeling_pico import CddsModel, PicoModel, RetrievalEvaluator
 from modeling_pico.data import CaptionedImageDataset
 from modeling_pico.evaluation import RetrievalUncertainty, UncertaintyReranking, folded_retrieval_metrics
+from modeling_pico.model.backbones_pico import build_backbone
 from modeling_pico.training import NonFiniteLossError, PicoTrainer
 
 
@@ -480,6 +481,34 @@ def test_galleries_are_those_of_all_processes(results_of, processes):
         assert_close(result["moments"], results[0]["moments"], 0.0)
         for name in ("whole", "mixed", "sorted", "report"):
             assert result[name] == pytest.approx(expected[name]), name
+
+
+def aligned_looks(folder: Path, batch_norm: bool) -> dict[str, Any]:
+    """A stress test of an odd set, whose drawn images are moved to those of training."""
+    net = model()
+    if batch_norm:  # whose layers are moved too
+        vision = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+        set_seed(0)
+        text = build_backbone(net.config.text_config)
+        net = PicoModel.from_backbones(build_backbone(vision), text, embedding_dim=8, num_style_prototypes=3)
+    data = CaptionedImageDataset(rows(71, seed=4))
+    made = trainer(folder, net=net, data=CaptionedImageDataset(rows(49)), eval_data=data)
+    made.fit_alignment()
+    layers = sum("layer" in name for name, _ in net.image_moments.named_buffers())
+    # One process has less of the first style than is moved.
+    data.styles = ["ink"] * 33 + ["oil"] * 38
+    return {"layers": layers, "stress": made.measure_style_stress(data, ["negative"]).metrics()}
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_looks_are_moved_as_in_one_process(results_of, batch_norm):
+    (expected,), results = results_of(aligned_looks, 1, batch_norm), results_of(aligned_looks, 2, batch_norm)
+    stress = expected["stress"]
+    aligned = [name for name in stress if "aligned" in name]
+    assert aligned and any(stress[name] != stress[name.replace("aligned_", "")] for name in aligned)
+    for result in results:
+        assert result["stress"] == pytest.approx(stress)
+        assert (result["layers"] > 0) == batch_norm
 
 
 # Losses that are not finite

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
-import os
 import re
 import runpy
 import shlex
@@ -54,215 +52,6 @@ def test_finetune_clip(tiny_clip, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / "eval_results.json").read_text())["eval_rsum"] == best
     assert PicoProcessor.from_pretrained(tmp_path / "run").tokenizer.pad_token == "[PAD]"
     assert "## Results" in (tmp_path / "run" / "README.md").read_text()
-
-
-# retrieve.py
-
-
-@pytest.fixture(scope="module")
-def retrieve():
-    spec = importlib.util.spec_from_file_location("retrieve", EXAMPLES / "retrieve.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def search(retrieve, tiny_model, use_prototypes, tiny_processor, tmp_path):
-    """Runs the example on a folder of four pictures, one without a suffix, and two files that are none."""
-    use_prototypes(tiny_model()).save_pretrained(tmp_path / "model")
-    tiny_processor.save_pretrained(tmp_path / "model")
-    folder = tmp_path / "pictures"
-    (folder / "more").mkdir(parents=True)
-    for number, name in enumerate(("a.png", "b.jpg", "more/a.png", "more/d")):
-        noise(number, (30, 20 + 10 * number)).save(folder / name, {"b.jpg": "JPEG", "more/d": "WEBP"}.get(name, "PNG"))
-    (folder / "broken.png").write_bytes(b"no picture")
-    (folder / "notes.txt").write_text("no picture either")
-
-    def run(query: str = "the red star", **options):
-        options = {"output": tmp_path / "hits.png", "cache_dir": tmp_path / "cache", "device": "cpu", **options}
-        flags = [str(word) for name, value in options.items() for word in (f"--{name}", value) if word is not None]
-        return retrieve.main([str(tmp_path / "model"), str(folder), query, *flags])
-
-    return run
-
-
-def test_retrieve_finds_what_the_model_scores_best(search, tmp_path, capsys):
-    hits = search()
-    names = ["a.png", "b.jpg", "more/a.png", "more/d"]
-    images = [tmp_path / "pictures" / name for name in names]
-    model, processor = (kind.from_pretrained(tmp_path / "model") for kind in (PicoModel, PicoProcessor))
-    inputs = processor(images=images, text=["the red star"], return_tensors="pt")
-    with torch.no_grad():
-        output = model(**inputs)
-    scores = (output.logits_per_text / output.logit_scale)[0]
-    order = scores.argsort(descending=True).tolist()
-    assert [path.relative_to(tmp_path / "pictures").as_posix() for path, _ in hits] == [names[row] for row in order]
-    assert [score for _, score in hits] == pytest.approx([scores[row].item() for row in order], abs=2e-3)
-    said = capsys.readouterr().out
-    left_out = [line for line in said.splitlines() if line.startswith("Left out: ")]
-    assert len(left_out) == 2 and "broken.png" in left_out[0] and "notes.txt" in left_out[1]
-    assert len(search(top_k=2)) == 2
-
-
-@pytest.fixture
-def to_encode(capsys):
-    """How many files the last search had to encode; two files that are no pictures are tried every time."""
-    return lambda: int(capsys.readouterr().out.split(" files, ")[1].split()[0]) - 2
-
-
-def test_retrieve_encodes_only_what_is_new(search, tmp_path, to_encode):
-    picture = tmp_path / "pictures" / "b.jpg"
-    first = search()
-    assert to_encode() == 4
-    assert search() == first
-    assert to_encode() == 0
-    noise(9).save(picture)
-    os.utime(picture, ns=(1, 1))
-    assert search() != first
-    assert to_encode() == 1
-    picture.unlink()
-    assert len(search()) == 3
-    assert to_encode() == 0
-    (file,) = (tmp_path / "cache").iterdir()
-    import safetensors.torch
-
-    assert len(safetensors.torch.load_file(file)) == 3
-    model = PicoModel.from_pretrained(tmp_path / "model")
-    with torch.no_grad():
-        model.alignment_head.visual_projection.weight[0, 0] += 1
-    model.save_pretrained(tmp_path / "model")
-    search()
-    assert to_encode() == 3  # another model, other embeddings
-
-
-def test_retrieve_moves_the_whole_folder(search, tmp_path, to_encode, monkeypatch):
-    folder, known = tmp_path / "pictures", [noise(seed, (20, 20)) for seed in range(40)]
-    with pytest.raises(SystemExit, match="--align: The model has no moments of training"):
-        search(align=None)
-    model, processor = (kind.from_pretrained(tmp_path / "model") for kind in (PicoModel, PicoProcessor))
-    model.fit_alignment([processor(images=known, return_tensors="pt")])
-    model.save_pretrained(tmp_path / "model")
-    with pytest.raises(SystemExit, match=r"--align: The gallery has 4 image\(s\)"):
-        search(align=None)
-    monkeypatch.setattr("modeling_pico.model.gallery_alignment_pico.MIN_IMAGES", 4)
-    to_encode()
-    plain, aligned = search(), search(align=None)
-    assert search(align=None) == aligned != plain and search() == plain
-    names = [path for path, _ in aligned]
-    embeds = processor.encode_images(model, names, align=True)
-    scores = processor.score_retrieval(embeds, processor.encode_texts(model, ["the red star"]))[:, 0]
-    assert scores.tolist() == pytest.approx([score for _, score in aligned], abs=2e-3)
-    to_encode()
-    assert len(search(align=None)) == 4
-    assert to_encode() == -2  # nothing, files that are no pictures neither
-    noise(9).save(folder / "a.png")
-    assert search(align=None) != aligned
-    assert to_encode() == 4
-
-
-def test_retrieve_sees_that_a_file_of_the_same_size_has_changed(search, tmp_path, to_encode):
-    """In place, so that nothing but the times tells."""
-    picture = tmp_path / "pictures" / "same.bmp"
-    noise(1).save(picture)
-    before, size = search(), picture.stat().st_size
-    to_encode()
-    with picture.open("r+b") as file:
-        noise(2).save(file, "BMP")
-    assert picture.stat().st_size == size
-    after = search()
-    assert to_encode() == 1 and dict(after)[picture] != dict(before)[picture]
-
-
-def test_retrieve_sees_that_two_pictures_have_changed_places(search, tmp_path, to_encode):
-    first, second, third = (tmp_path / "pictures" / name for name in ("1.bmp", "2.bmp", "3.bmp"))
-    for number, path in enumerate((first, second)):
-        noise(number).save(path)
-        os.utime(path, ns=(5, 5))
-    before = dict(search())
-    to_encode()
-    first.rename(third)
-    second.rename(first)
-    third.rename(second)
-    after = dict(search())
-    assert to_encode() == 2
-    assert (after[first], after[second]) == (before[second], before[first]) and before[first] != before[second]
-
-
-def test_retrieve_never_fails_for_its_cache(search, tmp_path, to_encode, capsys):
-    expected = search()
-    (file,) = (tmp_path / "cache").iterdir()
-    whole = file.read_bytes()
-    for damaged in (b"", b"nonsense", whole[: len(whole) // 2]):
-        file.write_bytes(damaged)
-        assert search() == expected
-        said = capsys.readouterr().out
-        assert f"Warning: the cache {file} cannot be read" in said and "6 files, 6 of them to encode." in said
-        assert search() == expected  # the cache is whole again
-        assert to_encode() == 0
-    (tmp_path / "no folder").write_text("")
-    assert search(cache_dir=tmp_path / "no folder") == expected
-    assert "cannot be written" in capsys.readouterr().out
-    assert len(list((tmp_path / "cache").iterdir())) == 1  # nothing unfinished
-
-
-def test_retrieve_ranks_nothing_that_is_no_number(search, tmp_path, to_encode, capsys):
-    import safetensors.torch
-
-    expected = search()
-    (file,) = (tmp_path / "cache").iterdir()
-    cached = safetensors.torch.load_file(file)
-    damaged = sorted(cached)[0]
-    cached[damaged][0, 0] = float("nan")
-    safetensors.torch.save_file(cached, file)
-    to_encode()
-    assert search() == expected
-    assert to_encode() == 1
-    model = PicoModel.from_pretrained(tmp_path / "model")
-    with torch.no_grad():
-        model.alignment_head.visual_projection.weight[0, 0] = float("nan")
-    with pytest.raises(SystemExit, match="None of the files is a picture"):
-        model.save_pretrained(tmp_path / "model")
-        search()
-    assert "Left out: the model gives no numbers for" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["hits.png", "hits.jpg", "hits.webp"])
-def test_retrieve_does_not_find_its_own_sheets(search, tmp_path, capsys, name):
-    expected = search()
-    assert search(output=tmp_path / "pictures" / name) == expected
-    capsys.readouterr()
-    assert search(output=tmp_path / "pictures" / "other.png") == expected
-    assert f"{name}' is a contact sheet" in capsys.readouterr().out
-
-
-def test_contact_sheet_shows_pictures_in_order(retrieve, tmp_path):
-    colours = ["red", "lime", "blue", "black", "orange"]
-    for name in colours:
-        Image.new("RGB", (60, 40), name).save(tmp_path / f"{name}.png")
-    sheet = retrieve.contact_sheet("a long query " * 20, [(tmp_path / f"{name}.png", 0.5) for name in colours])
-    tile, step = retrieve.TILE, retrieve.TILE + retrieve.GAP
-    assert sheet.width == 2 * retrieve.MARGIN + 4 * step - retrieve.GAP
-    seen = []
-    for place in range(5):
-        row, column = divmod(place, 4)
-        y = retrieve.MARGIN + 52 + row * (tile + retrieve.LABEL) + tile // 2
-        seen.append(sheet.getpixel((retrieve.MARGIN + column * step + tile // 2, y)))
-    assert seen == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255, 165, 0)]
-    # The title ends inside the margin.
-    assert sheet.crop((sheet.width - retrieve.MARGIN, 0, sheet.width, 84)).getcolors() == [(32 * 84, (255, 255, 255))]
-
-
-def test_retrieve_says_what_is_wrong(search, tmp_path):
-    (tmp_path / "pictures").rename(tmp_path / "gone")
-    with pytest.raises(SystemExit, match="pictures is not a folder"):
-        search()
-    (tmp_path / "pictures").mkdir()
-    with pytest.raises(SystemExit, match="There is no file in"):
-        search()
-    (tmp_path / "pictures" / "a.png").write_bytes(b"")
-    with pytest.raises(SystemExit, match="None of the files is a picture that can be read"):
-        search()
 
 
 # Recipes
@@ -385,6 +174,24 @@ def test_flickr8k_recipe(towers, tmp_path, monkeypatch):
     assert {"eval_rsum", "test_rsum"} <= results.keys()
     # All five columns, every caption once an epoch: 40 pairs, four a step, in three epochs.
     assert json.loads(Path("outputs/flickr8k/trainer_state.json").read_text())["max_steps"] == 30
+
+
+def test_flickr8k_head_first_and_then_both_towers(towers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_hub("flickr8k")
+    small = shlex.split(
+        "--use_cpu true --num_train_epochs 2 --per_device_train_batch_size 4 --log_level error --disable_tqdm true "
+        "--report_to none"
+    )
+    folder = EXAMPLES / "flickr8k"
+    train_pico.main([str(folder / "frozen.yaml"), *towers, *small, "--embedding_dim", "8"])
+    results = train_pico.main([str(folder / "finetuned.yaml"), *small])
+    assert {"eval_rsum", "test_rsum"} <= results.keys()
+    first, second = (PicoModel.from_pretrained(f"outputs/flickr8k_{name}") for name in ("frozen", "finetuned"))
+    changed = {
+        name.split(".")[0] for name, value in second.named_parameters() if not value.equal(first.get_parameter(name))
+    }
+    assert changed >= {"vision_model", "text_model", "alignment_head"}
 
 
 @pytest.mark.parametrize(

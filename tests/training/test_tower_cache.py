@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import random
 
@@ -89,6 +90,22 @@ def test_the_towers_run_once_for_all_trainings(tmp_path, monkeypatch):
         monkeypatch.setattr(tower, "forward", lambda *args, **kwargs: pytest.fail("a tower was run"))
     second.train()
     assert second.evaluate()["eval_rsum"] > 0
+
+
+def test_evaluations_of_kept_states_are_not_kept_again(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("modeling_pico"), "propagate", True)
+    folders = {"tower_cache_dir": str(tmp_path / "towers"), "eval_cache_dir": str(tmp_path / "embeddings")}
+    made = tiny.trainer(
+        tmp_path / "run",
+        net=frozen(),
+        data=dataset(),
+        eval_data=CaptionedImageDataset(tiny.rows(9, seed=1)),
+        **folders,
+    )
+    first = made.evaluate()
+    monkeypatch.setattr(made.model.vision_model, "forward", None)  # what it gives is read
+    assert made.evaluate()["eval_rsum"] == first["eval_rsum"]
+    assert not (tmp_path / "embeddings").exists() and "not kept" not in caplog.text
 
 
 def test_moments_of_training_are_those_of_images_as_they_are(tmp_path):

@@ -17,10 +17,11 @@ from tiny import (
     whole_log,
 )
 from torch.utils.data import ConcatDataset, Subset
-from transformers import TrainerCallback
+from transformers import ResNetConfig, TrainerCallback
 
-from modeling_pico import PicoModel, PicoProcessor
+from modeling_pico import PicoConfig, PicoModel, PicoProcessor
 from modeling_pico.data import CaptionedImageDataset, caption_code
+from modeling_pico.model.backbones_pico import batch_norm_layers
 from modeling_pico.training import PicoTrainer
 from modeling_pico.training.callbacks import MAX_LOGIT_SCALE
 
@@ -538,3 +539,17 @@ def test_streams_are_refused_by_name(tmp_path):
             trainer(tmp_path, **options)
     with pytest.raises(ValueError, match="IterableDataset is a stream"):
         trainer(tmp_path).evaluate(stream)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_batch_normalisation_of_towers_keeps_the_statistics_of_pretraining(tmp_path, freeze):
+    vision = ResNetConfig(embedding_size=6, hidden_sizes=[6, 8], depths=[1, 1], layer_type="basic", hidden_act="relu")
+    net = PicoModel(PicoConfig(vision_config=vision, text_config=model().config.text_config, embedding_dim=8))
+    layers = batch_norm_layers(net.vision_model)
+    before = {name: (layer.running_mean.clone(), layer.weight.detach().clone()) for name, layer in layers.items()}
+    made = trainer(tmp_path, net=net, max_steps=2, **({} if freeze else {"freeze_batch_norm": False}))
+    made.train()
+    assert len(before) > 3
+    for name, (mean, weight) in before.items():
+        assert torch.equal(layers[name].running_mean, mean) == freeze
+        assert not torch.equal(layers[name].weight, weight)
