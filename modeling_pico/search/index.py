@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from ..model.image_decoding_pico import BadImageError
-from .embeddings import PRECISIONS, exact_scores, pack, unpack
+from .embeddings import PRECISIONS, exact_scores, pack, token_bytes, unpack
 from .encoders import Encoder, ModelEncoder, load_alignment, save_alignment
 from .filters import KINDS, parse_where
 from .first_stage import CENTROIDS, FirstStage
@@ -448,16 +448,18 @@ class PicoIndex:
             raise ValueError("The query is empty. Give a text, or an image as a Path, as bytes or as a PIL image.")
         encoder = self._needs_encoder()
         conditions = parse_where(where, self.columns)
-        if not len(self):
+        if not self._about["dim"] or not (fitting := self._store.count(conditions)):
             return []
         tokens = encoder.encode_texts([query])[0] if isinstance(query, str) else self._image_tokens(query, encoder)
         limit = max(k, candidates)
         first_stage = self._first_stage()
-        if first_stage is None or self._store.count(conditions) <= limit:
+        if first_stage is None or fitting <= limit:
             rows = self._store.all(conditions)
         else:
             rows = self._store.nearest(first_stage.of_query(tokens), limit, conditions)
-        scores = exact_scores(tokens, [self._unpack(row) for row in rows])
+        dim, precision = self._about["dim"], self._about["precision"]
+        counts = np.array([len(row.data) for row in rows], np.int64) // token_bytes(dim, precision)
+        scores = exact_scores(tokens, unpack(b"".join(row.data for row in rows), dim, precision), counts)
         best = sorted(range(len(rows)), key=lambda place: (-scores[place], rows[place].id))[:k]
         return [Hit(rows[place].id, float(scores[place]), rows[place].path, rows[place].columns) for place in best]
 

@@ -3,9 +3,9 @@
     python tests/benchmarks/search.py --output DIR [--quick] [--images 10000 100000] [--model FOLDER]
 
 Without `--model` a small model is trained first (five minutes). The gallery is made of its embeddings of 4,000 styled
-shapes, 49 tokens of 128 features: an image is one of them with noise of half its length, half of which is common to all
-of the image's tokens. Queries are captions and pictures of other scenes, and they are encoded beforehand: what is timed
-is `PicoIndex.search` and what it is compared with, query by query.
+shapes, 49 tokens of 128 features: an image is one of them with noise of half its length, half of which is common to
+all of the image's tokens. Queries are captions and pictures of other scenes, and they are encoded beforehand: what is
+timed is `PicoIndex.search` and what it is compared with, query by query.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ import time
 from pathlib import Path
 
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 from PIL import Image
@@ -34,6 +33,7 @@ from PIL import Image
 from modeling_pico.search import PicoIndex
 
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 NOISE = 0.5
 BLOCK = 10_000
 K = 10
@@ -94,14 +94,16 @@ def make_embeddings(file: Path, folder: Path, model_folder: Path | None, quick: 
         subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
     model = PicoModel.from_pretrained(model_folder).eval()
     processor = PicoProcessor.from_pretrained(model_folder)
-    scenes, queries = (60, 4) if quick else (2000, 50)
-    pictures = styled_shapes("train", num_scenes=scenes, image_size=56)
+    scenes, queries = (60, 4) if quick else (2000, 40)
+    scenes_drawn = styled_shapes("train", num_scenes=scenes, image_size=56)
     others = styled_shapes("validation_seen", num_scenes=queries, image_size=56)
     texts = [captions[row % 5] for row, captions in enumerate(others["captions"])]
     encode = {"batch_size": 100, "convert_to_numpy": True}
-    # Without the state of the class token: 49 patches.
-    arrays = {"real": np.stack(processor.encode_images(model, list(pictures["image"]), **encode))[:, -49:]}
-    for row, tokens in enumerate(processor.encode_images(model, list(others["image"]), **encode)):
+    # The 49 patches, without the class token.
+    real = processor.encode_images(model, list(scenes_drawn["image"]), **encode)
+    arrays = {"real": np.stack(real)[:, -49:]}
+    pictures = list(others["image"])[: queries // 2]
+    for row, tokens in enumerate(processor.encode_images(model, pictures, **encode)):
         arrays[f"image {row}"] = tokens[-49:]
     for row, tokens in enumerate(processor.encode_texts(model, texts, convert_to_numpy=True)):
         arrays[f"text {row}"] = tokens
@@ -243,8 +245,8 @@ def main() -> None:
         rows, numbers = table(count, index, compare(encoder, count))
         lines += rows
         costs.append(
-            f"| {count:,} | {index['build_seconds']:.0f} s | {index['add_seconds']:.0f} s | {index['disk_gib']:.2f} GiB "
-            f"| {index['peak_gib']:.2f} GiB |"
+            f"| {count:,} | {index['build_seconds']:.0f} s | {index['add_seconds']:.0f} s "
+            f"| {index['disk_gib']:.2f} GiB | {index['peak_gib']:.2f} GiB |"
         )
         kept = ("build_seconds", "add_seconds", "disk_gib", "peak_gib", "before_gib")
         results["sizes"][count] = {"methods": numbers, **{name: index[name] for name in kept}}

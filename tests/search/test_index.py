@@ -143,8 +143,18 @@ def test_scores_in_numpy_are_pair_scores():
     padded = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(item) for item in items], batch_first=True)
     mask = torch.arange(7)[None] < torch.tensor([len(item) for item in items])[:, None]
     whole = pair_scores(padded, torch.from_numpy(query)[None], mask, torch.ones(1, 5, dtype=torch.bool))
-    np.testing.assert_allclose(exact_scores(query, items), whole[:, 0].numpy(), rtol=1e-5, atol=1e-6)
-    assert not exact_scores(query[:0], items).any()
+    tokens, counts = np.concatenate(items), np.array([len(item) for item in items])
+    np.testing.assert_allclose(exact_scores(query, tokens, counts), whole[:, 0].numpy(), rtol=1e-5, atol=1e-6)
+    assert not exact_scores(query[:0], tokens, counts).any()
+    assert not exact_scores(query, tokens[:0], 0 * counts).any()
+
+
+def test_every_float16_is_read_back():
+    values = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    values = values[np.isfinite(values)]
+    whole = values[: len(values) // 8 * 8].reshape(-1, 8)
+    read = unpack(pack(whole, "float16"), 8, "float16")
+    assert read.dtype == np.float32 and (read == whole.astype(np.float32)).all()
 
 
 def test_search_with_a_model_scores_as_its_processor(tmp_path, tiny_model, tiny_processor, use_prototypes):
