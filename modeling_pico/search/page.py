@@ -332,7 +332,8 @@ def best_captions(index: PicoIndex, query: Image.Image, hits: Sequence[Hit]) -> 
     if not captions:
         return []
     (picture,), texts = index.encoder.encode_images([query]), index.encoder.encode_texts(captions)
-    scores = exact_scores(picture, texts).tolist()
+    counts = np.array([len(text) for text in texts])
+    scores = exact_scores(picture, np.concatenate(texts), counts).tolist()
     return sorted(zip(captions, scores, strict=True), key=lambda pair: -pair[1])[:_MAX_CAPTIONS]
 
 
