@@ -27,7 +27,7 @@ _QUERIES, _ITEMS = 256, 2048
 
 class MtebEncoder:
     r"""
-    Lets `mteb` evaluate a checkpoint of PICO or CDDS on its image-text tasks (`pip install "modeling-pico[mteb]"`).
+    Lets `mteb` evaluate a checkpoint of this package on its image-text tasks (`pip install "modeling-pico[mteb]"`).
 
     `mteb` ranks by what [`similarity`] gives, that is by exact scores of all pairs. Its `hit_rate_at_k` is the recall
     at `k` of image-text retrieval; its `recall_at_k` is the share of an image's captions that are found.
@@ -183,7 +183,7 @@ def _load(model_name: str | os.PathLike, revision: str | None, kwargs: dict[str,
     model = AutoModel.from_pretrained(model_name, revision=revision, **kwargs)
     if not isinstance(model, PicoModel):
         raise ValueError(
-            f"{str(model_name)!r} is a {type(model).__name__}; checkpoints of PICO and CDDS are evaluated."
+            f"{str(model_name)!r} is a {type(model).__name__}; checkpoints of this package are evaluated."
         )
     return model
 

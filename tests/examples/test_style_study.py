@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import io
 import json
+import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -449,7 +451,40 @@ def test_the_page_of_the_study_shows_the_tables_of_its_results():
     benchmarks = rows_of("docs/benchmarks.md", "## Five seeds on two data sets", "### Reading")
     assert len(benchmarks) == 22
     assert [cell for row in benchmarks for cell in row[1:] if cell not in cells] == []
-    overview = rows_of("README.md", "## Results", "**Column weights")
-    assert len(overview) == 8
-    # Without the column `seen` of the first table there.
-    assert [row for row in overview if row not in [[name, *rest] for name, _, *rest in benchmarks[:11]]] == []
+
+
+LOOKS = ("test@sketch", "test@poster", "test@paint", "test@neon")
+
+
+def changes(table: str, splits: tuple[str, ...], variant: str, moved: bool) -> str:
+    """What a page says of a method, over the mean of some splits: rSum of the baseline, of others how they differ."""
+    key = "aligned" if moved else "rsum"
+    runs: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    for record in study.read_table(FOLDER / "results" / f"{table}.jsonl"):
+        for name in ("rsum", "aligned"):
+            of_splits = record.get(name, {})
+            if all(split in of_splits for split in splits):
+                mean = statistics.mean(of_splits[split][-1] for split in splits)
+                runs[record["variant"], name][record["seed"]] = mean
+    found, base = runs[variant, key], runs["fine_grained", "rsum"]
+    if variant == "fine_grained" and not moved:
+        return f"{statistics.mean(found.values()):.1f}"
+    apart = [rsum - base[seed] for seed, rsum in found.items()]
+    return study.difference(apart)
+
+
+def test_tables_of_photographs_are_those_of_their_results():
+    variants = {"`paper`, the literal form": "paper"}
+    photographs = [("flickr8k", (split,)) for split in ("test", "test@gray", *LOOKS)]
+    overview = [photographs[0], ("flickr8k", LOOKS)]
+    overview += [("emoji_styles_pretrained", (split,)) for split in ("validation", "test", "far")]
+    of_pages = {
+        ("README.md", "## Results", "**Column weights"): overview,
+        ("docs/benchmarks.md", "## Photographs", "Of the last four looks"): photographs,
+    }
+    for page, columns in of_pages.items():
+        rows = rows_of(*page)
+        assert len(rows) > 4
+        for name, *cells in rows:
+            variant = variants.get(name, name.split(",")[0].strip("`"))
+            assert cells == [changes(*column, variant, name.endswith("moved")) for column in columns], name
