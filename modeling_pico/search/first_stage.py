@@ -1,11 +1,13 @@
 """
 The first stage of a search: one vector an image, whose product with the vector of a query estimates the score.
 
-Half of the score is the mean over the image's tokens of the best similarity with a token of the query, and the other
-half goes along with it. Where the image's tokens are replaced by the nearest of a few centroids, that mean is a
-product: of the shares that the centroids have in the image with the best similarity of each centroid. What replacing
-leaves out is made up for on average, by the image's mean difference from its centroids *(ours)*. Of the best ten this
-finds more than the multi-vector comparison of databases (docs/benchmarks.md), from a sixteenth of the numbers.
+The score adds the mean over the image's tokens of the best similarity with a token of the query, and the same the
+other way round. Where tokens are replaced by the nearest of a few centroids, the first mean is a product: of the
+shares that the centroids have in the image with the best similarity of each centroid with the query. So is the
+second, of the best similarities of the image with the shares in the query. What replacing leaves out of the first is
+made up for on average, by the image's mean difference from its centroids *(ours)*. Of the best ten this finds more
+than the multi-vector comparison of databases, which adds one direction alone, from a sixteenth of the numbers
+(docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 
-CENTROIDS = 256
+CENTROIDS = 128
 # Tokens a centroid that they are fitted to; more change nothing.
 _TOKENS_EACH = 64
 _ROUNDS = 8
@@ -25,7 +27,7 @@ _ROUNDS = 8
 @dataclass
 class FirstStage:
     """
-    What makes vectors of `len(centroids) + dim` numbers.
+    What makes vectors of `2 * CENTROIDS + dim` numbers.
 
     Attributes:
         centroids (`numpy.ndarray` of shape `(centroids, dim)`): K-means of image tokens.
@@ -48,30 +50,31 @@ class FirstStage:
             sums = np.zeros_like(centroids)
             np.add.at(sums, nearest, tokens)
             centroids = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centroids)
-        counts = np.bincount(_nearest(tokens, centroids), minlength=len(centroids))
-        return cls(centroids, (counts / max(len(tokens), 1)).astype(np.float32))
+        return cls(centroids, _shares(_nearest(tokens, centroids)))
 
-    @property
-    def size(self) -> int:
+    @staticmethod
+    def size(dim: int) -> int:
         """Numbers of a vector."""
-        return sum(self.centroids.shape)
+        return 2 * CENTROIDS + dim
 
     def of_image(self, tokens: np.ndarray) -> np.ndarray:
-        """The vector of an image's tokens `(tokens, dim)`; zeros without any."""
+        """The vector `(size,)` of an image's tokens `(tokens, dim)`; zeros without any."""
         if not len(tokens):
-            return np.zeros(self.size, np.float32)
+            return np.zeros(self.size(tokens.shape[1]), np.float32)
         nearest = _nearest(tokens, self.centroids)
-        shares = np.bincount(nearest, minlength=len(self.centroids)) / len(tokens)
-        return np.concatenate([shares, (tokens - self.centroids[nearest]).mean(axis=0)]).astype(np.float32)
+        rest = (tokens - self.centroids[nearest]).mean(axis=0)
+        best = (self.centroids @ tokens.T).max(axis=1)
+        return np.concatenate([_shares(nearest), rest, best]).astype(np.float32)
 
     def of_query(self, tokens: np.ndarray) -> np.ndarray:
-        """The vector of a query's tokens `(tokens, dim)`, of an image as of a text; zeros without any."""
+        """The vector `(size,)` of a query's tokens `(tokens, dim)`, of an image as of a text; zeros without any."""
         if not len(tokens):
-            return np.zeros(self.size, np.float32)
+            return np.zeros(self.size(tokens.shape[1]), np.float32)
         similarity = self.centroids @ tokens.T
         # An image's mean difference counts with the tokens that its centroids will meet on average.
         met = self.shares @ tokens[similarity.argmax(axis=1)]
-        return np.concatenate([similarity.max(axis=1), met]).astype(np.float32)
+        shares = _shares(_nearest(tokens, self.centroids))
+        return np.concatenate([similarity.max(axis=1), met, shares]).astype(np.float32)
 
     def save(self, path: Path) -> None:
         """Writes it, complete or not at all."""
@@ -85,6 +88,10 @@ class FirstStage:
         """Reads what [`save`] wrote."""
         with np.load(path, allow_pickle=False) as arrays:
             return cls(arrays["centroids"], arrays["shares"])
+
+
+def _shares(nearest: np.ndarray) -> np.ndarray:
+    return (np.bincount(nearest, minlength=CENTROIDS) / len(nearest)).astype(np.float32)
 
 
 def _nearest(tokens: np.ndarray, centroids: np.ndarray) -> np.ndarray:

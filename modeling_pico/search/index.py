@@ -22,7 +22,7 @@ from ..model.image_decoding_pico import BadImageError
 from .embeddings import PRECISIONS, exact_scores, pack, token_bytes, unpack
 from .encoders import Encoder, ModelEncoder, load_alignment, save_alignment
 from .filters import KINDS, parse_where
-from .first_stage import CENTROIDS, FirstStage
+from .first_stage import FirstStage
 from .gallery import Gallery, Item, read_image
 from .processes import Processes
 from .store import NO_VECTOR, Row, Store
@@ -36,7 +36,7 @@ STORES = ("lancedb", "qdrant")
 # Images that one process encodes between two commits: what a killed build encodes again at most.
 COMMIT_IMAGES = 512
 # Images that are scored exactly. Up to so many are all scored, and need no first stage.
-CANDIDATES = 1000
+CANDIDATES = 500
 # Images that the first stage is fitted to, spread over those that are added first.
 _FITTED_IMAGES = 512
 
@@ -375,7 +375,7 @@ class PicoIndex:
         first_stage = self._first_stage()
         for row in rows:
             if first_stage is None:
-                row.vector = np.zeros(CENTROIDS + self._about["dim"], np.float32)
+                row.vector = np.zeros(FirstStage.size(self._about["dim"]), np.float32)
             else:
                 row.vector = first_stage.of_image(self._unpack(row))
         with _clear_if_full(self.folder):
@@ -432,7 +432,7 @@ class PicoIndex:
             k (`int`, *optional*, defaults to 10): Images to find; a smaller gallery is returned whole.
             where (`str` or `Mapping[str, Any]`, *optional*):
                 What images must fulfil: `"style = 'ink' and year >= 1990"`, or `{"style": ["ink", "pen"]}`.
-            candidates (`int`, *optional*, defaults to 1000):
+            candidates (`int`, *optional*, defaults to 500):
                 Images that are scored exactly, at least `k`. With more, fewer of the best are missed.
 
         Returns:
@@ -521,7 +521,7 @@ class PicoIndex:
     @property
     def _store(self) -> Store:
         if self._opened is None:
-            size, columns = CENTROIDS + self._about["dim"], self.columns
+            size, columns = FirstStage.size(self._about["dim"]), self.columns
             if self._about["store"] == "lancedb":
                 from .store_lancedb import LanceStore
 

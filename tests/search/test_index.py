@@ -112,13 +112,19 @@ def test_first_stage_of_a_gallery_that_grows_sees_what_was_there_before(make, tm
         assert names(index.search(picture(number), 1, candidates=5)) == [f"{number}.png"]
 
 
-def test_first_stage_is_exact_where_images_consist_of_centroids():
+def test_first_stage_is_exact_where_tokens_are_centroids():
     rng = np.random.default_rng(0)
     centroids = rng.standard_normal((5, DIM)).astype(np.float32)
     stage = FirstStage.fit(np.repeat(centroids, 60, axis=0))
-    image, query = centroids[[0, 3, 3]], rng.standard_normal((4, DIM)).astype(np.float32)
-    expected = (image @ query.T).max(axis=1).mean()
+    image, query = centroids[[0, 3, 3]], centroids[[1, 3, 4, 4]]
+    expected = exact_scores(query, image, np.array([3]))[0]
     assert stage.of_image(image) @ stage.of_query(query) == pytest.approx(expected, rel=1e-5)
+    # What differs alike from the centroids counts in full: all centroids meet the one token that there is.
+    query = rng.standard_normal((1, DIM)).astype(np.float32)
+    moved = image + 0.01
+    first_mean = (moved @ query.T).max(axis=1).mean()
+    size = len(stage.centroids) + DIM
+    assert stage.of_image(moved)[:size] @ stage.of_query(query)[:size] == pytest.approx(first_mean, rel=1e-4)
 
 
 def test_int8_takes_half_and_ranks_alike(make, tmp_path):
