@@ -27,7 +27,7 @@ from ..model.image_decoding_pico import decode_image
 from .contact_sheet import PICTURES, contact_sheet, save_sheet
 from .embeddings import PRECISIONS
 from .encoders import Encoder, ModelEncoder
-from .index import STORES, PicoIndex, make_encoder
+from .index import CANDIDATES, STORES, PicoIndex, make_encoder
 
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     of_search.add_argument(
         "--candidates",
         type=int,
-        default=100,
-        help="pictures of the first stage, which are scored exactly (default: 100)",
+        default=CANDIDATES,
+        help=f"pictures of the first stage, which are scored exactly (default: {CANDIDATES})",
     )
 
     parser = _Parser(prog=_PROGRAM, description="Searches a gallery of pictures by text or by picture.")

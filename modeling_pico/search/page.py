@@ -30,7 +30,7 @@ from .contact_sheet import hit_name, hit_picture, picture_file
 from .embeddings import exact_scores
 from .encoders import ModelEncoder
 from .heat_map import heat_maps
-from .index import Hit, PicoIndex
+from .index import CANDIDATES, Hit, PicoIndex
 
 
 # Sides in pixels. Pictures leave as copies of these sizes, never as their files.
