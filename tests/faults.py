@@ -411,6 +411,47 @@ FAULTS = (
         "raise gradio.Error(str(error)",
         ("tests/search/test_page.py::test_a_mistake_is_told_as_text",),
     ),
+    # The index
+    Fault(
+        "index_stale",
+        "a picture stays in the index after another has taken its place",
+        "modeling_pico/search/index.py",
+        "        stale |= others\n",
+        "",
+        ("tests/search/test_index.py::test_folder_is_followed",),
+    ),
+    Fault(
+        "index_half",
+        "embeddings in half precision are read at half their size",
+        "modeling_pico/search/embeddings.py",
+        "np.float32(2.0**112)",
+        "np.float32(2.0**111)",
+        ("tests/search/test_index.py::test_every_float16_is_read_back",),
+    ),
+    Fault(
+        "index_one_way",
+        "the first stage estimates one direction of the score alone",
+        "modeling_pico/search/first_stage.py",
+        "np.concatenate([similarity.max(axis=1), met, shares])",
+        "np.concatenate([similarity.max(axis=1), met, 0 * shares])",
+        ("tests/search/test_index.py::test_first_stage_is_exact_where_tokens_are_centroids",),
+    ),
+    Fault(
+        "index_first_stage",
+        "images of before the first stage was fitted have no vector",
+        "modeling_pico/search/index.py",
+        "        if rows:\n            self._add(rows)\n",
+        "",
+        ("tests/search/test_index.py::test_first_stage_of_a_gallery_that_grows_sees_what_was_there_before",),
+    ),
+    Fault(
+        "index_two_writers",
+        "two processes write to one index",
+        "modeling_pico/search/index.py",
+        "        processes.on_main(acquire)\n",
+        "",
+        ("tests/search/test_index.py::test_second_writer_is_refused_and_readers_are_not",),
+    ),
     # Style stress test and style augmentation
     Fault(
         "stress_fair",

@@ -3,10 +3,10 @@ The first stage of a search: one vector an image, whose product with the vector 
 
 The score adds the mean over the image's tokens of the best similarity with a token of the query, and the same the
 other way round. Where tokens are replaced by the nearest of a few centroids, the first mean is a product: of the
-shares that the centroids have in the image with the best similarity of each centroid with the query. So is the
-second, of the best similarities of the image with the shares in the query. What replacing leaves out of the first is
-made up for on average, by the image's mean difference from its centroids *(ours)*. Of the best ten this finds more
-than the multi-vector comparison of databases, which adds one direction alone, from a sixteenth of the numbers
+centroids' shares in the image with the best similarity of each centroid with the query. So is the second, of the best
+similarities of the image with the shares in the query. What replacing leaves out of the first is made up for on
+average, by the image's mean difference from its centroids *(ours)*. Of the best ten of a text this finds more than the
+multi-vector comparison of databases, which adds one direction alone, from a sixteenth of the numbers
 (docs/benchmarks.md).
 """
 

@@ -707,4 +707,4 @@ def _clear_if_full(folder: Path) -> Iterator[None]:
         ) from error
 
 
-__all__ = ["Changes", "Hit", "PicoIndex", "make_encoder"]
+__all__ = ["CANDIDATES", "STORES", "Changes", "Hit", "PicoIndex", "make_encoder"]
