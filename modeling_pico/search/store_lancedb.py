@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +23,8 @@ except ImportError as error:
 TABLE = "images"
 # Files of rows, of which each commit makes one, that are brought together: every time all rows are written anew.
 _MOST_FILES = 64
+# How often a search is tried while files are brought together.
+_TRIES = 3
 _TYPES = {"text": pa.string(), "integer": pa.int64(), "number": pa.float64(), "truth": pa.bool_()}
 _TYPES["texts"] = pa.list_(pa.string())
 _OWN = ("id", "path", "state", "data")
@@ -74,11 +77,22 @@ class LanceStore:
         return self._table.count_rows(self._sql(conditions))
 
     def nearest(self, vector: np.ndarray, limit: int, conditions: Sequence[Condition] = ()) -> list[Row]:
+        for _ in range(_TRIES - 1):
+            # Between its two steps another process may bring files together, and rows get other numbers.
+            with contextlib.suppress(OSError, RuntimeError, ValueError):
+                ids, rows = self._find(vector, limit, conditions)
+                if ids == {row.id for row in rows}:
+                    return rows
+        return self._find(vector, limit, conditions)[1]
+
+    def _find(self, vector: np.ndarray, limit: int, conditions: Sequence[Condition]) -> tuple[set[str], list[Row]]:
         search: Any = self._table.search(vector.astype(np.float32), vector_column_name="vector")
         search = search.distance_type("dot").select(["id", "_distance"]).limit(limit).with_row_id(True)
         if conditions:
             search = search.where(self._sql(conditions), prefilter=True)
-        return self._rows(self._table.take_row_ids(sorted(search.to_arrow()["_rowid"].to_pylist())))
+        found = search.to_arrow()
+        rows = self._rows(self._table.take_row_ids(sorted(found["_rowid"].to_pylist())))
+        return set(found["id"].to_pylist()), rows
 
     def all(self, conditions: Sequence[Condition] = ()) -> list[Row]:
         search = self._table.search()
@@ -97,9 +111,8 @@ class LanceStore:
         stats: Any = self._table.stats()
         if stats["fragment_stats"]["num_fragments"] < _MOST_FILES:
             return
-        # Files of a build that was killed go too: nobody else writes, since the index holds its lock. Who reads an
-        # older version has a few seconds to end.
-        self._table.optimize(cleanup_older_than=timedelta(seconds=5), delete_unverified=True)
+        # Files of a build that was killed go too: nobody else writes, since the index holds its lock.
+        self._table.optimize(cleanup_older_than=timedelta(milliseconds=1), delete_unverified=True)
 
     def close(self) -> None:
         """There is nothing to let go of."""

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
 
 import datasets
 import numpy as np
@@ -521,6 +522,30 @@ def test_second_writer_is_refused_and_readers_are_not(tmp_path):
     assert add(index, [picture(1)]).added == 1
 
 
+def test_search_while_files_are_brought_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "CANDIDATES", 20)
+    monkeypatch.setattr(index_module, "COMMIT_IMAGES", 5)
+    monkeypatch.setattr("modeling_pico.search.store_lancedb._MOST_FILES", 1)
+    index = PicoIndex.create(tmp_path / "index", PlainEncoder())
+    paths = draw(tmp_path / "pictures", range(60))
+    add(index, paths)
+    expected = index.search(QUERY, 5, candidates=20)
+    size = index.info()["bytes"]
+    for path in paths[:3]:  # so that there is something to bring together
+        index.delete(index.search(path, 1)[0].id)
+        add(index, [path])
+    table, take = index._store._table, index._store._table.take_row_ids
+
+    def tidy_first(rows):
+        monkeypatch.setattr(table, "take_row_ids", take)
+        PicoIndex.open(index.folder)._store.tidy()
+        return take(rows)
+
+    monkeypatch.setattr(table, "take_row_ids", tidy_first)
+    assert index.search(QUERY, 5, candidates=20) == expected
+    assert index.info()["bytes"] < 1.5 * size  # what was brought together is not kept twice
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), RuntimeError("IO error: No space left on device")])
 def test_full_disk_is_named_and_leaves_the_index_as_it_was(make, tmp_path, monkeypatch, error):
     index = make()
@@ -537,6 +562,40 @@ def test_full_disk_is_named_and_leaves_the_index_as_it_was(make, tmp_path, monke
     assert raised.value.errno == errno.ENOSPC
     assert contents(index) == before
     assert add(index, tmp_path / "more").added == 3
+
+
+class Wide(PlainEncoder):
+    """Tokens that take their room on a disk."""
+
+    def encode_images(self, images, batch_size=32):
+        seeds = [int(np.asarray(image).astype(np.int64).sum()) for image in images]
+        return [np.random.default_rng(seed).standard_normal((49, 64)).astype(np.float32) for seed in seeds]
+
+
+def test_disk_that_is_full(tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount") and ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if not mount or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a disk of its own cannot be mounted here")
+    try:
+        monkeypatch.setattr(index_module, "COMMIT_IMAGES", 40)
+        pictures = [picture(number) for number in range(400)]
+        index = PicoIndex.create(disk / "index", Wide())
+        add(index, pictures[:40])
+        before = contents(index)
+        for _ in range(2):
+            with pytest.raises(OSError, match="disk is full"):
+                add(index, pictures)
+        index = PicoIndex.open(disk / "index", Wide())
+        held = contents(index)
+        assert before.items() <= held.items() and len(held) % 40 == 0 and len(held) < 400
+        assert len(index.search(pictures[3], 5)) == 5
+        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+        assert add(index, pictures).added == 400 - len(held) and len(index) == 400
+        assert held.items() <= contents(index).items()
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 # Alignment
