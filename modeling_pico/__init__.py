@@ -8,9 +8,10 @@ imported on first use. Without PyTorch nothing is registered, and what does not 
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .lazy_names import import_on_use
 
 
 if importlib.util.find_spec("torch") is not None:
@@ -106,10 +107,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+__getattr__ = import_on_use(__name__, _LAZY)
 
 
 def __dir__() -> list[str]:

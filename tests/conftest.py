@@ -11,8 +11,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import gc
 import logging
 import multiprocessing
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +20,7 @@ import datasets
 import pytest
 import torch
 from hypothesis import settings
+from own_process import run_script
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -89,18 +88,20 @@ def run_without_package(tmp_path) -> Callable[..., str]:
     """Runs a script with arguments in a process that cannot import the package; returns what it prints."""
 
     def run(script: str, *arguments: Path) -> str:
-        result = subprocess.run(
-            [sys.executable, "-I", "-c", _BLOCK_PACKAGE + textwrap.dedent(script), *map(str, arguments)],
-            cwd=tmp_path,
-            env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout
+        script = _BLOCK_PACKAGE + textwrap.dedent(script)
+        modules = str(tmp_path / "modules")
+        return run_script(script, *arguments, options=["-I"], cwd=tmp_path, HF_MODULES_CACHE=modules)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tmp_path_factory, tiny_model, use_prototypes, tiny_processor) -> Path:
+    """A folder with a tiny model that uses its prototypes, and its processor."""
+    folder = tmp_path_factory.mktemp("tiny")
+    use_prototypes(tiny_model()).save_pretrained(folder)
+    tiny_processor.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -25,18 +25,10 @@ from modeling_pico.training import PicoTrainer, PicoTrainingArguments
 STATE = "alignment_head.style_prototypes."
 
 
-@pytest.fixture(scope="module")
-def source(tiny_model, use_prototypes, tiny_processor, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("pico")
-    use_prototypes(tiny_model()).save_pretrained(path)
-    tiny_processor.save_pretrained(path)
-    return path
-
-
 @pytest.fixture
-def folder(source, tmp_path) -> Path:
+def folder(tiny_checkpoint, tmp_path) -> Path:
     """A checkpoint to damage."""
-    return Path(shutil.copytree(source, tmp_path / "checkpoint"))
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
 
 
 def edit_json(path: Path, change: Callable[[dict], None]) -> None:

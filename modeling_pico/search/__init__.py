@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy_names import import_on_use
 
 
 if TYPE_CHECKING:
@@ -23,10 +24,7 @@ _LAZY = {
 __all__ = ["Changes", "Encoder", "Hit", "ModelEncoder", "OnnxEncoder", "PicoIndex"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+__getattr__ = import_on_use(__name__, _LAZY)
 
 
 def __dir__() -> list[str]:

@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from .contact_sheet import PICTURES, contact_sheet, save_sheet
 from .embeddings import PRECISIONS
 from .encoders import Encoder, ModelEncoder
 from .index import CANDIDATES, STORES, PicoIndex, make_encoder
+from .processes import Processes
 
 
 if TYPE_CHECKING:
@@ -128,12 +128,12 @@ def _encoder(args: argparse.Namespace, name: str) -> Encoder:
     if not isinstance(model, PicoModel):
         raise ValueError(f"{name!r} is a {type(model).__name__} and no checkpoint of PICO or CDDS.")
     model = model.to(args.device or PartialState().device).eval()
-    return ModelEncoder(model, PicoProcessor.from_pretrained(name, **revision), revision=args.revision)
+    return ModelEncoder(model, PicoProcessor.from_pretrained(name, **revision))
 
 
 def _open(args: argparse.Namespace) -> PicoIndex:
     """The index with its model: the one that is named, or else the one that made it."""
-    made_by = PicoIndex.open(args.index, url=args.url).info()["model"]
+    made_by = PicoIndex.open(args.index, url=args.url).model
     if args.model is None and not made_by["name"]:
         raise ValueError(f"The index in {str(args.index)!r} does not know where its model lies: name it by --model.")
     args.revision = args.revision or (made_by["revision"] or None if args.model is None else None)
@@ -264,14 +264,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """
     args = _parser().parse_args(argv)
     result, text = _COMMANDS[args.command](args)
-    if _is_main_process():
+    if Processes().is_main:
         print(json.dumps(result, ensure_ascii=False, default=str) if args.json else text, flush=True)
     return result
-
-
-def _is_main_process() -> bool:
-    # Without Accelerate, which imports torch: a search needs neither.
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _run() -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 
 from ..model.image_decoding_pico import BadImageError
+from .files import written_whole
 from .gallery import read_image
 
 
@@ -47,10 +48,9 @@ class ModelEncoder:
     Args:
         model ([`PicoModel`]): The model, on the device that it is to run on.
         processor ([`PicoProcessor`]): Its processor.
-        revision (`str`, *optional*): The revision on the Hub that they were loaded from, to name the model by.
     """
 
-    def __init__(self, model: PicoModel, processor: PicoProcessor, revision: str | None = None) -> None:
+    def __init__(self, model: PicoModel, processor: PicoProcessor) -> None:
         from ..fingerprint import model_identity
 
         self.model, self.processor = model, processor
@@ -95,9 +95,8 @@ def save_alignment(alignment: GalleryAlignment, path: Path) -> None:
     tensors = {name: value for name, value in vars(alignment).items() if name in names and value is not None}
     for name, parts in alignment.layers.items():
         tensors.update({f"layers.{name}.{place}": part for place, part in enumerate(parts)})
-    part = path.with_name(f"_{path.name}.part")
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, part)
-    part.replace(path)
+    with written_whole(path) as part:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, part)
 
 
 def load_alignment(path: Path) -> GalleryAlignment:

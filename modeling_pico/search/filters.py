@@ -55,10 +55,7 @@ def parse_where(where: str | Mapping[str, Any] | None, columns: Mapping[str, str
             raise ValueError(f"There is no column {condition.column!r} to filter by. {_columns(known)}")
         kind = known[condition.column]
         values = condition.value if condition.operator == "in" else [condition.value]
-        # True is an integer to Python.
-        if not values or not all(
-            isinstance(v, KINDS[kind]) and isinstance(v, bool) == (kind == "truth") for v in values
-        ):
+        if not values or not all(_fits(value, kind) for value in values):
             raise ValueError(
                 f"The column {condition.column!r} holds a {kind} and cannot be compared with {condition.value!r}. "
                 f"{_columns(known)}"

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .files import written_whole
+
 
 CENTROIDS = 128
 # Tokens a centroid that they are fitted to; more change nothing.
@@ -78,10 +80,8 @@ class FirstStage:
 
     def save(self, path: Path) -> None:
         """Writes it, complete or not at all."""
-        part = path.with_name(f"_{path.name}.part")
-        with part.open("wb") as file:
+        with written_whole(path) as part, part.open("wb") as file:
             np.savez(file, centroids=self.centroids, shares=self.shares)
-        part.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> FirstStage:

@@ -21,6 +21,7 @@ from PIL import Image
 from ..model.image_decoding_pico import BadImageError
 from .embeddings import PRECISIONS, exact_scores, pack, token_bytes, unpack
 from .encoders import Encoder, ModelEncoder, load_alignment, save_alignment
+from .files import written_whole
 from .filters import KINDS, parse_where
 from .first_stage import FirstStage
 from .gallery import Gallery, Item, read_image
@@ -267,7 +268,7 @@ class PicoIndex:
 
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        encoder = self._needs_encoder()
+        encoder = self.encoder
         gallery = Gallery(images, columns, leave_out=self.folder)
         changes = Changes()
         with self._sole_writer() as processes:
@@ -276,7 +277,7 @@ class PicoIndex:
             before = dict(known.keys)
             stale: set[str] = set()
             alignment = self._alignment(gallery, processes) if self._about["align"] else None
-            if len(known.keys) + len(gallery) > CANDIDATES and not (self.folder / FIRST_STAGE_FILE).exists():
+            if len(known.keys) + len(gallery) > CANDIDATES:
                 processes.on_main(partial(self._fit_first_stage, gallery, encoder, batch_size, alignment))
             bar = logging.tqdm(total=len(gallery), desc="Indexing", disable=not (progress and processes.is_main))
             round_size = COMMIT_IMAGES * processes.count
@@ -383,9 +384,11 @@ class PicoIndex:
 
     def _fit_first_stage(self, gallery: Gallery, encoder: Encoder, batch_size: int, alignment: Any) -> None:
         """
-        Fits the first stage when the gallery outgrows `CANDIDATES`. What is there already gets its vectors before the
-        first stage is written: without it nobody looks at them.
+        Fits the first stage when the gallery outgrows `CANDIDATES`, once for all. What is there already gets its
+        vectors before the first stage is written: without it nobody looks at them.
         """
+        if self._first_stage() is not None:
+            return
         count = min(len(gallery), _FITTED_IMAGES)
         places = [index * len(gallery) // count for index in range(count)]
         images = []
@@ -446,7 +449,7 @@ class PicoIndex:
             raise ValueError(f"k and candidates must be at least 1, got k={k} and candidates={candidates}.")
         if isinstance(query, str) and not query.strip():
             raise ValueError("The query is empty. Give a text, or an image as a Path, as bytes or as a PIL image.")
-        encoder = self._needs_encoder()
+        encoder = self.encoder
         conditions = parse_where(where, self.columns)
         if not self._about["dim"] or not (fitting := self._store.count(conditions)):
             return []
@@ -506,6 +509,11 @@ class PicoIndex:
         }
 
     @property
+    def model(self) -> dict[str, str]:
+        """What names the model that made it: `fingerprint`, `name`, `revision` and `method`."""
+        return dict(self._about["model"])
+
+    @property
     def columns(self) -> dict[str, str]:
         """Names of the columns, and what each holds: text, integer, number, truth or texts (which no filter reads)."""
         return dict(self._about["columns"] or {})
@@ -542,20 +550,12 @@ class PicoIndex:
         self._write()
 
     def _write(self) -> None:
-        part = self.folder / f"_{INDEX_FILE}.part"
-        with _clear_if_full(self.folder):
-            with part.open("w", encoding="utf-8") as file:
-                json.dump(self._about, file, indent=2)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(self.folder / INDEX_FILE)
+        with _clear_if_full(self.folder), written_whole(self.folder / INDEX_FILE) as part:
+            part.write_text(json.dumps(self._about, indent=2), encoding="utf-8")
 
     @property
     def encoder(self) -> Encoder:
-        """What encodes queries; ValueError if the index was opened without a model."""
-        return self._needs_encoder()
-
-    def _needs_encoder(self) -> Encoder:
+        """What encodes images and queries; ValueError if the index was opened without a model."""
         if self._encoder is None:
             raise ValueError("The index was opened without a model: PicoIndex.open(folder, model, processor).")
         return self._encoder
@@ -579,11 +579,16 @@ class PicoIndex:
 
     def _alignment(self, gallery: Gallery, processes: Processes) -> Any:
         """What moves the gallery: as it was measured at first, or else as these images are measured now."""
-        assert isinstance(self._encoder, ModelEncoder)
-        path = self.folder / ALIGNMENT_FILE
-        if not path.exists():
-            alignment = self._encoder.measure(gallery)
-            processes.on_main(lambda: save_alignment(alignment, path))
+        encoder, path = self.encoder, self.folder / ALIGNMENT_FILE
+        assert isinstance(encoder, ModelEncoder)
+
+        def measure() -> None:
+            if not path.exists():
+                with _clear_if_full(self.folder):
+                    save_alignment(encoder.measure(gallery), path)
+
+        # Whether the file is there is for one process to see: others may look when it has just been written.
+        processes.on_main(measure)
         return load_alignment(path)
 
     @contextmanager

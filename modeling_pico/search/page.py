@@ -135,7 +135,7 @@ def build_page(
 
     with gradio.Blocks(title="Search pictures", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         found = gradio.State()
-        name = Path(index.info()["model"]["name"])
+        name = Path(index.model["name"])
         gradio.Markdown(
             f"# Search {len(index):,} pictures\n\nModel: {escape_markdown(name.name if name.is_absolute() else name)}"
         )

@@ -156,7 +156,6 @@ class PicoTrainer(DurableTrainer):
         )
         if processing_class is not None:
             limit_text_length(processing_class.tokenizer, self._pico_model().text_model)
-        self._pico_model().freeze_batch_norm = args.freeze_batch_norm
         self.evaluator = RetrievalEvaluator(args.eval_num_folds, loss_batch_size=args.per_device_eval_batch_size)
         self.add_callback(LogitScaleCallback)
         self.add_callback(UploadCallback(self.create_model_card))
@@ -327,6 +326,7 @@ class PicoTrainer(DurableTrainer):
         self._choose_best_metric()
         self._auxiliary_log.clear()
         model = self._pico_model()
+        model.freeze_batch_norm = self.args.freeze_batch_norm
         # Where no embedding is trained they stay as they are, and so do their prototypes.
         prototypes = model.style_prototypes if model.trains_embeddings else None
         if prototypes is not None and self.args.feedback_needs_validation and self.eval_dataset is None:

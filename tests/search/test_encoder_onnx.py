@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from own_process import run_script
 from PIL import Image
 
 from modeling_pico import PicoModel, PicoProcessor, export
@@ -41,23 +38,9 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 """
 
 
-@pytest.fixture
-def run_without_torch(tmp_path) -> Callable[..., str]:
+def run_without_torch(script: str, *arguments: object) -> str:
     """Runs a script with arguments in a process that finds no PyTorch; returns what it prints."""
-
-    def run(script: str, *arguments: object) -> str:
-        result = subprocess.run(
-            [sys.executable, "-c", _WITHOUT_TORCH + textwrap.dedent(script), *map(str, arguments)],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    return run
+    return run_script(_WITHOUT_TORCH + textwrap.dedent(script), *arguments, cwd=Path(__file__).parents[2])
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +117,7 @@ def test_one_builds_and_the_other_searches(world, tmp_path):
             assert [score for _, score in ours] == pytest.approx([score for _, score in theirs], abs=2e-3)
 
 
-def test_a_process_without_pytorch_finds_the_same(world, tmp_path, run_without_torch):
+def test_a_process_without_pytorch_finds_the_same(world, tmp_path):
     index = PicoIndex.create(tmp_path / "index", *load(world))
     index.add(world / "pictures", progress=False)
     picture = world / "pictures" / "5.png"
@@ -162,7 +145,7 @@ def test_a_process_without_pytorch_finds_the_same(world, tmp_path, run_without_t
         assert [score for _, score in ours] == pytest.approx([hit.score for hit in theirs], abs=1e-4)
 
 
-def test_without_pytorch_names_that_need_it_say_so(run_without_torch):
+def test_without_pytorch_names_that_need_it_say_so():
     run_without_torch(
         """
         import modeling_pico

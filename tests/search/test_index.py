@@ -113,6 +113,22 @@ def test_first_stage_of_a_gallery_that_grows_sees_what_was_there_before(make, tm
         assert names(index.search(picture(number), 1, candidates=5)) == [f"{number}.png"]
 
 
+def test_processes_meet_equally_often_whatever_lies_on_the_disk(tmp_path, monkeypatch):
+    met = []
+    from_main = index_module.Processes.from_main
+    monkeypatch.setattr(index_module.Processes, "from_main", lambda *given: met.append(0) or from_main(*given))
+    monkeypatch.setattr(index_module, "CANDIDATES", 20)
+    index = PicoIndex.create(tmp_path / "index", PlainEncoder())
+    add(index, [picture(100)])
+    counts = []
+    for _ in range(2):  # the first stage is fitted once
+        met.clear()
+        add(index, [picture(number) for number in range(30)])
+        counts.append(len(met))
+        index.delete([hit.id for hit in index.search(QUERY, 40)])
+    assert (index.folder / index_module.FIRST_STAGE_FILE).exists() and counts[0] == counts[1]
+
+
 def test_first_stage_is_exact_where_tokens_are_centroids():
     rng = np.random.default_rng(0)
     centroids = rng.standard_normal((5, DIM)).astype(np.float32)

@@ -25,14 +25,6 @@ def noise(seed: int, size: tuple[int, int] = (24, 24)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tiny_model, use_prototypes, tiny_processor) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    use_prototypes(tiny_model()).save_pretrained(folder)
-    tiny_processor.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def pictures(tmp_path) -> Path:
     """Four pictures, one without a suffix, and two files that are none."""
@@ -46,14 +38,14 @@ def pictures(tmp_path) -> Path:
 
 
 @pytest.fixture
-def index(tmp_path, pictures, checkpoint, capsys) -> Path:
-    main(["build", str(tmp_path / "index"), str(pictures), "--model", str(checkpoint), "--device", "cpu"])
+def index(tmp_path, pictures, tiny_checkpoint, capsys) -> Path:
+    main(["build", str(tmp_path / "index"), str(pictures), "--model", str(tiny_checkpoint), "--device", "cpu"])
     capsys.readouterr()
     return tmp_path / "index"
 
 
-def expected_order(checkpoint: Path, pictures: Path, query: str) -> tuple[list[str], list[float]]:
-    model, processor = (kind.from_pretrained(checkpoint) for kind in (PicoModel, PicoProcessor))
+def expected_order(tiny_checkpoint: Path, pictures: Path, query: str) -> tuple[list[str], list[float]]:
+    model, processor = (kind.from_pretrained(tiny_checkpoint) for kind in (PicoModel, PicoProcessor))
     paths = [str(pictures / name) for name in NAMES]
     with torch.no_grad():
         output = model(**processor(images=paths, text=[query], return_tensors="pt"))
@@ -62,20 +54,20 @@ def expected_order(checkpoint: Path, pictures: Path, query: str) -> tuple[list[s
     return [paths[row] for row in order], scores[order].tolist()
 
 
-def test_build_says_what_it_took_and_what_it_left_out(tmp_path, pictures, checkpoint, capsys):
-    result = main(["build", str(tmp_path / "index"), str(pictures), "--model", str(checkpoint)])
+def test_build_says_what_it_took_and_what_it_left_out(tmp_path, pictures, tiny_checkpoint, capsys):
+    result = main(["build", str(tmp_path / "index"), str(pictures), "--model", str(tiny_checkpoint)])
     assert (result["added"], result["images"], len(result["skipped"])) == (4, 4, 2)
     *left_out, total = capsys.readouterr().out.splitlines()
     assert len(left_out) == 2 and "broken.png" in left_out[0] and "notes.txt" in left_out[1]
     assert total == f"{tmp_path / 'index'}: 4 pictures (4 added)."
     with pytest.raises(ValueError, match="holds an index already"):
-        main(["build", str(tmp_path / "index"), str(pictures), "--model", str(checkpoint)])
+        main(["build", str(tmp_path / "index"), str(pictures), "--model", str(tiny_checkpoint)])
 
 
-def test_query_finds_what_the_model_scores_best(index, pictures, checkpoint, capsys):
+def test_query_finds_what_the_model_scores_best(index, pictures, tiny_checkpoint, capsys):
     main(["query", str(index), "the red star", "--json", "--k", "3"])
     printed = json.loads(capsys.readouterr().out)
-    paths, scores = expected_order(checkpoint, pictures, "the red star")
+    paths, scores = expected_order(tiny_checkpoint, pictures, "the red star")
     assert [hit["path"] for hit in printed["hits"]] == paths[:3]
     assert [hit["score"] for hit in printed["hits"]] == pytest.approx(scores[:3], abs=2e-3)
     main(["query", str(index), "the red star"])
@@ -111,17 +103,17 @@ def test_add_follows_the_gallery(index, pictures):
     }
 
 
-def test_delete_and_info_need_no_model(index, checkpoint, monkeypatch, capsys):
+def test_delete_and_info_need_no_model(index, tiny_checkpoint, monkeypatch, capsys):
     (hit,) = main(["query", str(index), "the red star", "--k", "1"])["hits"]
     monkeypatch.setattr("modeling_pico.search.__main__._encoder", None)
     assert main(["delete", str(index), hit["id"]]) == {"deleted": 1, "images": 3}
     capsys.readouterr()
     info = main(["info", str(index), "--json"])
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(info))
-    assert info["images"] == 3 and info["model"]["name"] == str(checkpoint)
+    assert info["images"] == 3 and info["model"]["name"] == str(tiny_checkpoint)
 
 
-def test_a_data_set_brings_columns_and_pictures(tmp_path, checkpoint, own_cache, monkeypatch, capsys):
+def test_a_data_set_brings_columns_and_pictures(tmp_path, tiny_checkpoint, own_cache, monkeypatch, capsys):
     rows = {
         "image": [noise(number) for number in range(6)],
         "captions": [[f"picture {number}", "a red star"] for number in range(6)],
@@ -138,7 +130,7 @@ def test_a_data_set_brings_columns_and_pictures(tmp_path, checkpoint, own_cache,
     )
     datasets.DatasetDict({"test": datasets.Dataset.from_dict(rows, features)}).save_to_disk(tmp_path / "data")
     index = tmp_path / "index"
-    options = ["--split", "test", "--columns", "year", "--model", str(checkpoint)]
+    options = ["--split", "test", "--columns", "year", "--model", str(tiny_checkpoint)]
     assert main(["build", str(index), str(tmp_path / "data"), *options])["added"] == 6
     moved = tmp_path / "moved"
     index.rename(moved)
@@ -178,7 +170,7 @@ def test_a_data_set_brings_columns_and_pictures(tmp_path, checkpoint, own_cache,
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_are_named(index, tmp_path, checkpoint, tiny_model, tiny_processor, words, said):
+def test_mistakes_are_named(index, tmp_path, tiny_checkpoint, tiny_model, tiny_processor, words, said):
     (tmp_path / "empty").mkdir()
     if "{other}" in words:
         model = tiny_model()
@@ -186,7 +178,7 @@ def test_mistakes_are_named(index, tmp_path, checkpoint, tiny_model, tiny_proces
         model.save_pretrained(tmp_path / "other")
         tiny_processor.save_pretrained(tmp_path / "other")
     names = {name: tmp_path / name for name in ("pictures", "empty", "other")}
-    names |= {"index": index, "model": checkpoint}
+    names |= {"index": index, "model": tiny_checkpoint}
     with pytest.raises(ValueError, match=said) as error:
         main([word.format(**names) for word in words])
     assert "\n" not in str(error.value)

@@ -547,7 +547,14 @@ def test_batch_normalisation_of_towers_keeps_the_statistics_of_pretraining(tmp_p
     net = PicoModel(PicoConfig(vision_config=vision, text_config=model().config.text_config, embedding_dim=8))
     layers = batch_norm_layers(net.vision_model)
     before = {name: (layer.running_mean.clone(), layer.weight.detach().clone()) for name, layer in layers.items()}
-    made = trainer(tmp_path, net=net, max_steps=2, **({} if freeze else {"freeze_batch_norm": False}))
+    made = PicoTrainer(
+        model_init=lambda: net,  # as a search for hyperparameters makes its models
+        args=arguments(tmp_path, max_steps=2, **({} if freeze else {"freeze_batch_norm": False})),
+        train_dataset=CountedDataset(rows(20, repeats=2)),
+        eval_dataset=CountedDataset(rows(9, seed=1)),
+        processing_class=processor(),
+    )
+    net.freeze_batch_norm = not freeze
     made.train()
     assert len(before) > 3
     for name, (mean, weight) in before.items():

@@ -1,0 +1,24 @@
+"""Files of an index, which hold their old or their new content whenever the process dies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """The file to write in its place, which takes it once all of it is on the disk."""
+    part = path.with_name(f"_{path.name}.part")
+    try:
+        yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+__all__ = ["written_whole"]
