@@ -53,6 +53,18 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"must be a port, from 1 to 65535, got {text!r}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     of_all, of_model, of_gallery, of_search = (_Parser(add_help=False) for _ in range(4))
     of_all.add_argument("index", type=Path, metavar="INDEX", help="folder of the index")
@@ -72,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     of_gallery.add_argument(
         "--columns", nargs="+", metavar="NAME", help="its columns to keep, beside captions and style"
     )
-    of_gallery.add_argument("--batch_size", type=int, default=32, help="pictures encoded at a time (default: 32)")
+    of_gallery.add_argument("--batch_size", type=_count, default=32, help="pictures encoded at a time (default: 32)")
 
     of_search.add_argument("--k", type=int, help="number of hits (default: 10; of serve: 24)")
     of_search.add_argument(
@@ -106,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     command("info", "say what an index holds and which model made it", of_all)
     serve = command("serve", "serve a page to search in", of_all, of_model, of_search)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
-    serve.add_argument("--port", type=int, help="(default: the first free one from 7860 on)")
+    serve.add_argument("--port", type=_port, help="(default: the first free one from 7860 on)")
     serve.add_argument("--pictures", type=Path, metavar="FOLDER", help="where moved pictures are now")
     return parser
 
@@ -121,13 +133,19 @@ def _encoder(args: argparse.Namespace, name: str) -> Encoder:
 
     from .. import PicoModel, PicoProcessor
 
+    device = args.device or PartialState().device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {args.device!r} cannot be used here: {reason}") from error
     if Path(name).is_dir():  # by which the index finds it from wherever it is searched
         name = str(Path(name).absolute())
     revision = {} if args.revision is None else {"revision": args.revision}
     model = AutoModel.from_pretrained(name, dtype=torch.float32, **revision)
     if not isinstance(model, PicoModel):
         raise ValueError(f"{name!r} is a {type(model).__name__} and no checkpoint of PICO or CDDS.")
-    model = model.to(args.device or PartialState().device).eval()
+    model = model.to(device).eval()
     return ModelEncoder(model, PicoProcessor.from_pretrained(name, **revision))
 
 
@@ -240,6 +258,8 @@ def _info(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _serve(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from .page import serve
 
+    if args.pictures is not None and not args.pictures.is_dir():
+        raise ValueError(f"--pictures {str(args.pictures)!r} is not a folder.")
     index = _open(args)
     k = 24 if args.k is None else args.k
     serve(index, host=args.host, port=args.port, k=k, candidates=args.candidates, pictures=args.pictures)

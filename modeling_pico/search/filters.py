@@ -74,6 +74,8 @@ def _fits(value: Any, kind: str) -> bool:
 
 
 def _columns(known: Mapping[str, str]) -> str:
+    if not known:
+        return "The index has no columns to filter by."
     return f"The columns are: {', '.join(f'{name} ({kind})' for name, kind in sorted(known.items()))}."
 
 
