@@ -72,7 +72,8 @@ def train(
     if "vision_model_name_or_path" in setting:
         import pretrained
 
-        return pretrained.train(setting, options, seed, splits, cache, weights, training_options(setting, seed))
+        shared = training_options(setting, seed)
+        return pretrained.train(setting, options, seed, splits, cache, weights, shared, aligned)
 
     import torch
     from encoded_data import load_splits
