@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutput
 
-from modeling_pico import load_captioned_images
+from modeling_pico import PICO_LITERAL, CddsModel, PicoModel, load_captioned_images
 from modeling_pico.data import decode_image
 from modeling_pico.data.dataset import SampleKey
 from modeling_pico.script.from_scratch import train_tokenizer
@@ -189,6 +190,24 @@ def load_splits(setting: dict[str, Any], names: list[str], folder: Path) -> Stud
     seen, others = hold_out(len(whole), setting["num_seen"])
     splits["seen"], splits["train"] = whole.subset(seen), whole.subset(others)
     return StudyData(splits, captions, tokenizer)
+
+
+def model_options(options: dict[str, Any], other: str) -> tuple[type[PicoModel], dict[str, Any]]:
+    """
+    The class of a variant's model and the options of its configuration; ValueError for what is neither these nor
+    `args` nor `other`: a configuration takes any name, and the variant would be trained without what it is about.
+    """
+    method = options.get("method", "pico")
+    head = {name: value for name, value in options.items() if name not in ("method", "args", other)}
+    head = PICO_LITERAL | head if method == "pico_literal" else {"method": method, **head}
+    model_class = CddsModel if method in CddsModel.head_classes else PicoModel
+    unknown = sorted(head.keys() - {field.name for field in fields(model_class.config_class)})
+    if unknown:
+        raise ValueError(
+            f"a variant of {method!r} with {unknown} cannot be trained on this setting; `data` is for pretrained "
+            "towers, `base` for towers from scratch"
+        )
+    return model_class, head
 
 
 def hold_out(count: int, num_seen: int) -> tuple[torch.Tensor, torch.Tensor]:

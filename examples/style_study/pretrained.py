@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from encoded_data import hold_out, loading_options
+from encoded_data import hold_out, loading_options, model_options
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
 from modeling_pico import (
-    PICO_LITERAL,
     CaptionedImageDataset,
-    CddsModel,
     PicoModel,
     PicoProcessor,
     PicoTrainer,
@@ -74,10 +72,12 @@ def train(
     side = {"height": setting["image_size"], "width": setting["image_size"]}
     processor.image_processor.size = processor.image_processor.crop_size = side
     collator = PicoDataCollator(processor)
-    augmentation = options.get("data", {}).get("style_augmentation")
+    transform = _augmentation(options.get("data", {}))
     training_set = _rows(setting, "train")
     validation = CaptionedImageDataset(_rows(setting, "validation"))
     found: dict[str, Any] = {}
+    # What frozen towers weigh is known.
+    not_kept = ("vision_model.", "text_model.") if frozen else ()
     with tempfile.TemporaryDirectory() as folder:
         states_folder = cache if frozen else Path(folder, "states")
 
@@ -98,15 +98,17 @@ def train(
             found["loss"] = next((entry["loss"] for entry in reversed(log) if "loss" in entry), None)
 
         if weights.exists():
-            model.load_state_dict(load_file(weights), strict=False)
+            missing, unexpected = model.load_state_dict(load_file(weights), strict=False)
+            lost = [name for name in (*missing, *unexpected) if not name.startswith(("image_moments.", *not_kept))]
+            if lost:
+                raise ValueError(f"{weights} holds other weights than this variant has: {lost[:5]}")
         else:
             start = time.perf_counter()
-            styles = RandomStyle(augmentation) if augmentation else None
             towers = (model.vision_model, model.text_model)
             for tower in towers:
                 tower.requires_grad_(False)
             if frozen:
-                fit(styles, cache)
+                fit(transform, cache)
             else:
                 # Heads first: towers would be led astray by heads that know nothing yet.
                 fit(
@@ -118,14 +120,11 @@ def train(
                 for tower in towers:
                     tower.requires_grad_(True)
                 model._freeze_unused()
-                fit(styles, None, prototype_start=1, prototype_update_start=2)
+                fit(transform, None, prototype_start=1, prototype_update_start=2)
             found["seconds"] = time.perf_counter() - start
             weights.parent.mkdir(parents=True, exist_ok=True)
-            of_towers = ("vision_model.", "text_model.")
             kept = {
-                name: value.contiguous()
-                for name, value in model.state_dict().items()
-                if not (frozen and name.startswith(of_towers))
+                name: value.contiguous() for name, value in model.state_dict().items() if not name.startswith(not_kept)
             }
             save_file(kept, weights)
         model.eval()
@@ -147,16 +146,19 @@ def train(
 
 
 def _build_model(setting: dict[str, Any], options: dict[str, Any]) -> PicoModel:
-    head = {name: value for name, value in options.items() if name not in ("method", "args", "data")}
-    method = options.get("method", "pico")
-    head = PICO_LITERAL | head if method == "pico_literal" else {"method": method, **head}
-    model_class = CddsModel if method in CddsModel.head_classes else PicoModel
+    model_class, head = model_options(options, "data")
     return model_class.from_backbones(
         setting["vision_model_name_or_path"],
         setting["text_model_name_or_path"],
         embedding_dim=setting["embedding_dim"],
         **head,
     )
+
+
+def _augmentation(data: dict[str, Any]) -> RandomStyle | None:
+    if data.keys() - {"style_augmentation"}:
+        raise ValueError(f"`data` of a variant may have `style_augmentation` alone, but has {sorted(data)}")
+    return RandomStyle(data["style_augmentation"]) if data else None
 
 
 def _rows(setting: dict[str, Any], split: str, **options: Any) -> Any:

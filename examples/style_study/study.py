@@ -178,10 +178,9 @@ def training_options(setting: dict[str, Any], seed: int) -> dict[str, Any]:
 def build_model(setting: dict[str, Any], options: dict[str, Any], data: Any, cache: Path) -> Any:
     """The model of a variant: towers as the setting says, head as the variant says."""
     import torch
-    from encoded_data import FrozenLowerLayers
+    from encoded_data import FrozenLowerLayers, model_options
     from free_gate import FreeGateHead
 
-    from modeling_pico import PICO_LITERAL, CddsModel, PicoModel
     from modeling_pico.script.from_scratch import small_text_config, small_vision_config
 
     heads = setting["num_heads"]
@@ -216,18 +215,13 @@ def build_model(setting: dict[str, Any], options: dict[str, Any], data: Any, cac
         text_config.hidden_dropout_prob = text_config.attention_probs_dropout_prob = 0.0
         text_config.hidden_act = "relu"
     vision_config.hidden_act = "relu"
-    head = {name: value for name, value in options.items() if name not in ("method", "args", "base")}
-    method = options.get("method", "pico")
-    if method == "pico_literal":
-        head = PICO_LITERAL | head
-    else:
-        head["method"] = "fine_grained" if method == "free_gate" else method
-    model_class = CddsModel if method in CddsModel.head_classes else PicoModel
+    has_free_gate = options.get("method") == "free_gate"
+    model_class, head = model_options({**options, "method": "fine_grained"} if has_free_gate else options, "base")
     config = model_class.config_class(
         vision_config=vision_config, text_config=text_config, embedding_dim=setting["embedding_dim"], **head
     )
     model = model_class(config, text_model=text_model)
-    if method == "free_gate":
+    if has_free_gate:
         gate = FreeGateHead(config)
         gate.load_state_dict(model.alignment_head.state_dict(), strict=False)
         model.alignment_head = gate

@@ -25,20 +25,10 @@ from modeling_pico import image_text_loss, pair_scores
 from modeling_pico.data.dataset import SampleKey
 from modeling_pico.evaluation.evaluator import EncodedRetrieval
 from modeling_pico.markdown import signed_number
-from modeling_pico.model import gallery_alignment_pico
 from modeling_pico.script.from_scratch import small_text_config, train_tokenizer
-from modeling_pico.training import trainer as trainer_module
 
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "style_study"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads_as_found():
-    """A training of the study takes one thread."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -58,13 +48,6 @@ def in_this_process(monkeypatch) -> None:
 
     start = subprocess.run
     monkeypatch.setattr(study.subprocess, "run", run)
-
-
-@pytest.fixture
-def small_galleries(monkeypatch) -> None:
-    """Galleries as small as those of these tests may be moved."""
-    for module in (gallery_alignment_pico, trainer_module):
-        monkeypatch.setattr(module, "MIN_IMAGES", 2)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +127,10 @@ def test_every_variant_is_a_model_of_its_method(setting, tmp_path):
     variants = yaml.safe_load((FOLDER / "variants.yaml").read_text())
     for name in variants:
         options = study._describe_job("tiny", setting, variants, name, 0)["options"]
+        if "data" in options:  # which are those of pretrained towers
+            with pytest.raises(ValueError, match=r"with \['data'\] cannot be trained on this setting"):
+                study.build_model(setting, options, data, tmp_path)
+            continue
         model = study.build_model(setting, options, data, tmp_path)
         method = options.get("method", "pico")
         head = {"pico_literal": "pico", "free_gate": "fine_grained"}.get(method, method)
