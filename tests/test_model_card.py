@@ -149,6 +149,17 @@ def test_any_one_part_may_be_missing(option, empty, tables):
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
 
 
+def test_numbers_say_how_large_the_gallery_was():
+    card = _full_card(metrics={"test": {**METRICS, "images": 1000, "texts": 5000}, "other": METRICS}, num_folds=5)
+    assert "Numbers of a split are means over 5 folds, each a gallery of consecutive images." in card.text
+    (row,) = [line for line in card.text.splitlines() if line.startswith("| test | 1,000 | 5,000 |")]
+    assert " 12.3 |" in row
+    found = {result.dataset_split: result.dataset_args for result in ModelCard(str(card)).data.eval_results}
+    assert found == {"test": {"images": 1000, "texts": 5000, "folds": 5}, "other": {"folds": 5}}
+    assert "folds" not in _full_card().text
+    assert all(result.dataset_args is None for result in _full_card().data.eval_results)
+
+
 def test_results_without_a_data_set_stay_out_of_the_metadata():
     card = _full_card(dataset_name=None)
     assert "model-index" not in card.data.to_dict() and "12.3" in card.text

@@ -913,11 +913,13 @@ def test_no_row_is_training_and_test_data(finished, data, tmp_path):
         with pytest.raises(ValueError, match=r"rows.parquet' has no split '(validation|test)'; it has \['train'\]"):
             train(tmp_path / "run", path, **options)
     folder = tmp_path / "twice"
-    datasets.DatasetDict(train=rows, test=rows).save_to_disk(folder)
+    datasets.DatasetDict({**datasets.load_from_disk(data), "test": rows}).save_to_disk(folder)
     # Not the same number of rows: every one of them is nevertheless one of training.
-    options = {"do_predict": True, "eval_split": "train", "max_eval_samples": 5}
+    options = {"do_predict": True, "max_eval_samples": 5}
     with pytest.raises(ValueError, match="The splits 'train' and 'test' hold the same data"):
         train(tmp_path / "run", folder, **options)
+    with pytest.raises(ValueError, match="--train_split and --eval_split are both 'train'"):
+        train(tmp_path / "run", folder, eval_split="train")
     assert not list((tmp_path / "run").glob("**/*.safetensors"))
     # Looking at the rows of training on purpose is something else.
     options = {"model_name_or_path": finished.folder, "do_eval": None, "do_predict": True, "test_split": "train"}

@@ -77,7 +77,7 @@ def read_image_list(path: Path, split: str, image_dir: Path) -> list[CaptionRow]
     parts = {entry.get("filepath", "") for entry in entries}
     folders = {part: image_dir / part if (image_dir / part).is_dir() else image_dir for part in parts}
     scope = _digest(path)
-    return [
+    rows = [
         {
             "image": str(folders[entry.get("filepath", "")] / entry["filename"]),
             # JSON can write halves of a character (\ud83d), which text cannot hold.
@@ -87,6 +87,13 @@ def read_image_list(path: Path, split: str, image_dir: Path) -> list[CaptionRow]
         for number, (entry, entry_split) in enumerate(zip(entries, splits, strict=True))
         if entry_split == split
     ]
+    images: dict[str, str] = {}
+    for row in rows:
+        # As in lists of two data sets that were joined, which both count from 0.
+        if images.setdefault(row["image_id"], row["image"]) != row["image"]:
+            image_id = row["image_id"].removeprefix(f"{scope}:")
+            raise ValueError(f"{str(path)!r} gives one id ({image_id}) to several images.")
+    return rows
 
 
 def _as_karpathy(path: Path, images: list[Any], annotations: Any) -> list[dict[str, Any]]:

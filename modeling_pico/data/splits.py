@@ -10,10 +10,13 @@ from typing import Any
 
 import datasets
 from datasets.data_files import SPLIT_KEYWORDS
+from transformers.utils import logging
 
 from .columns import column_strings, find_column
 from .images import file_state, image_keys, iter_encoded
 
+
+logger = logging.get_logger(__name__)
 
 SPLIT_COLUMN = "split"
 # "train", "training"; "validation", "valid", "dev", "val"; "test", "testing", ...
@@ -106,7 +109,9 @@ def _expression(splits: Mapping[str, datasets.Dataset], expression: str) -> data
 
 def check_distinct(splits: Mapping[str, datasets.Dataset]) -> None:
     """
-    Refuses splits of which one holds nothing but rows (images with their captions) of another.
+    Refuses splits of which one holds nothing but rows (images with their captions) of another, and warns of images
+    that two splits share, as they do where rows of single captions were dealt out (by path, or by their bytes if these
+    are in the data).
 
     Args:
         splits (`Mapping[str, datasets.Dataset]`): Rows as [`load_captioned_images`] gives them, by name of the split.
@@ -115,6 +120,7 @@ def check_distinct(splits: Mapping[str, datasets.Dataset]) -> None:
         ValueError: names both splits.
     """
     outlines = {name: set(_outlines(rows)) for name, rows in splits.items() if len(rows)}
+    images = {name: set(image_keys(splits[name].select_columns("image"))) for name in outlines}
     for pair in itertools.combinations(outlines, 2):
         small, large = sorted(pair, key=lambda name: len(outlines[name]))
         # Pictures are read only where captions and sizes already agree.
@@ -124,6 +130,13 @@ def check_distinct(splits: Mapping[str, datasets.Dataset]) -> None:
                 f"The splits {first!r} and {second!r} hold the same data: each of the {len(splits[small])} rows of "
                 f"{small!r} is also a row of {large!r}, so that one says nothing that the other does not. Name splits "
                 "of different rows."
+            )
+        small, large = sorted(pair, key=lambda name: len(images[name]))
+        shared = sum(kind != "row" for kind, _ in images[small] & images[large])
+        if shared:
+            logger.warning(
+                f"{shared} of {len(images[small])} images of the split {small!r} are also images of {large!r}: what is "
+                "measured on these is not measured on new images."
             )
 
 

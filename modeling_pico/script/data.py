@@ -118,11 +118,17 @@ def load_data(
     train = evaluation = reference = None
     tests = {}
     needs_feedback = training_args.do_train and training_args.feedback_needs_validation and uses_prototypes
+    evaluates = training_args.do_eval or needs_feedback or training_args.uncertainty_reranking
+    if training_args.do_train and evaluates and data_args.eval_split == data_args.train_split:
+        raise ValueError(
+            f"--train_split and --eval_split are both {data_args.eval_split!r}, but what selects must not be what is "
+            "trained on. Name another --eval_split."
+        )
     with training_args.main_process_first(desc="loading data"):
         if training_args.do_train:
             transform = augmentation(data_args)
             train = _load_split(data_args.train_split, data_args, data_args.max_train_samples, transform)
-        if training_args.do_eval or needs_feedback or training_args.uncertainty_reranking:
+        if evaluates:
             evaluation = _load_split(data_args.eval_split, data_args, data_args.max_eval_samples)
         if training_args.do_predict:
             # Named, so that a split without styles is refused with the columns that it has.

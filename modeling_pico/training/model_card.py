@@ -75,6 +75,7 @@ def create_model_card(
     stage_log: Sequence[Mapping[str, Any]] = (),
     metrics: Mapping[str, Mapping[str, float]] | None = None,
     style_metrics: Mapping[str, Mapping[str, float]] | None = None,
+    num_folds: int = 1,
     command: str = "",
     framework_versions: Mapping[str, str] | None = None,
     language: str | list[str] | None = None,
@@ -95,9 +96,11 @@ def create_model_card(
         training (`dict`, *optional*): Hyper-parameters by name.
         stage_log (`list[dict]`, *optional*): The trainer's log history, of which what prototypes log is shown.
         metrics (`dict[str, dict[str, float]]`, *optional*):
-            By split, the result of [`~modeling_pico.evaluation.retrieval_metrics`], in percent, and `chance_rsum`.
+            By split, the result of [`~modeling_pico.evaluation.retrieval_metrics`], in percent, `chance_rsum`, and the
+            size of the gallery as `images` and `texts`.
         style_metrics (`dict[str, dict[str, float]]`, *optional*):
-            The same by style, with the size of each gallery as `images` and `texts`.
+            The same by style.
+        num_folds (`int`, *optional*, defaults to 1): Galleries of each split that `metrics` are the mean of.
         command (`str`, *optional*): Command that reproduces the checkpoint.
         framework_versions (`dict[str, str]`, *optional*): Version by library.
         language (`str` or `list[str]`, *optional*): ISO codes of the captions' languages.
@@ -119,7 +122,7 @@ def create_model_card(
     metrics, style_metrics, backbones = metrics or {}, style_metrics or {}, list(dict.fromkeys(base_models))
     stages = [int(row["prototype_stage"]) for row in stage_log if _is_finite(row.get("prototype_stage"))]
     dataset = _described_dataset(dataset_name)
-    results = _eval_results(metrics, dataset) if dataset else []
+    results = _eval_results(metrics, dataset, num_folds) if dataset else []
     data = ModelCardData(
         model_name=name.split("/")[-1] if results else None,
         library_name="transformers",
@@ -149,6 +152,7 @@ def create_model_card(
         stage=_STAGES[stages[-1]] if has_prototypes and stages else None,
         training=[(key, value) for key, value in (training or {}).items() if value is not None],
         stage_log=_table("Epoch", _STAGE_COLUMNS, ((f"{row.get('epoch', math.nan):g}", row) for row in stage_log)),
+        num_folds=num_folds,
         metrics=_table("Split", _RECALLS, _with_reranked(metrics), _METRICS),
         style_metrics=_table("Style", _RECALLS, style_metrics.items(), _METRICS),
         equal_galleries=any("equal_rsum" in values for values in style_metrics.values()),
@@ -202,7 +206,10 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, Real) and math.isfinite(value)
 
 
-def _eval_results(metrics: Mapping[str, Mapping[str, float]], dataset: Mapping[str, str | None]) -> list[EvalResult]:
+def _eval_results(
+    metrics: Mapping[str, Mapping[str, float]], dataset: Mapping[str, str | None], num_folds: int
+) -> list[EvalResult]:
+    folds = {"folds": num_folds} if num_folds > 1 else {}
     return [
         EvalResult(
             task_type=task,
@@ -210,6 +217,8 @@ def _eval_results(metrics: Mapping[str, Mapping[str, float]], dataset: Mapping[s
             dataset_type=str(dataset["type"]),
             dataset_name=str(dataset["name"]),
             dataset_split=str(split),
+            # Recall falls as a gallery grows: without its size a number says little.
+            dataset_args={key: values[key] for key in _GALLERY if key in values} | folds or None,
             metric_type=metric,
             metric_name=label,
             metric_value=round(float(values[metric]), 1),

@@ -573,7 +573,9 @@ class PicoTrainer(DurableTrainer):
         if aligns:
             aligned = self.evaluator.retrieval_metrics(model, self._align(dataloader, encoded))
             metrics.update({f"aligned_{name}": value for name, value in aligned.items()})
-        self._card_metrics[metric_key_prefix] = metrics
+        folds = self.evaluator.num_folds
+        gallery = {"images": len(encoded.image_ids) // folds, "texts": len(encoded.text_ids) // folds}
+        self._card_metrics[metric_key_prefix] = {**metrics, **gallery}
         construction = self.construction
         if construction is not None and self.is_in_train and metric_key_prefix == self._feedback_prefix():
             if construction.due:
@@ -777,6 +779,7 @@ class PicoTrainer(DurableTrainer):
             training={**training, "processes": args.world_size},
             stage_log=[entry for entry in self.state.log_history if "prototype_stage" in entry],
             metrics={self.card_split_names.get(name, name): values for name, values in self._card_metrics.items()},
+            num_folds=self.evaluator.num_folds,
             framework_versions={module.__name__: module.__version__ for module in (transformers, torch, datasets)},
             language=language,
             license=license,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 
 import datasets
@@ -122,6 +123,20 @@ def test_equal_data_under_two_names_are_refused(pictures, tmp_path):
         check_distinct({"a": rows, "copy": copied})
 
 
+def test_images_that_two_splits_share_are_a_warning(pictures, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("modeling_pico"), "propagate", True)
+    pictures("a", ["red", "green", "blue"])
+    table = tmp_path / "a" / "rows.csv"
+    # A caption a row, dealt out one by one: the picture 1.bmp is in both splits.
+    table.write_text("image,caption,split\n0.bmp,one,train\n1.bmp,two,train\n1.bmp,three,test\n2.bmp,four,test\n")
+    parts = {name: load_captioned_images(str(table), split=name) for name in ("train", "test")}
+    check_distinct(parts)
+    assert "1 of 2 images of the split 'train' are also images of 'test'" in caplog.text
+    caplog.clear()
+    check_distinct({"train": parts["train"].select([0]), "test": parts["test"]})
+    assert not caplog.text
+
+
 def test_other_pictures_or_captions_are_other_data(pictures):
     rows = pictures("a", ["red", "green"])
     # The same names, captions and sizes of files.
@@ -173,6 +188,19 @@ def test_ids_of_two_files_of_captions_are_not_one_meaning(tmp_path):
         sets.append(load_captioned_images(str(tmp_path / name), split="train"))
     assert len(set(datasets.concatenate_datasets(sets)["image_id"])) == 4
     assert {image_id.split(":")[1] for rows in sets for image_id in rows["image_id"]} == {"0"}
+
+
+def test_one_id_for_several_images_of_a_list_is_refused(tmp_path):
+    entries = [
+        {"filename": f"{name}.png", "split": "train", "imgid": number, "sentences": [{"raw": name}]}
+        for name, number in (("a", 7), ("b", 8), ("a", 7), ("c", "7"))
+    ]
+    path = tmp_path / "joined.json"
+    path.write_text(json.dumps({"images": entries}))
+    with pytest.raises(ValueError, match=r"joined.json' gives one id \(7\) to several images"):
+        load_captioned_images(str(path), split="train")
+    path.write_text(json.dumps({"images": entries[:3]}))
+    assert len(load_captioned_images(str(path), split="train")) == 2
 
 
 def test_ids_of_a_column_are_kept(table):

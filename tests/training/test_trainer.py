@@ -532,6 +532,15 @@ def test_parts_and_plain_tables_train_as_the_data_set(tmp_path):
         assert all(torch.equal(state[name], tensor) for name, tensor in results[0][0].items())
 
 
+def test_the_card_says_how_large_the_galleries_were(tmp_path):
+    made = trainer(tmp_path, eval_data=CaptionedImageDataset(rows(8, seed=1)), eval_num_folds=2)
+    made.evaluate()
+    made.create_model_card()
+    texts = int(made.eval_dataset.num_captions.sum()) // 2
+    card = (tmp_path / "README.md").read_text()
+    assert f"| eval | 4 | {texts} |" in card and "means over 2 folds" in card
+
+
 def test_streams_are_refused_by_name(tmp_path):
     stream = rows(8).to_iterable_dataset()
     for options in ({"data": stream}, {"eval_data": stream}, {"eval_data": {"own": rows(4), "other": stream}}):
