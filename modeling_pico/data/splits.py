@@ -135,8 +135,8 @@ def check_distinct(splits: Mapping[str, datasets.Dataset]) -> None:
         shared = sum(kind != "row" for kind, _ in images[small] & images[large])
         if shared:
             logger.warning(
-                f"{shared} of {len(images[small])} images of the split {small!r} are also images of {large!r}: what is "
-                "measured on these is not measured on new images."
+                f"{shared} of {len(images[small])} images of the split {small!r} are also images of {large!r}: what "
+                "is measured on these is not measured on new images."
             )
 
 

@@ -13,6 +13,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..data import UniqueIdBatchSampler
+from ..distributed import average_
+from ..model.backbones_pico import batch_norm_layers
 from .construction import PrototypeConstruction
 
 
@@ -136,4 +138,22 @@ class LogitScaleCallback(TrainerCallback):
                     parameter.clamp_(max=MAX_LOGIT_SCALE)
 
 
-__all__ = ["LogitScaleCallback", "PrototypeCallback", "TrainLoaderCallback", "UploadCallback"]
+class BatchNormCallback(TrainerCallback):
+    """
+    Gives the processes one running mean and variance of batches, the mean of theirs. Each takes those of its own pairs
+    and would evaluate another model; only that of the first is saved.
+    """
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if args.world_size == 1:
+            return
+        layers = [layer for layer in batch_norm_layers(model).values() if layer.training and layer.track_running_stats]
+        running = [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var)]
+        if running:
+            together = torch.cat(running)
+            average_(together)
+            for buffer, mean in zip(running, together.split([len(buffer) for buffer in running]), strict=True):
+                buffer.copy_(mean)
+
+
+__all__ = ["BatchNormCallback", "LogitScaleCallback", "PrototypeCallback", "TrainLoaderCallback", "UploadCallback"]

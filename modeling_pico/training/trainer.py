@@ -34,7 +34,7 @@ from ..model.gallery_alignment_pico import MIN_IMAGES, check_sizes, spread_rows
 from ..model.modeling_pico import PicoModel, PicoOutput
 from ..model.processing_pico import PicoProcessor
 from .arguments import PicoTrainingArguments
-from .callbacks import LogitScaleCallback, PrototypeCallback, TrainLoaderCallback, UploadCallback
+from .callbacks import BatchNormCallback, LogitScaleCallback, PrototypeCallback, TrainLoaderCallback, UploadCallback
 from .construction import PrototypeConstruction
 from .gradient_cache import cached_backward, split_inputs
 from .model_card import create_model_card
@@ -158,6 +158,7 @@ class PicoTrainer(DurableTrainer):
             limit_text_length(processing_class.tokenizer, self._pico_model().text_model)
         self.evaluator = RetrievalEvaluator(args.eval_num_folds, loss_batch_size=args.per_device_eval_batch_size)
         self.add_callback(LogitScaleCallback)
+        self.add_callback(BatchNormCallback)
         self.add_callback(UploadCallback(self.create_model_card))
 
     def _pico_model(self) -> PicoModel:

@@ -31,6 +31,7 @@ from modeling_pico.data import CaptionedImageDataset
 from modeling_pico.evaluation import RetrievalUncertainty, UncertaintyReranking, folded_retrieval_metrics
 from modeling_pico.model.backbones_pico import build_backbone
 from modeling_pico.training import NonFiniteLossError, PicoTrainer
+from modeling_pico.training.callbacks import BatchNormCallback
 
 
 pytestmark = pytest.mark.distributed
@@ -483,14 +484,18 @@ def test_galleries_are_those_of_all_processes(results_of, processes):
             assert result[name] == pytest.approx(expected[name]), name
 
 
+def convolutional_model() -> PicoModel:
+    """With a tower that has batch normalisation."""
+    vision = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    text_config = model().config.text_config
+    set_seed(0)
+    text = build_backbone(text_config)
+    return PicoModel.from_backbones(build_backbone(vision), text, embedding_dim=8, num_style_prototypes=3)
+
+
 def aligned_looks(folder: Path, batch_norm: bool) -> dict[str, Any]:
     """A stress test of an odd set, whose drawn images are moved to those of training."""
-    net = model()
-    if batch_norm:  # whose layers are moved too
-        vision = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-        set_seed(0)
-        text = build_backbone(net.config.text_config)
-        net = PicoModel.from_backbones(build_backbone(vision), text, embedding_dim=8, num_style_prototypes=3)
+    net = convolutional_model() if batch_norm else model()  # whose layers are moved too
     data = CaptionedImageDataset(rows(71, seed=4))
     made = trainer(folder, net=net, data=CaptionedImageDataset(rows(49)), eval_data=data)
     made.fit_alignment()
@@ -509,6 +514,28 @@ def test_looks_are_moved_as_in_one_process(results_of, batch_norm):
     for result in results:
         assert result["stress"] == pytest.approx(stress)
         assert (result["layers"] > 0) == batch_norm
+
+
+# Statistics of batches
+
+
+def batch_statistics(folder: Path, joined: bool = True) -> dict[str, torch.Tensor]:
+    """Running statistics of an image tower after two steps."""
+    options = {"eval_data": None, "eval_strategy": "no", "save_strategy": "no", "feedback": "constant"}
+    made = trainer(folder, net=convolutional_model(), freeze_batch_norm=False, max_steps=2, **options)
+    if not joined:
+        made.remove_callback(BatchNormCallback)
+    made.train()
+    return {name: tensor.clone() for name, tensor in made.model.vision_model.named_buffers() if "running" in name}
+
+
+def test_all_processes_have_one_mean_and_variance_of_batches(results_of):
+    first, second = results_of(batch_statistics, 2)
+    own, other = results_of(batch_statistics, 2, False)
+    for name, tensor in first.items():
+        assert torch.equal(second[name], tensor), name
+        assert not torch.equal(own[name], other[name]), name
+        torch.testing.assert_close(tensor, (own[name] + other[name]) / 2, msg=name)
 
 
 # Losses that are not finite
