@@ -100,7 +100,7 @@ def own_rows(num_images: int) -> range:
     processes, process = state.num_processes, state.process_index
     if num_images < processes:
         # Raised on every process: the ones with images would wait for ever for the others.
-        raise ValueError(f"The evaluation set has {num_images} images, fewer than the {processes} processes.")
+        raise ValueError(f"The data set has {num_images} images, fewer than the {processes} processes.")
     return range(num_images * process // processes, num_images * (process + 1) // processes)
 
 

@@ -7,6 +7,7 @@ import hashlib
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import transformers
 from accelerate import PartialState
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
-from transformers.utils import logging
+from transformers.utils import is_timm_available, logging
 
 from ..data import CaptionedImageDataset, PicoDataCollator
 from ..data.images import file_state, iter_encoded
@@ -106,6 +107,8 @@ def describe_software(precision: str, device: torch.device) -> Iterator[Any]:
     """What embeddings depend on beside model and data."""
     yield precision, device.type
     yield PIL.__version__, torch.__version__, transformers.__version__
+    # Which has the code of some towers.
+    yield metadata.version("timm") if is_timm_available() else None
     # The code itself: during development its version stays while its maths change.
     for file in sorted(_PACKAGE.rglob("*.py")):
         yield file.read_bytes()

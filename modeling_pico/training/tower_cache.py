@@ -19,7 +19,8 @@ from transformers.utils import logging
 
 from ..data import CaptionedImageDataset, PicoDataCollator
 from ..data.dataset import SampleKey, caption_code
-from ..distributed import own_rows, wait_for_everyone
+from ..distributed import own_rows, raise_together
+from ..durable.files import synchronise
 from ..evaluation.embedding_cache import describe_images, describe_software, describe_texts
 from ..fingerprint import describe_tower, digest, has_adapters
 from ..model.modeling_pico import PicoModel, TokenStates
@@ -211,30 +212,37 @@ def _kept(
     """Folders with the states of all processes; this one makes its own where they are missing, whole or not at all."""
     state = PartialState()
     of_all = [folder / f"{name}-{process}-of-{state.num_processes}" for process in range(state.num_processes)]
-    own = of_all[state.process_index]
+    own, error = of_all[state.process_index], None
     if not own.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        # A name of its own: another training may be writing the same states.
-        unfinished = folder / f"{own.name}-{uuid.uuid4().hex}.part"
-        unfinished.mkdir()
-        training = model.training
         try:
-            with torch.no_grad():
-                model.eval()
-                _write(unfinished, encode())
-            try:
-                unfinished.rename(own)
-            except OSError:
-                if not own.is_dir():  # another training was first
-                    raise
-        finally:
-            model.train(training)
-            shutil.rmtree(unfinished, ignore_errors=True)
-    wait_for_everyone()
+            _make(own, model, encode)
+        except Exception as found:
+            error = found
+    raise_together(error)
     missing = [path for path in of_all if not path.is_dir()]
     if missing:
         raise OSError(f"tower_cache_dir must be a folder that all processes see, but {str(missing[0])!r} is missing.")
     return of_all
+
+
+def _make(folder: Path, model: PicoModel, encode: Callable[[], Iterator[tuple[TokenStates, torch.Tensor]]]) -> None:
+    # A name of its own: another training may be writing the same states.
+    unfinished = folder.with_name(f"{folder.name}-{uuid.uuid4().hex}.part")
+    unfinished.mkdir(parents=True)
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()
+            _write(unfinished, encode())
+        synchronise(unfinished)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another training was first
+                raise
+    finally:
+        model.train(training)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write(folder: Path, encoded: Iterator[tuple[TokenStates, torch.Tensor]]) -> None:

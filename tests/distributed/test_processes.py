@@ -538,6 +538,33 @@ def test_all_processes_have_one_mean_and_variance_of_batches(results_of):
         torch.testing.assert_close(tensor, (own[name] + other[name]) / 2, msg=name)
 
 
+# Hidden states that are kept
+
+
+def states_that_one_process_cannot_keep(folder: Path) -> str:
+    """The captions of the last process alone make a word of which half precision cannot hold what the tower gives."""
+    net = model()
+    for tower in (net.vision_model, net.text_model):
+        tower.requires_grad_(False)
+    data = CaptionedImageDataset(rows(20))
+    encode = net.get_text_states
+
+    def beyond(**inputs):
+        found = encode(**inputs)
+        return found._replace(states=found.states * 1e9) if PartialState().is_last_process else found
+
+    net.get_text_states = beyond
+    made = trainer(folder, net=net, data=data, tower_cache_dir=str(folder / "states"))
+    with pytest.raises(ValueError, match="which half precision cannot hold") as caught:
+        made.train()
+    return str(caught.value)
+
+
+def test_states_that_one_process_cannot_keep_are_an_error_of_all(results_of):
+    first, second = results_of(states_that_one_process_cannot_keep, 2)
+    assert first == second
+
+
 # Losses that are not finite
 
 

@@ -14,6 +14,8 @@ from torch.utils.data import Subset
 
 from modeling_pico.data import CaptionedImageDataset, PicoDataCollator
 from modeling_pico.data.dataset import SampleKey
+from modeling_pico.evaluation import embedding_cache
+from modeling_pico.training import tower_cache
 from modeling_pico.training.tower_cache import cached_states
 
 
@@ -135,7 +137,7 @@ def test_chunks_of_a_batch_may_be_kept_states(tmp_path):
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-5)
 
 
-def test_what_a_tower_gives_depends_on_its_weights_images_captions_and_drawings(tmp_path):
+def test_what_a_tower_gives_depends_on_its_weights_images_captions_and_drawings(tmp_path, monkeypatch):
     def folders(net=None, data=None, views=None):
         cached_states(tmp_path, net or frozen(), data or dataset(), collator(), num_views=views)
         return len(list(tmp_path.glob("images-*"))), len(list(tmp_path.glob("texts-*")))
@@ -148,6 +150,9 @@ def test_what_a_tower_gives_depends_on_its_weights_images_captions_and_drawings(
     assert folders(data=dataset(draw), views=2) == (4, 2)
     others = tiny.rows(20, repeats=2).map(lambda row: {"captions": [text + "!" for text in row["captions"]]})
     assert folders(data=CaptionedImageDataset(others)) == (4, 3)
+    monkeypatch.setattr(embedding_cache, "is_timm_available", lambda: True)
+    monkeypatch.setattr(embedding_cache.metadata, "version", lambda name: f"another {name}")
+    assert folders() == (5, 4)  # the code of towers from timm is there
 
 
 def test_each_epoch_takes_one_of_the_kept_drawings(tmp_path):
@@ -196,6 +201,14 @@ def test_what_an_interruption_left_is_not_read(tmp_path, monkeypatch):
     assert net.training is False
     monkeypatch.undo()
     assert len(cached_states(tmp_path, net, dataset(), collator(), batch_size=4)) == 20
+
+
+def test_states_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(tower_cache, "synchronise", lambda folder: written.append((folder, folder.is_dir())))
+    cached_states(tmp_path, frozen(), dataset(), collator())
+    assert [(folder.name.split("-")[0], there) for folder, there in written] == [("images", True), ("texts", True)]
+    assert not any(folder.exists() for folder, _ in written) and len(list(tmp_path.iterdir())) == 2
 
 
 def test_trained_towers_are_refused(tmp_path):
