@@ -77,7 +77,7 @@ def read_image_list(path: Path, split: str, image_dir: Path) -> list[CaptionRow]
     parts = {entry.get("filepath", "") for entry in entries}
     folders = {part: image_dir / part if (image_dir / part).is_dir() else image_dir for part in parts}
     scope = _digest(path)
-    rows = [
+    rows: list[CaptionRow] = [
         {
             "image": str(folders[entry.get("filepath", "")] / entry["filename"]),
             # JSON can write halves of a character (\ud83d), which text cannot hold.

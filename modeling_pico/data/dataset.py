@@ -216,6 +216,8 @@ def _check_types(dataset: datasets.Dataset) -> None:
         wrong = f"`image_id` must hold strings or integers, but holds {image_id}"
     elif missing := dataset["image_id"][:].count(None):
         wrong = f"`image_id` is missing in {missing} rows, which would all mean the same"
+    elif empty := sum(texts is None or not all(texts) for texts in dataset["captions"][:]):
+        wrong = f"`captions` is missing in {empty} rows, or holds a caption without text"
     else:
         return
     raise ValueError(f"The column {wrong}. `load_captioned_images` makes the columns that are needed.")

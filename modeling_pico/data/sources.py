@@ -141,7 +141,8 @@ def load_captioned_images(
             sources that have ids (1, 4, and the layouts of Karpathy and COCO). Ids that are not from a column differ
             between different images of all sources, so that loaded sets can be concatenated.
         style_column (`str`, *optional*):
-            Column with the name of the style. Defaults to `"style"` if that exists.
+            Column with the name of the image's style. Defaults to `"style"` if that exists (and gives no image
+            several styles, as one of captions' styles does).
         split_column (`str`, *optional*):
             Column with the name of each row's split, of a source that has all rows in one split, whatever that is
             called. Defaults to `"split"` if that exists.
@@ -177,8 +178,6 @@ def load_captioned_images(
         raise ValueError("The data holds no rows.")
     if id_column is None and source.has_ids:
         id_column = "image_id"
-    if style_column is None and "style" in dataset.column_names:
-        style_column = "style"
     if unknown := [name for name in keep_columns if name not in dataset.column_names]:
         raise ValueError(
             f"There is no column {unknown[0]!r} (`keep_columns`); the columns are {dataset.column_names}."
@@ -190,13 +189,13 @@ def load_captioned_images(
     ]
     texts = [list(itertools.chain(*lists)) for lists in zip(*columns, strict=True)]
     ids = column_strings(dataset, find_column(dataset, "id", id_column)) if id_column else None
-    styles = column_strings(dataset, find_column(dataset, "style", style_column)) if style_column else None
     images = _image_table(source, image_column)
 
     keys = list(image_keys(images))
     groups: dict[Any, list[int]] = {}
     for row, key in enumerate(keys):
         groups.setdefault((key, ids and ids[row]), []).append(row)
+    styles = _styles(dataset, style_column, list(groups.values()))
     captions = _clean_captions([[text for row in rows for text in texts[row]] for rows in groups.values()])
     keep = on_empty_captions == "keep"
     used = [(rows[0], group) for rows, group in zip(groups.values(), captions, strict=True) if group or keep]
@@ -428,6 +427,25 @@ def _caption_columns(dataset: datasets.Dataset, named: str | Sequence[str] | Non
 
 def _is_webdataset(dataset: datasets.Dataset) -> bool:
     return dataset.info.builder_name == _WEBDATASET
+
+
+def _styles(dataset: datasets.Dataset, named: str | None, groups: list[list[int]]) -> list[str] | None:
+    """The style of each row; `groups` are the rows that become one image each."""
+    if named is None and "style" not in dataset.column_names:
+        return None
+    column = find_column(dataset, "style", named, ["style"])
+    styles = column_strings(dataset, column)
+    mixed = [rows for rows in groups if len({styles[row] for row in rows}) > 1]
+    if not mixed:
+        return styles
+    problem = (
+        f"The column {column!r} gives {len(mixed)} of {len(groups)} images several styles, the first at the rows "
+        f"{mixed[0][:5]}: it is not the style of the image"
+    )
+    if named is not None:
+        raise ValueError(f"{problem}. Name another one by `style_column`.")
+    logger.warning(f"{problem} and is left out.")
+    return None
 
 
 def _made_ids(keys: list[tuple[str, Any]], texts: list[list[str | None]]) -> list[str]:

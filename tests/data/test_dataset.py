@@ -107,6 +107,10 @@ def test_what_columns_hold_is_checked(rows):
         CaptionedImageDataset(with_column("image_id", [1.0, 2.0, 1.0]))
     with pytest.raises(ValueError, match="`image_id` is missing in 2 rows, which would all mean the same"):
         CaptionedImageDataset(with_column("image_id", ["z", None, None]))
+    for texts in (["a", None], ["", "b"], None):
+        wrong = rows.select([0, 1]).to_dict() | {"captions": [["a"], texts]}
+        with pytest.raises(ValueError, match="`captions` is missing in 1 rows, or holds a caption without text"):
+            CaptionedImageDataset(datasets.Dataset.from_dict(wrong, features=rows.features))
     # Tensors are no keys: of the three rows each would have had an id of its own.
     dataset = CaptionedImageDataset(with_column("image_id", [4, 9, 4]).with_format("torch"))
     assert dataset.ids.tolist() == [0, 1, 0] and dataset[0]["captions"] == ["a1", "a2"]

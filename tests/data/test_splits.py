@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 
 import datasets
@@ -201,6 +202,17 @@ def test_one_id_for_several_images_of_a_list_is_refused(tmp_path):
         load_captioned_images(str(path), split="train")
     path.write_text(json.dumps({"images": entries[:3]}))
     assert len(load_captioned_images(str(path), split="train")) == 2
+
+
+def test_styles_of_captions_are_no_styles_of_images(table, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("modeling_pico"), "propagate", True)
+    tones = [{**ROWS[0], "style": "plain"}, {**ROWS[0], "caption": "another", "style": "romantic"}]
+    source = table([*tones, {**ROWS[1], "style": "plain"}], "csv")
+    problem = r"gives 1 of 2 images several styles, the first at the rows \[0, 1\]: it is not the style of the image"
+    assert load_captioned_images(source, split="train").column_names == ["image", "captions", "image_id"]
+    assert re.search(rf"'style' {problem} and is left out", caplog.text)
+    with pytest.raises(ValueError, match=problem):
+        load_captioned_images(source, split="train", style_column="style")
 
 
 def test_ids_of_a_column_are_kept(table):
