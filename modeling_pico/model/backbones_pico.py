@@ -148,7 +148,13 @@ def _as_encoder(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def check_vision_family(config: PreTrainedConfig) -> None:
-    """ValueError for the vision towers whose inputs are not plain `pixel_values`."""
+    """ValueError for the vision towers that do not encode whole images from plain `pixel_values`."""
+    if config.model_type == "vit_mae":
+        raise ValueError(
+            "ViT-MAE (vit_mae) hides three quarters of each image at random, in evaluation mode too. Its encoder is "
+            "that of a ViT: load the checkpoint with `ViTModel.from_pretrained`, set `config.model_type = 'vit'`, and "
+            "give that model as the vision tower."
+        )
     if config.model_type == "siglip2_vision_model":
         raise ValueError(
             "The NaFlex variant of SigLIP 2 (siglip2_vision_model) takes patches of any aspect ratio with "
@@ -264,9 +270,12 @@ def load_backbone(name_or_path: str, modality: str, **kwargs) -> PreTrainedModel
 def joint_projections(joint: PreTrainedModel) -> dict[str, torch.Tensor]:
     """
     Weights `(dim, hidden)` and biases `(dim,)` by which a joint model maps its two towers into one space, by the names
-    of the alignment head. A side that ends in that space already gets the identity. Empty where the model has none.
+    of the alignment head. A side that ends in that space already gets the identity. Empty where the model has none,
+    or has those of poolers, through which no token passes.
     """
     config, modules = joint.config, joint._modules
+    if config.model_type == "vision-text-dual-encoder":
+        return {}
     width = hidden_size(config.vision_config)
     identity = nn.Linear(width, width, bias=False)
     nn.init.eye_(identity.weight)

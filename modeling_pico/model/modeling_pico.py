@@ -499,7 +499,7 @@ class PicoModel(PicoPreTrainedModel):
         else:
             logger.warning(
                 f"The projections to {config.embedding_dim} features are freshly initialised: the checkpoint has none "
-                f"{'like them' if projections else 'for both sides'}."
+                f"{'like them' if projections else 'for the tokens of both sides'}."
             )
         return model.eval()
 
@@ -552,6 +552,9 @@ class PicoModel(PicoPreTrainedModel):
 
     def _image_states(self, pixel_values: torch.Tensor, alignment: GalleryAlignment | None = None, **kwargs):
         config = self.config
+        if pixel_values.dtype == torch.float32:
+            # As image processors give them; only some towers change the type themselves.
+            pixel_values = pixel_values.to(self.dtype)
         if alignment is not None:
             alignment.check(len(pixel_values))
         with nullcontext() if alignment is None else alignment.in_layers(self.vision_model):
@@ -743,16 +746,14 @@ class PicoModel(PicoPreTrainedModel):
                 yield batch
 
         def states() -> Iterator[TokenStates]:
-            for batch in together(checked()) if layers and target is not None else checked():
-                outputs = self(**image_inputs(batch, self.device, self.dtype), return_states=True)
-                yield outputs.image_states
-
-        layers = moved_layers(self.vision_model)
+            in_layers = target is not None and moved_layers(self.vision_model)
+            for batch in together(checked()) if in_layers else checked():
+                yield self(**image_inputs(batch, self.device), return_states=True).image_states
 
         training = self.training
         self.eval()
         try:
-            return measure_galleries(states(), styles, layers, target)
+            return measure_galleries(states(), styles, self.vision_model, target)
         finally:
             self.train(training)
 
@@ -961,9 +962,7 @@ class PicoModel(PicoPreTrainedModel):
         )
 
 
-def image_inputs(
-    batch: Mapping[str, Any], device: torch.device, dtype: torch.dtype | None = None
-) -> dict[str, torch.Tensor]:
+def image_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
     """What a batch holds of its images, `pixel_values` or the states of the tower, on a device."""
     names = ("pixel_values", "image_states", "image_class_state")
-    return {name: batch[name].to(device, dtype) for name in names if name in batch}
+    return {name: batch[name].to(device) for name in names if name in batch}
