@@ -271,6 +271,22 @@ def test_class_token_alone_is_moved_for_a_pooled_score(tiny_model):
     torch.testing.assert_close(moved, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_kept_states_without_that_of_the_class_token_are_refused_where_it_is_scored(tiny_model):
+    model = tiny_model(method="clip_style", pooling="class_token")
+    inputs = {"input_ids": torch.tensor([[2, 5, 3]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
+    with torch.no_grad():
+        image, text = model.get_image_states(pictures(40, 1)), model.get_text_states(**inputs)
+        whole = model(pixel_values=pictures(40, 1), **inputs).logits_per_image
+        states = {"image_states": image.states, "text_states": text.states}
+        class_states = {"image_class_state": image.class_state, "text_class_state": text.class_state}
+        torch.testing.assert_close(model(**states, **class_states).logits_per_image, whole)
+        for modality in ("image", "text"):
+            with pytest.raises(ValueError, match=f"give `{modality}_class_state` beside `{modality}_states`"):
+                model(**states, **{**class_states, f"{modality}_class_state": None})
+        with pytest.raises(ValueError, match="give `image_class_state`"):
+            model.fit_alignment([{"image_states": image.states}])
+
+
 def test_moments_are_saved_with_the_model(model, tmp_path):
     model.fit_alignment([{"pixel_values": pictures(50, 1)}])
     model.save_pretrained(tmp_path)

@@ -21,6 +21,7 @@ from .backbones_pico import (
     class_token_state,
     complete_config,
     freeze_unused,
+    has_class_token,
     hidden_size,
     image_token_states,
     is_joint,
@@ -597,6 +598,14 @@ class PicoModel(PicoPreTrainedModel):
             class_state = class_token_state(self.text_model, outputs, states, "text")
         return outputs, TokenStates(states, self._text_mask(attention_mask), class_state)
 
+    def _check_class_state(self, tower: PreTrainedModel, class_state: torch.Tensor | None, modality: str) -> None:
+        scored = (self.config.method, self.config.pooling) == ("clip_style", "class_token")
+        if scored and class_state is None and has_class_token(tower, modality):
+            raise ValueError(
+                f"This model scores the states of class tokens: give `{modality}_class_state` beside "
+                f"`{modality}_states`, both as `get_{modality}_states` returns them."
+            )
+
     def _text_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
         return text_token_mask(attention_mask, self.config.text_special_tokens, self.config.text_config.model_type)
 
@@ -909,6 +918,7 @@ class PicoModel(PicoPreTrainedModel):
         # Outputs of the tower, of which there are none where its states are given, and what the head is given.
         towers: dict[str, tuple[Any, TokenStates]] = {}
         if image_states is not None:
+            self._check_class_state(self.vision_model, image_class_state, "image")
             mask = torch.ones(image_states.shape[:2], dtype=torch.bool, device=image_states.device)
             given = TokenStates(image_states.to(self.dtype), mask, image_class_state)
             if image_alignment is not None and image_alignment.layers:
@@ -920,6 +930,7 @@ class PicoModel(PicoPreTrainedModel):
         elif pixel_values is not None:
             towers["image"] = self._image_states(pixel_values, image_alignment, **image_kwargs)
         if text_states is not None:
+            self._check_class_state(self.text_model, text_class_state, "text")
             mask = self._text_mask(torch.ones_like(text_states[..., 0]) if attention_mask is None else attention_mask)
             towers["text"] = None, TokenStates(text_states.to(self.dtype), mask, text_class_state)
         elif input_ids is not None:
