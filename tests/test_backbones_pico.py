@@ -254,6 +254,50 @@ def test_siglip_2_of_free_resolution_is_refused_and_told_what_works(tmp_path):
     assert model(**batch("vit", "siglip")).logits_per_image.isfinite().all()
 
 
+def test_a_tower_that_hides_patches_at_random_is_refused_and_told_what_works(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    decoder = {f"decoder_{name}": value for name, value in sizes.items()}
+    masked = tf.ViTMAEForPreTraining(tf.ViTMAEConfig(**sizes, **decoder, image_size=16, patch_size=8)).eval()
+    masked.save_pretrained(tmp_path)
+    encoder = tf.ViTModel.from_pretrained(tmp_path)
+    # Its configuration is still named after the checkpoint, and would be loaded as such.
+    for vision in (str(tmp_path), masked.vit, encoder):
+        with pytest.raises(ValueError, match="at random.*`ViTModel.from_pretrained`, set `config.model_type = 'vit'`"):
+            PicoModel.from_backbones(vision, family("bert").build())
+    encoder.config.model_type = "vit"
+    model = PicoModel.from_backbones(encoder, family("bert").build())
+    model.save_pretrained(tmp_path / "pico")
+    pixels = batch("vit", "bert")["pixel_values"]
+    masked.config.mask_ratio = 0.0
+    with torch.no_grad():
+        expected = masked.vit(pixels, noise=torch.arange(4.0).expand(3, 4)).last_hidden_state
+        states = PicoModel.from_pretrained(tmp_path / "pico").get_image_states(pixels).states
+    torch.testing.assert_close(states, expected)
+
+
+def test_projections_of_poolers_are_not_taken_over():
+    # They map what poolers make of the first token, which no token passes.
+    config = tf.VisionTextDualEncoderConfig(
+        vision_config=family("vit").build().config.to_dict(),
+        text_config=family("bert").build().config.to_dict(),
+        projection_dim=10,
+    )
+    source = tf.VisionTextDualEncoderModel(config)
+    model = PicoModel.from_backbones(source, embedding_dim=10)
+    assert not torch.equal(model.alignment_head.text_projection.weight, source.text_projection.weight)
+    assert_holds(model.text_model, source.text_model)
+
+
+@pytest.mark.parametrize("vision", ["swin", "dinov3_convnext", "vit"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_takes_images_as_processors_give_them(vision, dtype):
+    model = PicoModel.from_backbones(family(vision).build(), family("bert").build(), method="fine_grained")
+    inputs = batch(vision, "bert")
+    with torch.no_grad():
+        expected = model(**inputs).logits_per_image
+        torch.testing.assert_close(model.to(dtype)(**inputs).logits_per_image, expected, rtol=0, atol=0.15)
+
+
 # Tokens
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, ResNetConfig
+from transformers import BertConfig, LevitConfig, ResNetConfig
 
 from modeling_pico import GalleryAlignment, PicoConfig, PicoModel
 from modeling_pico.model.gallery_alignment_pico import (
@@ -270,6 +271,22 @@ def test_class_token_alone_is_moved_for_a_pooled_score(tiny_model):
     torch.testing.assert_close(moved, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_kept_states_without_that_of_the_class_token_are_refused_where_it_is_scored(tiny_model):
+    model = tiny_model(method="clip_style", pooling="class_token")
+    inputs = {"input_ids": torch.tensor([[2, 5, 3]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
+    with torch.no_grad():
+        image, text = model.get_image_states(pictures(40, 1)), model.get_text_states(**inputs)
+        whole = model(pixel_values=pictures(40, 1), **inputs).logits_per_image
+        states = {"image_states": image.states, "text_states": text.states}
+        class_states = {"image_class_state": image.class_state, "text_class_state": text.class_state}
+        torch.testing.assert_close(model(**states, **class_states).logits_per_image, whole)
+        for modality in ("image", "text"):
+            with pytest.raises(ValueError, match=f"give `{modality}_class_state` beside `{modality}_states`"):
+                model(**states, **{**class_states, f"{modality}_class_state": None})
+        with pytest.raises(ValueError, match="give `image_class_state`"):
+            model.fit_alignment([{"image_states": image.states}])
+
+
 def test_moments_are_saved_with_the_model(model, tmp_path):
     model.fit_alignment([{"pixel_values": pictures(50, 1)}])
     model.save_pretrained(tmp_path)
@@ -453,6 +470,72 @@ def test_moments_of_layers_are_saved_and_kept_states_do_without(with_batch_norm,
     loaded.fit_alignment([{"image_states": with_batch_norm.get_image_states(known).states.detach()}])
     assert not any(map(loaded.image_moments.has_layer, loaded.image_moments.layers))
     assert not loaded.align([{"pixel_values": gallery}]).layers
+
+
+def test_a_layer_that_runs_several_times_is_measured_by_all_that_it_is_given():
+    tower = torch.nn.Sequential(torch.nn.BatchNorm2d(HIDDEN)).eval()
+    maps = torch.randn(2, 3, 20, HIDDEN, 2, 2, generator=torch.Generator().manual_seed(0))
+
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = tower
+
+        def forward(self, pixel_values):
+            return self.layers(2 * self.layers(pixel_values))
+
+    twice = Twice()
+
+    def states():
+        for part in maps[0]:
+            twice(pixel_values=part)
+            yield some_states(20, 1)
+
+    found = measure_galleries(states(), tower=twice)[None].layers["layers.0"]
+    with torch.no_grad():
+        expected = FeatureMoments.of(torch.cat([*maps[0], *(2 * tower(part) for part in maps[0])]))
+    assert found.count == expected.count == 2 * 60 * 4
+    torch.testing.assert_close(found.mean, expected.mean)
+    torch.testing.assert_close(found.std, expected.std)
+
+
+def test_layers_of_tokens_are_moved_by_the_style_of_their_image():
+    torch.manual_seed(0)
+    vision = LevitConfig(
+        image_size=64, hidden_sizes=[16, 24, 32], num_attention_heads=[1, 2, 2], depths=[1, 1, 1], key_dim=[8, 8, 8]
+    )
+    text = BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    model = PicoModel(PicoConfig(vision_config=vision, text_config=text, embedding_dim=4)).eval()
+    known, ink, oil = (pictures(40, seed).repeat(1, 1, 4, 4) for seed in (1, 2, 3))
+    model.fit_alignment([{"pixel_values": known}])
+    styles = ["ink", "oil"] * 40
+    mixed = torch.stack([ink, oil], dim=1).flatten(0, 1)
+    alignment = model.align([{"pixel_values": mixed}], styles)
+    alone = model.align([{"pixel_values": ink}])
+    for name, maps in alone.layers.items():
+        for found, wanted in zip(alignment.layers[name], maps, strict=True):
+            torch.testing.assert_close(found[:1], wanted, rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        found = model.get_image_states(mixed, alignment=alignment.for_images(styles)).states[::2]
+        torch.testing.assert_close(found, model.get_image_states(ink, alignment=alone).states, rtol=1e-3, atol=1e-3)
+
+
+def test_a_compiled_tower_is_measured_as_any_other(with_batch_norm):
+    known, gallery = pictures(50, 1), pictures(40, 2)
+    with_batch_norm.fit_alignment([{"pixel_values": known}])
+    expected, moments = (
+        with_batch_norm.align([{"pixel_values": gallery}]),
+        copy.deepcopy(with_batch_norm.image_moments),
+    )
+    with_batch_norm.vision_model.compile(backend="eager")
+    with torch.no_grad():
+        with_batch_norm.get_image_features(known)
+    with_batch_norm.fit_alignment([{"pixel_values": known}])
+    torch.testing.assert_close(with_batch_norm.image_moments.layer_std, moments.layer_std)
+    found = with_batch_norm.align([{"pixel_values": gallery}])
+    assert found.layers.keys() == expected.layers.keys() and found.layers
+    for name, maps in expected.layers.items():
+        torch.testing.assert_close(found.layers[name], maps)
 
 
 def test_layers_that_do_not_run_are_not_passed_over(with_batch_norm):

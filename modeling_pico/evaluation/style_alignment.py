@@ -50,14 +50,14 @@ def measure_gallery(
         normalisation it depends a little on how images are dealt to these, each of which moves layers by its own):
         [`ImageMoments.fit`] and [`ImageMoments.align`] take it.
     """
-    layers = moved_layers(_pico_model(model).vision_model)
-    if layers and target is not None:
+    tower = _pico_model(model).vision_model
+    if target is not None and moved_layers(tower):
         size = getattr(batches, "batch_size", None) or 1
         num_batches = None if num_batches is None else -(-num_batches // num_together(size))
         batches = together(batches)
     states = (outputs.image_states for outputs in _run(model, batches, num_batches, return_states=True))
     found: dict[str | None, GalleryMoments] = {}
-    for own in gather_object([measure_galleries(states, styles, layers, target)]):
+    for own in gather_object([measure_galleries(states, styles, tower, target)]):
         for label, moments in own.items():
             found[label] = found[label].merge(moments) if label in found else moments
     return found
@@ -113,13 +113,12 @@ def align_encoded(
         raise ValueError(f"There are {len(styles)} styles for {len(encoded.image_ids)} images.")
     first, count = encoded.first_image(), len(encoded.image_tokens)
     own = None if styles is None else styles[first : first + count]
-    model.eval()
     alignment = moments.align(measure_gallery(model, batches, own, moments, num_batches), leave_small)
 
     def alignments() -> Iterator[dict[str, Any]]:
         start = 0
         for batch in batches:
-            size = len(next(iter(image_inputs(batch, alignment.scale.device).values())))
+            size = next(len(batch[name]) for name in ("pixel_values", "image_states") if name in batch)
             of_batch = None if own is None else own[start : start + size]
             yield {**batch, "image_alignment": alignment.for_images(of_batch)}
             start += size
@@ -142,7 +141,6 @@ def encode_images(
         `tuple[torch.Tensor, torch.Tensor]`: tokens before weighting of shape `(own images, patches, dim)`, and their
         mask `(own images, patches)`.
     """
-    model.eval()
     parts = [(outputs.image_tokens, outputs.image_mask) for outputs in _run(model, batches, num_batches)]
     tokens, mask = (concatenate_padded(tensors) for tensors in zip(*parts, strict=True))
     return tokens, mask
@@ -154,9 +152,12 @@ def _pico_model(model: nn.Module) -> PicoModel:
 
 
 def _run(model: nn.Module, batches: Batches, num_batches: int | None, **options: Any) -> Iterator[PicoOutput]:
-    """The images of each batch, encoded; a process with fewer batches repeats its last one without effect."""
+    """
+    The images of each batch, encoded in evaluation mode; a process with fewer batches repeats its last one without
+    effect.
+    """
     # Compiled, a tower passes over what moves its layers.
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    model = extract_model_from_parallel(model, keep_torch_compile=False).eval()
     device = next(model.parameters()).device
     inputs: dict[str, Any] = {}
     done = 0

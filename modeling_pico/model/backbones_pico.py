@@ -148,7 +148,13 @@ def _as_encoder(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def check_vision_family(config: PreTrainedConfig) -> None:
-    """ValueError for the vision towers whose inputs are not plain `pixel_values`."""
+    """ValueError for the vision towers that do not encode whole images from plain `pixel_values`."""
+    if config.model_type == "vit_mae":
+        raise ValueError(
+            "ViT-MAE (vit_mae) hides three quarters of each image at random, in evaluation mode too. Its encoder is "
+            "that of a ViT: load the checkpoint with `ViTModel.from_pretrained`, set `config.model_type = 'vit'`, and "
+            "give that model as the vision tower."
+        )
     if config.model_type == "siglip2_vision_model":
         raise ValueError(
             "The NaFlex variant of SigLIP 2 (siglip2_vision_model) takes patches of any aspect ratio with "
@@ -264,9 +270,12 @@ def load_backbone(name_or_path: str, modality: str, **kwargs) -> PreTrainedModel
 def joint_projections(joint: PreTrainedModel) -> dict[str, torch.Tensor]:
     """
     Weights `(dim, hidden)` and biases `(dim,)` by which a joint model maps its two towers into one space, by the names
-    of the alignment head. A side that ends in that space already gets the identity. Empty where the model has none.
+    of the alignment head. A side that ends in that space already gets the identity. Empty where the model has none,
+    or has those of poolers, through which no token passes.
     """
     config, modules = joint.config, joint._modules
+    if config.model_type == "vision-text-dual-encoder":
+        return {}
     width = hidden_size(config.vision_config)
     identity = nn.Linear(width, width, bias=False)
     nn.init.eye_(identity.weight)
@@ -418,6 +427,20 @@ def text_token_mask(attention_mask: torch.Tensor, keep_special_tokens: bool, fam
     return mask & (order > (0 if family in _SIGLIP_TEXT else 1)) & (order < order[:, -1:])
 
 
+def _pools_itself(model: PreTrainedModel) -> bool:
+    # CLIP's text tower is causal: its summary is the state at the end of the text. SigLIP's is the last place of a
+    # text of full length, and attention over all patches of an image; ALIGN's of an image is the mean of its patches.
+    # All of them return it as pooled output.
+    family = model.config.model_type
+    pooled = ("clip_text_model", "align_vision_model", *_SIGLIP_TEXT)
+    return family in pooled or (family == "siglip_vision_model" and bool(model.use_head))
+
+
+def has_class_token(model: PreTrainedModel, modality: str) -> bool:
+    """Whether [`class_token_state`] gives a state; ValueError where that is not known of a vision family."""
+    return modality == "text" or _pools_itself(model) or num_prefix_tokens(model.config) > 0
+
+
 def class_token_state(
     model: PreTrainedModel, outputs, token_states: torch.Tensor, modality: str
 ) -> torch.Tensor | None:
@@ -426,13 +449,6 @@ def class_token_state(
 
     `token_states` are the tower's finished hidden states with special tokens kept.
     """
-    family = model.config.model_type
-    # CLIP's text tower is causal: its summary is the state at the end of the text. SigLIP's is the last place of a
-    # text of full length, and attention over all patches of an image; ALIGN's of an image is the mean of its patches.
-    # All of them return it as pooled output.
-    pooled = ("clip_text_model", "align_vision_model", *_SIGLIP_TEXT)
-    if family in pooled or (family == "siglip_vision_model" and model.use_head):
+    if _pools_itself(model):
         return outputs.pooler_output
-    if modality == "image":
-        return token_states[:, 0] if num_prefix_tokens(model.config) else None
-    return token_states[:, 0]
+    return token_states[:, 0] if has_class_token(model, modality) else None

@@ -8,7 +8,7 @@ pretrained on, so that images of training stay where they are *(ours)*.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -122,7 +122,7 @@ def moved_layers(tower: nn.Module) -> dict[str, _BatchNorm]:
 def measure_galleries(
     states: Iterable[Any],
     styles: Sequence[str] | None = None,
-    layers: Mapping[str, nn.Module] | None = None,
+    tower: nn.Module | None = None,
     target: "ImageMoments | None" = None,
 ) -> dict[str | None, GalleryMoments]:
     """
@@ -131,8 +131,9 @@ def measure_galleries(
     Args:
         states (iterable of [`TokenStates`]): What the image tower gives, batch by batch.
         styles (`Sequence[str]`, *optional*): The style of each image, in the same order.
-        layers (`dict[str, nn.Module]`, *optional*):
-            Those of [`moved_layers`], of a tower that runs when the next batch of `states` is asked for.
+        tower (`nn.Module`, *optional*):
+            The one that runs when the next batch of `states` is asked for; its [`moved_layers`] are measured too. It
+            runs without `torch.compile`, which would pass over them.
         target ([`ImageMoments`], *optional*):
             Where the gallery is to be moved: what a layer is given is moved at once, by the images so far, because it
             decides what later layers are given.
@@ -143,48 +144,61 @@ def measure_galleries(
     found: dict[str | None, GalleryMoments] = {}
     of_layers: dict[str | None, dict[str, FeatureMoments]] = {}
     passing: dict[str | None, dict[str, FeatureMoments]] = {}  # with the batch that is in the tower
-    images = 0
+    images = 0  # measured so far
+    running = 0  # in the tower
+    layers = {} if tower is None else moved_layers(tower)
     targets = {}
     if target is not None:
-        targets = {name: target.of_layer(name) for name in layers or {} if target.has_layer(name)}
+        targets = {name: target.of_layer(name) for name in layers if target.has_layer(name)}
 
-    def rows_of(start: int, count: int) -> dict[str | None, list[int]]:
+    def rows_of(first: int, count: int) -> dict[str | None, list[int]]:
         rows: dict[str | None, list[int]] = {}
         for row in range(count):
             # A process that runs its last batch again, for the others, has no styles left.
-            label = None if styles is None else styles[min(start + row, len(styles) - 1)]
+            label = None if styles is None else styles[min(first + row, len(styles) - 1)]
             rows.setdefault(label, []).append(row)
         return rows
 
+    def start(module: nn.Module, inputs: Any, kwargs: Mapping[str, Any]) -> None:
+        nonlocal running
+        running = len(kwargs["pixel_values"])
+
     def measure(name: str, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
-        values, *others = inputs
-        moved = values
-        for label, rows in rows_of(images, len(values)).items():
-            own = FeatureMoments.of(values[rows])
-            known = of_layers.get(label, {}).get(name)
+        given, *others = inputs
+        # Some towers (LeViT) fold the tokens of an image into the batch.
+        values = moved = given.unflatten(0, (running, -1))
+        for label, rows in rows_of(images, running).items():
+            of_label = values[rows].flatten(0, 1)
+            own = FeatureMoments.of(of_label)
+            # Of a layer that runs several times in an image, all.
+            known = {**of_layers.get(label, {}), **passing.get(label, {})}.get(name)
             passing.setdefault(label, {})[name] = own = own if known is None else known.merge(own)
             if name in targets:
                 maps = _map(own, *targets[name], strength=_layer_strength(passing[label], targets))
-                part = _moved(values[rows], *(values_of[None].to(values.device) for values_of in maps))
+                part = _moved(of_label, *(values_of[None].to(values.device) for values_of in maps))
+                part = part.unflatten(0, (len(rows), -1))
                 index = torch.tensor(rows, device=values.device)
-                moved = part if len(rows) == len(values) else moved.index_copy(0, index, part)
-        return (moved, *others)
+                moved = part if len(rows) == running else moved.index_copy(0, index, part)
+        return (moved.flatten(0, 1), *others)
 
-    hooks = [layer.register_forward_pre_hook(partial(measure, name)) for name, layer in (layers or {}).items()]
+    hooks = [layer.register_forward_pre_hook(partial(measure, name)) for name, layer in layers.items()]
+    if tower is not None:
+        hooks.append(tower.register_forward_pre_hook(start, with_kwargs=True))
     try:
-        for batch in states:
-            start, images = images, images + len(batch.states)
-            if styles is not None and images > len(styles):
-                raise ValueError(f"There must be one style for each image, but there are {len(styles)} styles.")
-            for label, rows in rows_of(start, len(batch.states)).items():
-                class_state = None if batch.class_state is None else batch.class_state[rows]
-                own = GalleryMoments.of(
-                    batch._replace(states=batch.states[rows], mask=batch.mask[rows], class_state=class_state)
-                )
-                found[label] = own if label not in found else found[label].merge(own)
-            for label, moments in passing.items():
-                of_layers.setdefault(label, {}).update(moments)
-            passing.clear()
+        with torch.compiler.set_stance("force_eager") if layers else nullcontext():
+            for batch in states:
+                first, images = images, images + len(batch.states)
+                if styles is not None and images > len(styles):
+                    raise ValueError(f"There must be one style for each image, but there are {len(styles)} styles.")
+                for label, rows in rows_of(first, len(batch.states)).items():
+                    class_state = None if batch.class_state is None else batch.class_state[rows]
+                    own = GalleryMoments.of(
+                        batch._replace(states=batch.states[rows], mask=batch.mask[rows], class_state=class_state)
+                    )
+                    found[label] = own if label not in found else found[label].merge(own)
+                for label, moments in passing.items():
+                    of_layers.setdefault(label, {}).update(moments)
+                passing.clear()
     finally:
         for hook in hooks:
             hook.remove()
@@ -196,7 +210,12 @@ def measure_galleries(
 
 
 def _moved(values: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """`(batch, features, ...)` times `scale` plus `shift`, both `(1 or batch, features)`; in float32 in between."""
+    """
+    `(values, features, ...)` times `scale` plus `shift`, both `(1 or batch, features)`; in float32 in between. Each
+    image of the batch may have several values, one after the other.
+    """
+    if len(scale) > 1:
+        scale, shift = (part.repeat_interleave(len(values) // len(scale), dim=0) for part in (scale, shift))
     shape = (*scale.shape, *[1] * (values.dim() - 2))
     return (values.float() * scale.view(shape) + shift.view(shape)).to(values.dtype)
 

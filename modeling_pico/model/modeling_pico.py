@@ -21,6 +21,7 @@ from .backbones_pico import (
     class_token_state,
     complete_config,
     freeze_unused,
+    has_class_token,
     hidden_size,
     image_token_states,
     is_joint,
@@ -499,7 +500,7 @@ class PicoModel(PicoPreTrainedModel):
         else:
             logger.warning(
                 f"The projections to {config.embedding_dim} features are freshly initialised: the checkpoint has none "
-                f"{'like them' if projections else 'for both sides'}."
+                f"{'like them' if projections else 'for the tokens of both sides'}."
             )
         return model.eval()
 
@@ -552,6 +553,9 @@ class PicoModel(PicoPreTrainedModel):
 
     def _image_states(self, pixel_values: torch.Tensor, alignment: GalleryAlignment | None = None, **kwargs):
         config = self.config
+        if pixel_values.dtype == torch.float32:
+            # As image processors give them; only some towers change the type themselves.
+            pixel_values = pixel_values.to(self.dtype)
         if alignment is not None:
             alignment.check(len(pixel_values))
         with nullcontext() if alignment is None else alignment.in_layers(self.vision_model):
@@ -593,6 +597,14 @@ class PicoModel(PicoPreTrainedModel):
         if config.pooling == "class_token":
             class_state = class_token_state(self.text_model, outputs, states, "text")
         return outputs, TokenStates(states, self._text_mask(attention_mask), class_state)
+
+    def _check_class_state(self, tower: PreTrainedModel, class_state: torch.Tensor | None, modality: str) -> None:
+        scored = (self.config.method, self.config.pooling) == ("clip_style", "class_token")
+        if scored and class_state is None and has_class_token(tower, modality):
+            raise ValueError(
+                f"This model scores the states of class tokens: give `{modality}_class_state` beside "
+                f"`{modality}_states`, both as `get_{modality}_states` returns them."
+            )
 
     def _text_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
         return text_token_mask(attention_mask, self.config.text_special_tokens, self.config.text_config.model_type)
@@ -743,16 +755,14 @@ class PicoModel(PicoPreTrainedModel):
                 yield batch
 
         def states() -> Iterator[TokenStates]:
-            for batch in together(checked()) if layers and target is not None else checked():
-                outputs = self(**image_inputs(batch, self.device, self.dtype), return_states=True)
-                yield outputs.image_states
-
-        layers = moved_layers(self.vision_model)
+            in_layers = target is not None and moved_layers(self.vision_model)
+            for batch in together(checked()) if in_layers else checked():
+                yield self(**image_inputs(batch, self.device), return_states=True).image_states
 
         training = self.training
         self.eval()
         try:
-            return measure_galleries(states(), styles, layers, target)
+            return measure_galleries(states(), styles, self.vision_model, target)
         finally:
             self.train(training)
 
@@ -908,6 +918,7 @@ class PicoModel(PicoPreTrainedModel):
         # Outputs of the tower, of which there are none where its states are given, and what the head is given.
         towers: dict[str, tuple[Any, TokenStates]] = {}
         if image_states is not None:
+            self._check_class_state(self.vision_model, image_class_state, "image")
             mask = torch.ones(image_states.shape[:2], dtype=torch.bool, device=image_states.device)
             given = TokenStates(image_states.to(self.dtype), mask, image_class_state)
             if image_alignment is not None and image_alignment.layers:
@@ -919,6 +930,7 @@ class PicoModel(PicoPreTrainedModel):
         elif pixel_values is not None:
             towers["image"] = self._image_states(pixel_values, image_alignment, **image_kwargs)
         if text_states is not None:
+            self._check_class_state(self.text_model, text_class_state, "text")
             mask = self._text_mask(torch.ones_like(text_states[..., 0]) if attention_mask is None else attention_mask)
             towers["text"] = None, TokenStates(text_states.to(self.dtype), mask, text_class_state)
         elif input_ids is not None:
@@ -961,9 +973,7 @@ class PicoModel(PicoPreTrainedModel):
         )
 
 
-def image_inputs(
-    batch: Mapping[str, Any], device: torch.device, dtype: torch.dtype | None = None
-) -> dict[str, torch.Tensor]:
+def image_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
     """What a batch holds of its images, `pixel_values` or the states of the tower, on a device."""
     names = ("pixel_values", "image_states", "image_class_state")
-    return {name: batch[name].to(device, dtype) for name in names if name in batch}
+    return {name: batch[name].to(device) for name in names if name in batch}

@@ -129,6 +129,13 @@ def test_moments_of_a_gallery(model, batches):
     torch.testing.assert_close(merged.tokens.std, whole.tokens.std)
 
 
+def test_a_gallery_is_measured_without_dropout(model, batches):
+    expected = measure_gallery(model, batches)[None].tokens
+    in_training = tiny.model(dropout=0.5).train()
+    in_training.load_state_dict(model.state_dict())
+    torch.testing.assert_close(measure_gallery(in_training, batches)[None].tokens.std, expected.std)
+
+
 def test_public_names():
     assert modeling_pico.align_encoded is align_encoded
     assert {"GalleryAlignment", "align_encoded"} <= set(dir(modeling_pico))
