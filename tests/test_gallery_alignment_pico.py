@@ -11,6 +11,7 @@ import torch
 from transformers import BertConfig, LevitConfig, ResNetConfig
 
 from modeling_pico import GalleryAlignment, PicoConfig, PicoModel
+from modeling_pico.evaluation import measure_gallery
 from modeling_pico.model.gallery_alignment_pico import (
     MIN_IMAGES,
     FeatureMoments,
@@ -557,3 +558,13 @@ def test_the_nearer_a_gallery_lies_the_less_layers_are_moved(with_batch_norm):
         name, (scale, shift) = next(iter(alignment.layers.items()))
         spread[brightness] = (scale.log().abs() + shift.abs()).sum().item()
     assert spread[0.0] < 0.1 * spread[0.1] < 0.1 * spread[1.0]
+
+
+def test_a_list_of_batches_runs_the_tower_as_often_as_on_the_other_processes(with_batch_norm):
+    """Which have three batches; how many of them they would join, this process cannot know."""
+    images = torch.randn(100, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with_batch_norm.fit_alignment([{"pixel_values": images}])
+    runs = []
+    with_batch_norm.vision_model.register_forward_pre_hook(lambda *given: runs.append(1))
+    measure_gallery(with_batch_norm, [{"pixel_values": images}], target=with_batch_norm.image_moments, num_batches=3)
+    assert len(runs) == 3
