@@ -19,6 +19,7 @@ from readme_blocks import ROOT, extras, pins
 
 from modeling_pico import PicoModel
 from modeling_pico.search import Hit, PicoIndex
+from modeling_pico.search.contact_sheet import find_picture
 
 
 gradio = pytest.importorskip("gradio", reason="the page needs gradio")
@@ -166,13 +167,13 @@ def test_an_index_tells_its_values_and_embeddings(gallery, tmp_path, store):
 def test_maps_are_of_the_similarities_that_the_score_is_made_of(gallery):
     index = gallery.index
     (hit,) = index.search("red star", k=1)
-    maps, said = page.matching_patches(index, "red star", hit, hit.path)
+    maps, said = page.matching_patches(index, "red star", hit, find_picture(hit))
     patches = index.embeddings(hit.id)[-4:]  # without [CLS]
     words = index.encoder.encode_texts(["red star"])[0][1:-1]  # without [CLS] and [SEP]
     best = (patches @ words.T).max(axis=0)
     assert [label for _, label in maps] == [f"red {best[0]:.2f}", f"star {best[1]:.2f}"]
     assert "light is high" in said
-    maps, _ = page.matching_patches(index, Image.open(gallery.paths[0]), hit, hit.path)
+    maps, _ = page.matching_patches(index, index.encode_query(gallery.paths[0]), hit, find_picture(hit))
     assert [label.rsplit(" ", 1)[0] for _, label in maps] == ["your picture"]
     assert page.matching_patches(index, "red star", hit, None)[0] == []
 
@@ -181,7 +182,7 @@ def test_captions_of_a_picture_are_ordered_by_their_scores(gallery):
     index = gallery.index
     picture = Image.open(gallery.paths[5]).convert("RGB")
     hits = index.search(picture)
-    found = page.best_captions(index, picture, hits)
+    found = page.best_captions(index, index.encode_query(picture), hits)
     captions = {CAPTION, *map(str, range(8))}
     processor, model = index.encoder.processor, index.encoder.model
     texts = sorted(captions)
