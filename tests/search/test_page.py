@@ -283,6 +283,28 @@ def test_a_mistake_is_told_as_text(tab):
     assert "<img src=x>" in toast.inner_text() and toast.locator("img").count() == 0
 
 
+def test_a_page_that_was_opened_on_an_empty_index_shows_what_was_added(gallery, tmp_path, browser):
+    index = PicoIndex.create(tmp_path / "index", gallery.index.encoder)
+    served = page.serve(index, wait=False)
+    try:
+        tab = browser.new_page()
+        tab.goto(served.local_url)
+        tab.get_by_text("Search 0 pictures").wait_for()
+        index.add(gallery.paths[:3], columns={"style": ["ink", "oil", "ink"]}, progress=False)
+        tab.reload()
+        tab.get_by_text("Search 3 pictures").wait_for()
+        tab.get_by_text("Filter", exact=True).click()
+        for name, choice in (("column", "style"), ("value", "oil")):
+            tab.locator(f"#{name} input").click()
+            tab.get_by_role("option", name=choice).click()
+        search(tab, "a red star")
+        tab.wait_for_selector("#hits img")
+        assert tab.locator("#hits img").count() == 1
+        tab.close()
+    finally:
+        served.close()
+
+
 # As a Space
 
 
