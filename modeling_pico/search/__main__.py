@@ -224,8 +224,10 @@ def _in_files(rows: datasets.Dataset, folder: Path) -> datasets.Dataset:
 
 def _file_of(image: dict[str, Any] | None, folder: Path) -> str | None:
     """Where a picture lies, after it has been written if it lies in no file; None of a row without one."""
-    if image is None or image["bytes"] is None:
-        return image and image["path"]
+    if image is None:
+        return None
+    if image["bytes"] is None:
+        return image["path"]
     file = folder / f"{content_id(image['bytes'])}{Path(image['path'] or '').suffix}"
     if not file.exists():
         part = file.with_name(f"_{file.name}.part")
