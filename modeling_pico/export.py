@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoModel
 from transformers.utils import logging
 
 from .fingerprint import model_identity
 from .model.modeling_pico import PicoModel
 from .model.processing_pico import PicoProcessor
 from .onnx_files import ABOUT_FILE, IMAGE_ENCODER, TEXT_ENCODER
+from .registration import load_checkpoint
 
 
 logger = logging.get_logger(__name__)
@@ -161,9 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model", help="folder or Hub id of a PICO or CDDS checkpoint")
     parser.add_argument("output_dir", help="folder for the ONNX files, the image processor and the tokenizer")
     args = parser.parse_args(argv)
-    model = AutoModel.from_pretrained(args.model, dtype=torch.float32)
-    if not isinstance(model, PicoModel):
-        raise ValueError(f"{args.model!r} is a {type(model).__name__}; the encoders of PICO and CDDS are exported.")
+    model = load_checkpoint(args.model, dtype=torch.float32)
     image_encoder, text_encoder = export_onnx(model, PicoProcessor.from_pretrained(args.model), args.output_dir)
     print(f"{args.output_dir}: {image_encoder.name} and {text_encoder.name} are written, with their preprocessing.")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
 
 from .model.configuration_cdds import CddsConfig
@@ -21,3 +23,11 @@ for _config, _model in ((PicoConfig, PicoModel), (CddsConfig, CddsModel)):
     _config.register_for_auto_class()
     _model.register_for_auto_class("AutoModel")
 PicoProcessor.register_for_auto_class("AutoProcessor")
+
+
+def load_checkpoint(name: Any, **options: Any) -> PicoModel:
+    """A checkpoint of either class as `AutoModel.from_pretrained` loads it; ValueError for that of another model."""
+    model = AutoModel.from_pretrained(name, **options)
+    if not isinstance(model, PicoModel):
+        raise ValueError(f"{str(name)!r} is a {type(model).__name__} and no checkpoint of PICO or CDDS.")
+    return model

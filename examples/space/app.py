@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 
-from modeling_pico import PicoModel, PicoProcessor
+from modeling_pico import PicoProcessor
+from modeling_pico.registration import load_checkpoint
 from modeling_pico.search import PicoIndex
 from modeling_pico.search.page import serve
 
@@ -23,7 +24,7 @@ def load() -> PicoIndex:
     model = HERE / MODEL if (HERE / MODEL).is_dir() else MODEL
     index = HERE / INDEX if (HERE / INDEX).is_dir() else snapshot_download(INDEX, repo_type="dataset")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = PicoModel.from_pretrained(model).to(device).eval()
+    encoder = load_checkpoint(model).to(device).eval()
     return PicoIndex.open(index, encoder, PicoProcessor.from_pretrained(model))
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModel
 
 from ..fingerprint import model_fingerprint
-from ..model.modeling_pico import PicoModel
 from ..model.processing_pico import PicoProcessor
+from ..registration import load_checkpoint
 
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ class MtebEncoder:
             raise ValueError(f"scores must be one of {', '.join(SCORES)}, got {scores!r}.")
         self.scores = scores
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = _load(model_name, revision, kwargs).eval()
+        self.model = load_checkpoint(model_name, revision=revision, **kwargs).eval()
         self.model.to(self.device)  # type: ignore[arg-type]
         self.processor = PicoProcessor.from_pretrained(model_name, revision=revision)
         self.mteb_model_meta = self._model_meta(model_name, revision, name)
@@ -177,15 +176,6 @@ class MtebEncoder:
                 "experiment_kwargs": {"scores": self.scores} if pooled else None,
             }
         )
-
-
-def _load(model_name: str | os.PathLike, revision: str | None, kwargs: dict[str, Any]) -> PicoModel:
-    model = AutoModel.from_pretrained(model_name, revision=revision, **kwargs)
-    if not isinstance(model, PicoModel):
-        raise ValueError(
-            f"{str(model_name)!r} is a {type(model).__name__}; checkpoints of this package are evaluated."
-        )
-    return model
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:

@@ -60,8 +60,12 @@ class EndpointHandler:
         inputs: Any = data.get("inputs")
         parameters: Any = data.get("parameters") or {}
         _check_names("parameters", parameters, PARAMETERS)
+        if not isinstance(parameters.get("pooled", False), bool):
+            raise ValueError(f"`pooled` must be true or false, got {parameters['pooled']!r}.")
         if "candidate_labels" in parameters:
             return self._classify(inputs, parameters)
+        if "hypothesis_template" in parameters:
+            raise ValueError("`hypothesis_template` goes with `candidate_labels`, which are missing.")
         if isinstance(inputs, Image.Image):  # of a request whose body is an image
             inputs = {"images": [inputs]}
         _check_names("inputs", inputs, SIDES)
@@ -93,6 +97,8 @@ class EndpointHandler:
         return self.processor.score_retrieval(self._tokens("image", images), self._tokens("text", texts))
 
     def _classify(self, inputs: Any, parameters: dict[str, Any]) -> list:
+        if parameters.get("pooled"):
+            raise ValueError("`pooled` goes with embeddings; `candidate_labels` are scored token by token.")
         labels = _texts("candidate_labels", parameters["candidate_labels"])
         template = parameters.get("hypothesis_template", TEMPLATE)
         if not isinstance(template, str) or "{}" not in template:

@@ -11,7 +11,6 @@ Builds, searches and shows an index from the command line.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import sys
@@ -20,12 +19,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from PIL import Image
-
 from ..model.image_decoding_pico import decode_image
-from .contact_sheet import PICTURES, contact_sheet, save_sheet
+from .contact_sheet import PICTURES, SHEET_FORMATS, contact_sheet, save_sheet
 from .embeddings import PRECISIONS
 from .encoders import Encoder, ModelEncoder
+from .files import content_id
+from .gallery import Gallery
 from .index import CANDIDATES, STORES, PicoIndex, make_encoder
 from .processes import Processes
 
@@ -126,12 +125,14 @@ def _parser() -> argparse.ArgumentParser:
 def _encoder(args: argparse.Namespace, name: str) -> Encoder:
     """What encodes: a checkpoint, or the ONNX encoders that a folder holds."""
     if Path(name, "image_encoder.onnx").is_file():
-        return make_encoder(name, encoder="onnx")
+        if args.device is not None:
+            raise ValueError("--device is that of a checkpoint: ONNX encoders compute on the CPU.")
+        return make_encoder(name)
     import torch
     from accelerate import PartialState
-    from transformers import AutoModel
 
-    from .. import PicoModel, PicoProcessor
+    from .. import PicoProcessor
+    from ..registration import load_checkpoint
 
     device = args.device or PartialState().device
     try:
@@ -142,10 +143,7 @@ def _encoder(args: argparse.Namespace, name: str) -> Encoder:
     if Path(name).is_dir():  # by which the index finds it from wherever it is searched
         name = str(Path(name).absolute())
     revision = {} if args.revision is None else {"revision": args.revision}
-    model = AutoModel.from_pretrained(name, dtype=torch.float32, **revision)
-    if not isinstance(model, PicoModel):
-        raise ValueError(f"{name!r} is a {type(model).__name__} and no checkpoint of PICO or CDDS.")
-    model = model.to(device).eval()
+    model = load_checkpoint(name, dtype=torch.float32, **revision).to(device).eval()
     return ModelEncoder(model, PicoProcessor.from_pretrained(name, **revision))
 
 
@@ -177,13 +175,18 @@ def _gallery(args: argparse.Namespace) -> datasets.Dataset | None:
         from ..data import load_captioned_images
 
         columns = args.columns or ()
-        return load_captioned_images(args.gallery, split=args.split, on_empty_captions="keep", keep_columns=columns)
+        rows = load_captioned_images(args.gallery, split=args.split, on_empty_captions="keep", keep_columns=columns)
+        if lost := set(columns) - {"image", *Gallery(rows).kinds}:
+            raise ValueError(
+                f"--columns are texts, numbers, truth values or lists of texts, but {min(lost)!r} holds "
+                f"{rows.features[min(lost)]}."
+            )
+        return rows
     if args.columns:
         raise ValueError("--columns are those of a data set, whose split --split names.")
     if not Path(args.gallery).is_dir():
         raise ValueError(f"{args.gallery!r} is not a folder of pictures. Of a data set name the split: --split train.")
-    if not any(path.is_file() for path in Path(args.gallery).rglob("*")):
-        raise ValueError(f"There is no file in {args.gallery!r}.")
+    Gallery(args.gallery, leave_out=args.index)
     return None
 
 
@@ -191,34 +194,41 @@ def _add_to(
     index: PicoIndex, rows: datasets.Dataset | None, args: argparse.Namespace, **options: Any
 ) -> tuple[dict[str, Any], str]:
     images: Any = args.gallery
-    columns = None
     if rows is not None:
-        images = _files_of(rows, args.index.absolute() / PICTURES)
-        columns = {name: rows[name][:] for name in rows.column_names if name not in ("image", "image_id")}
-    changes = index.add(images, columns=columns, batch_size=args.batch_size, **options)
+        images = _in_files(rows, args.index.absolute() / PICTURES)
+    changes = index.add(images, batch_size=args.batch_size, **options)
+    # A database may let in the process that writes alone.
+    (count,) = Processes().from_main(lambda: [len(index)])
     lines = [f"Left out: {name}: {reason}" for name, reason in itertools.islice(changes.skipped.items(), _SHOWN)]
     if len(changes.skipped) > _SHOWN:
         lines.append(f"Left out: {len(changes.skipped) - _SHOWN:,} more, which --json names.")
     counts = {name: getattr(changes, name) for name in ("added", "changed", "removed", "unchanged")}
     said = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count) or "nothing to do"
-    lines.append(f"{args.index}: {len(index):,} pictures ({said}).")
-    return {**asdict(changes), "images": len(index)}, "\n".join(lines)
+    lines.append(f"{args.index}: {count:,} pictures ({said}).")
+    return {**asdict(changes), "images": count}, "\n".join(lines)
 
 
-def _files_of(rows: datasets.Dataset, folder: Path) -> list[str]:
-    """Where the pictures of a data set lie. What lies in no file is written to a folder, to be shown from there."""
+def _in_files(rows: datasets.Dataset, folder: Path) -> datasets.Dataset:
+    """The rows with pictures in files. What lies in none is written to a folder, to be shown from there."""
+    import datasets
     from accelerate import PartialState
 
     with PartialState().main_process_first():
         folder.mkdir(exist_ok=True)
-        return [_file_of(image, folder) for image in rows["image"]]
+        files = [{"path": _file_of(image, folder), "bytes": None} for image in rows["image"]]
+    images = datasets.Dataset.from_dict(
+        {"image": files}, features=datasets.Features(image=datasets.Image(decode=False))
+    )
+    return datasets.concatenate_datasets([images, rows.remove_columns(["image", "image_id"])], axis=1)
 
 
-def _file_of(image: dict[str, Any], folder: Path) -> str:
-    """Where a picture lies, after it has been written if it lies in no file."""
+def _file_of(image: dict[str, Any] | None, folder: Path) -> str | None:
+    """Where a picture lies, after it has been written if it lies in no file; None of a row without one."""
+    if image is None:
+        return None
     if image["bytes"] is None:
-        return str(image["path"])
-    file = folder / f"{hashlib.blake2b(image['bytes'], digest_size=16).hexdigest()}{Path(image['path'] or '').suffix}"
+        return image["path"]
+    file = folder / f"{content_id(image['bytes'])}{Path(image['path'] or '').suffix}"
     if not file.exists():
         part = file.with_name(f"_{file.name}.part")
         part.write_bytes(image["bytes"])
@@ -229,12 +239,13 @@ def _file_of(image: dict[str, Any], folder: Path) -> str:
 def _query(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if (args.text is None) == (args.image is None):
         raise ValueError("Give what to look for: either a text or --image FILE.")
-    if args.sheet is not None and args.sheet.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--sheet {str(args.sheet)!r} must end as pictures do, such as hits.png.")
-    query = args.text if args.image is None else decode_image(args.image)
-    found = _open(args).search(query, 10 if args.k is None else args.k, where=args.where, candidates=args.candidates)
+    if args.sheet is not None and args.sheet.suffix.lower() not in SHEET_FORMATS:
+        raise ValueError(f"--sheet {str(args.sheet)!r} must end in one of {', '.join(SHEET_FORMATS)}.")
+    shown = args.text if args.image is None else decode_image(args.image)
+    query, k = args.text if args.image is None else args.image, 10 if args.k is None else args.k
+    found = _open(args).search(query, k, where=args.where, candidates=args.candidates)
     if args.sheet is not None:
-        save_sheet(contact_sheet(query, found, [args.index]), args.sheet)
+        save_sheet(contact_sheet(shown, found, [args.index]), args.sheet)
     lines = [f"{rank:3}. {hit.score:7.3f}  {hit.path or hit.id}" for rank, hit in enumerate(found, start=1)]
     lines = lines or ["Nothing was found."]
     if args.sheet is not None:

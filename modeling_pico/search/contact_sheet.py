@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..model.image_decoding_pico import BadImageError, decode_image
+from .files import content_id
 
 
 if TYPE_CHECKING:
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
 # Folder in that of an index for pictures of data sets, which lie in no files of their own.
 PICTURES = "pictures"
-# EXIF's name of the software.
+# EXIF's name of the software, and formats that are written with it.
 _SOFTWARE, _MARK = 0x0131, "PICO contact sheet"
+SHEET_FORMATS = (".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # Layout in pixels.
 COLUMNS, TILE, GAP, MARGIN, TITLE, LABEL = 4, 240, 20, 32, 52, 54
 _PAPER, _CARD, _EDGE, _INK, _FAINT = "white", "#f1f2f4", "#d9dce1", "#1c1e21", "#7a7f87"
@@ -33,8 +35,8 @@ def contact_sheet(
 
     Args:
         query (`str` or `PIL.Image.Image`): What was searched for.
-        hits (`Sequence[Hit]`): What was found. The tile of one whose file is gone, or never was, says so.
-        folders (`Sequence[str]`, *optional*): Where files are looked for that are gone, see [`picture_file`].
+        hits (`Sequence[Hit]`): What was found. The tile of one whose file is gone, changed or never was says so.
+        folders (`Sequence[str]`, *optional*): Where files are looked for that are gone, see [`find_picture`].
 
     Returns:
         `PIL.Image.Image`: to be written by [`save_sheet`].
@@ -69,7 +71,9 @@ def contact_sheet(
 
 
 def save_sheet(sheet: Image.Image, path: str | os.PathLike) -> None:
-    """Writes a contact sheet with its mark; the format is that of the name's suffix. OSError or ValueError if not."""
+    """Writes a contact sheet with its mark in the format of the name's suffix; ValueError for one without marks."""
+    if Path(path).suffix.lower() not in SHEET_FORMATS:
+        raise ValueError(f"A contact sheet must end in one of {', '.join(SHEET_FORMATS)}, got {str(path)!r}.")
     exif = Image.Exif()
     exif[_SOFTWARE] = _MARK
     sheet.save(path, exif=exif)
@@ -77,20 +81,31 @@ def save_sheet(sheet: Image.Image, path: str | os.PathLike) -> None:
 
 def check_no_sheet(image: Image.Image, source: str) -> None:
     """`BadImageError` for a contact sheet of an earlier search, which is no picture of a gallery."""
-    if image.getexif().get(_SOFTWARE) == _MARK:
+    try:
+        software = image.getexif().get(_SOFTWARE)
+    except Exception:  # damaged metadata does not make the pixels useless
+        return
+    if software == _MARK:
         raise BadImageError(f"{source} is a contact sheet of an earlier search.")
 
 
-def picture_file(hit: Hit, folders: Sequence[str | os.PathLike] = ()) -> str | None:
+def find_picture(hit: Hit, folders: Sequence[str | os.PathLike] = ()) -> Image.Image | None:
     """
-    Where a hit's picture lies: its path, or where that has gone, the end of it that leads to a file in one of the
-    folders that it may have moved to; None if there is none.
+    The picture of a hit: of the file at its path or, where that has gone, at the end of its path in one of the folders
+    that it may have moved to. None unless a file there still has the content that was indexed.
     """
-    if hit.path is None or Path(hit.path).is_file():
-        return hit.path
+    if hit.path is None:
+        return None
     parts = Path(hit.path).parts[1:]
     ends = (Path(folder, *parts[start:]) for folder in folders for start in range(len(parts)))
-    return next((str(path) for path in ends if path.is_file()), None)
+    for path in (Path(hit.path), *ends):
+        try:
+            content = path.read_bytes() if path.is_file() else b""
+            if content_id(content) == hit.id:
+                return decode_image(content)
+        except (OSError, BadImageError):
+            continue
+    return None
 
 
 def hit_name(hit: Hit) -> str:
@@ -100,14 +115,11 @@ def hit_name(hit: Hit) -> str:
 
 def hit_picture(hit: Hit, folders: Sequence[str | os.PathLike] = ()) -> Image.Image:
     """The picture of a hit, or a card that says that there is none any more."""
-    try:
-        return decode_image({"path": picture_file(hit, folders), "bytes": None})
-    except BadImageError:
-        card = Image.new("RGB", (TILE, TILE), _CARD)
-        ImageDraw.Draw(card).text(
-            (TILE / 2, TILE / 2), "no picture here", _FAINT, ImageFont.load_default(15), anchor="mm"
-        )
-        return card
+    picture = find_picture(hit, folders)
+    if picture is None:
+        picture, middle = Image.new("RGB", (TILE, TILE), _CARD), (TILE / 2, TILE / 2)
+        ImageDraw.Draw(picture).text(middle, "no picture here", _FAINT, ImageFont.load_default(15), anchor="mm")
+    return picture
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
@@ -119,4 +131,13 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, wi
     return text.rstrip() + "…"
 
 
-__all__ = ["PICTURES", "check_no_sheet", "contact_sheet", "hit_name", "hit_picture", "picture_file", "save_sheet"]
+__all__ = [
+    "PICTURES",
+    "SHEET_FORMATS",
+    "check_no_sheet",
+    "contact_sheet",
+    "find_picture",
+    "hit_name",
+    "hit_picture",
+    "save_sheet",
+]

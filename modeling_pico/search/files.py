@@ -1,10 +1,11 @@
-"""Files of an index, which hold their old or their new content whenever the process dies."""
+"""Files of an index, which hold their old or their new content whenever the process dies; and what names a picture."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 
 
@@ -21,4 +22,9 @@ def written_whole(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-__all__ = ["written_whole"]
+def content_id(content: bytes) -> str:
+    """What a picture is known by: 32 hexadecimal digits of its file's bytes, wherever it lies."""
+    return blake2b(content, digest_size=16).hexdigest()
+
+
+__all__ = ["content_id", "written_whole"]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 
 Value = str | int | float | bool
@@ -50,27 +53,34 @@ def parse_where(where: str | Mapping[str, Any] | None, columns: Mapping[str, str
         ]
     else:
         conditions = _parse(where, known)
-    for condition in conditions:
-        if condition.column not in known:
-            raise ValueError(f"There is no column {condition.column!r} to filter by. {_columns(known)}")
-        kind = known[condition.column]
-        values = condition.value if condition.operator == "in" else [condition.value]
-        if not values or not all(_fits(value, kind) for value in values):
-            raise ValueError(
-                f"The column {condition.column!r} holds a {kind} and cannot be compared with {condition.value!r}. "
-                f"{_columns(known)}"
-            )
-        if kind in ("text", "truth") and condition.operator not in ("=", "!=", "in"):
-            raise ValueError(
-                f"The column {condition.column!r} holds a {kind}, which is compared by =, != and in alone, not by "
-                f"{condition.operator}."
-            )
-    return conditions
+    return [_checked(condition, known) for condition in conditions]
 
 
-def _fits(value: Any, kind: str) -> bool:
+def _checked(condition: Condition, known: Mapping[str, str]) -> Condition:
+    """The condition with values as the column holds them."""
+    column, operator, value = condition.column, condition.operator, condition.value
+    if column not in known:
+        raise ValueError(f"There is no column {column!r} to filter by. {_columns(known)}")
+    kind = known[column]
+    values = [_as_kind(one, kind) for one in (value if operator == "in" else [value])]
+    if not values or None in values:
+        raise ValueError(f"The column {column!r} ({kind}) cannot be compared with {value!r}. {_columns(known)}")
+    if kind in ("text", "truth") and operator not in ("=", "!=", "in"):
+        raise ValueError(f"The column {column!r} ({kind}) is compared by =, != and in alone, not by {operator}.")
+    return Condition(column, operator, values if operator == "in" else values[0])
+
+
+def _as_kind(value: Any, kind: str) -> Any:
+    """A value as columns of a kind hold it; None for what they cannot be compared with."""
+    value = value.item() if isinstance(value, np.generic) else value
     # True is an integer to Python.
-    return isinstance(value, KINDS[kind]) and isinstance(value, bool) == (kind == "truth")
+    if not isinstance(value, KINDS[kind]) or isinstance(value, bool) != (kind == "truth"):
+        return None
+    if kind == "integer":
+        return int(value) if -(2**63) <= value < 2**63 and value == int(value) else None
+    if kind == "number":
+        return float(value) if abs(value) <= sys.float_info.max else None
+    return value
 
 
 def _columns(known: Mapping[str, str]) -> str:

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from PIL import Image
 
 from ..model.image_decoding_pico import BadImageError, decode_image, describe_image, open_image
 from .contact_sheet import check_no_sheet
+from .files import content_id
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Gallery:
             )
         if not len(self):
             raise ValueError("There is no image to add: the data set or list is empty.")
-        self._columns = {name: _plain(values) for name, values in (columns or {}).items()}
+        self._columns = {name: [_plain(value) for value in values] for name, values in (columns or {}).items()}
         for name, values in self._columns.items():
             if len(values) != len(self):
                 raise ValueError(f"The column {name!r} has {len(values)} values for {len(self)} images.")
@@ -94,7 +94,8 @@ class Gallery:
         self.kinds = {name: kind for name, kind in kinds.items() if kind is not None}
         rows = rows.with_format(None).select_columns(["image", *self.kinds])
         self._images = self._rows = rows.cast_column("image", datasets.Image(decode=False))
-        self._labels = {name: of for name, of in rows.features.items() if isinstance(of, datasets.ClassLabel)}
+        of_one = {name: of.feature if isinstance(of, datasets.List) else of for name, of in rows.features.items()}
+        self._labels = {name: of for name, of in of_one.items() if isinstance(of, datasets.ClassLabel)}
 
     def __len__(self) -> int:
         return len(self._images)
@@ -103,9 +104,9 @@ class Gallery:
         value = self._images[place]
         columns: dict[str, Any] = {}
         if self._rows is not None:
-            columns = {name: value[name] for name in value if name != "image"}
+            columns = {name: _plain(value[name]) for name in value if name != "image"}
             for name, labels in self._labels.items():
-                columns[name] = None if columns[name] is None else labels.int2str(columns[name])
+                columns[name] = _named(columns[name], labels)
             value = value["image"] or {"path": None, "bytes": None}
             path = value["path"] if value["bytes"] is None else None
             name = f"row {place}" + (f" ({value['path']})" if value["path"] else "")
@@ -129,7 +130,9 @@ def read_image(value: Any) -> tuple[str, Image.Image]:
     What an image is known by, and the image. That is a digest of the file's bytes or, of a PIL image, of its pixels
     after decoding; BadImageError if it cannot be decoded.
     """
-    if isinstance(value, (str, os.PathLike)):
+    if isinstance(value, bytes):
+        value = {"path": None, "bytes": value}
+    elif isinstance(value, (str, os.PathLike)):
         value = {"path": os.fspath(value), "bytes": None}
     if isinstance(value, Mapping):
         path = value["path"]
@@ -141,13 +144,11 @@ def read_image(value: Any) -> tuple[str, Image.Image]:
             except OSError as error:
                 raise BadImageError(f"The image file {path!r} cannot be read: {error}") from error
     image = decode_image(value)
-    if not isinstance(value, Image.Image):
-        with open_image(value) as opened:
-            check_no_sheet(opened, describe_image(value))
-    content = value["bytes"] if isinstance(value, Mapping) else value
     if isinstance(value, Image.Image):
-        content = repr(image.size).encode() + image.tobytes()
-    return blake2b(content, digest_size=16).hexdigest(), image
+        return content_id(repr(image.size).encode() + image.tobytes()), image
+    with open_image(value) as opened:
+        check_no_sheet(opened, describe_image(value))
+    return content_id(value["bytes"]), image
 
 
 def _check_place(path: str) -> None:
@@ -190,14 +191,25 @@ def _find_files(folder: str, leave_out: Path | None) -> list[str]:
     return sorted(files)
 
 
-def _plain(values: Any) -> list[Any]:
-    return [value.item() if isinstance(value, np.generic) else value for value in values]
+def _plain(value: Any) -> Any:
+    """A value without numpy; NaN, by which tables of pandas say that there is none, is None."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and value != value else value
+
+
+def _named(value: Any, labels: Any) -> Any:
+    """The name of a label, or names of several; None of an unknown one, which data sets write as -1."""
+    if isinstance(value, list):
+        return [_named(label, labels) for label in value]
+    return None if value is None or value < 0 else labels.int2str(value)
 
 
 def _kind(name: str, values: Sequence[Any]) -> str:
     found = {type(value) for value in values if value is not None}
     for kind, types in (("text", {str}), ("truth", {bool}), ("integer", {int}), ("number", {int, float})):
         if found <= types:
+            if kind == "integer" and not all(value is None or -(2**63) <= value < 2**63 for value in values):
+                raise ValueError(f"The column {name!r} holds integers of more than 64 bits. Give them as texts.")
             return kind
     if found == {list} and all(isinstance(text, str) for texts in values for text in texts or ()):
         return "texts"

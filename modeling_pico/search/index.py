@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from ..model.image_decoding_pico import BadImageError
+from .contact_sheet import PICTURES
 from .embeddings import PRECISIONS, exact_scores, pack, token_bytes, unpack
 from .encoders import Encoder, ModelEncoder, load_alignment, save_alignment
 from .files import written_whole
@@ -108,6 +109,9 @@ class _Known:
                 self.at.setdefault(path, set()).add(id)
         # Images that were among those given so far, with the name of the first file of each.
         self.given: dict[str, str] = {}
+        # Images at whose path another one was found, and those of them in whose place a new one came.
+        self.displaced: set[str] = set()
+        self.replaced: set[str] = set()
 
 
 class PicoIndex:
@@ -137,7 +141,6 @@ class PicoIndex:
         model: Any,
         processor: Any = None,
         *,
-        encoder: str = "model",
         precision: str = "float16",
         store: str = "lancedb",
         url: str | None = None,
@@ -149,9 +152,8 @@ class PicoIndex:
         Args:
             folder (`str` or `os.PathLike`): Its folder, which must not exist or be empty.
             model ([`PicoModel`], [`Encoder`] or `str`):
-                What encodes images and queries; with `encoder="onnx"` the folder of an ONNX export.
+                What encodes images and queries; a `str` is the folder of an ONNX export.
             processor ([`PicoProcessor`], *optional*): The processor of a [`PicoModel`].
-            encoder (`str`, *optional*, defaults to `"model"`): `"model"` or `"onnx"`.
             precision (`str`, *optional*, defaults to `"float16"`):
                 How embeddings are kept: `"float16"`, or `"int8"` with a scale for each token, which takes half of it.
             store (`str`, *optional*, defaults to `"lancedb"`): The database: `"lancedb"`, or `"qdrant"`.
@@ -169,7 +171,7 @@ class PicoIndex:
         if url is not None and store != "qdrant":
             raise ValueError(f"A server is named by `url` for store='qdrant' alone, got store={store!r}.")
         folder = Path(folder)
-        own = make_encoder(model, processor, encoder)
+        own = make_encoder(model, processor)
         if align and not isinstance(own, ModelEncoder):
             raise ValueError(
                 f"`align` needs a PicoModel, since {type(own).__name__} does not move galleries. Build the index with "
@@ -209,7 +211,7 @@ class PicoIndex:
         """
         folder = Path(folder)
         try:
-            about = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+            about = _read_about(folder)
             version = about["schema_version"]
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{str(folder)!r} holds no index: there is no {INDEX_FILE} in it.") from None
@@ -222,7 +224,7 @@ class PicoIndex:
             )
         encoder = None
         if model is not None:
-            encoder = make_encoder(model, processor, "model" if processor is not None else "onnx")
+            encoder = make_encoder(model, processor)
             if encoder.identity["fingerprint"] != about["model"]["fingerprint"]:
                 raise ValueError(
                     f"The index in {str(folder)!r} was made by another model: {_describe(about['model'])}. This is "
@@ -275,7 +277,6 @@ class PicoIndex:
             self._check_columns(gallery.kinds)
             known = _Known(processes.from_main(lambda: self._store.keys() if self._about["dim"] else []))
             before = dict(known.keys)
-            stale: set[str] = set()
             alignment = self._alignment(gallery, processes) if self._about["align"] else None
             if len(known.keys) + len(gallery) > CANDIDATES:
                 processes.on_main(partial(self._fit_first_stage, gallery, encoder, batch_size, alignment))
@@ -286,17 +287,16 @@ class PicoIndex:
                 places = range(min(own_start, len(gallery)), min(own_start + COMMIT_IMAGES, len(gallery)))
                 look = partial(self._look_at, gallery, places, known, encoder, batch_size, alignment)
                 outcomes = processes.gather(look)
-                rows = _take_account(outcomes, known, changes, stale)
+                rows = _take_account(outcomes, known, changes)
                 if rows:
                     self._set_dim(max(outcome.dim for outcome in outcomes), processes)
                     processes.on_main(partial(self._commit, rows))
                 bar.update(min(round_size, len(gallery) - start))
             bar.close()
-            gone = stale - known.given.keys()
+            gone = known.displaced - known.given.keys()
             if remove_missing:
-                missing = {id for id, (path, _) in before.items() if gallery.covers(path)} - known.given.keys() - gone
-                changes.removed = len(missing)
-                gone |= missing
+                gone |= {id for id, (path, _) in before.items() if gallery.covers(path)} - known.given.keys()
+            changes.removed = len(gone - known.replaced)
             processes.on_main(lambda: self._finish(sorted(gone), bool(changes.added + changes.changed)))
         return changes
 
@@ -370,10 +370,9 @@ class PicoIndex:
         kept = {row.id: row.data for row in self._store.read([row.id for row in moved])}
         for row in moved:
             row.data = kept[row.id]
-        self._add(rows)
+        self._add(rows, self._first_stage())
 
-    def _add(self, rows: list[Row]) -> None:
-        first_stage = self._first_stage()
+    def _add(self, rows: list[Row], first_stage: FirstStage | None) -> None:
         for row in rows:
             if first_stage is None:
                 row.vector = np.zeros(FirstStage.size(self._about["dim"]), np.float32)
@@ -391,21 +390,23 @@ class PicoIndex:
             return
         count = min(len(gallery), _FITTED_IMAGES)
         places = [index * len(gallery) // count for index in range(count)]
-        images = []
-        for place in places:
-            with suppress(BadImageError):  # named when it is to be encoded
-                images.append(read_image(gallery[place].value)[1])
-        encoded = _encode(encoder, images, batch_size, alignment)
+        encoded: list[np.ndarray] = []
+        for start in range(0, count, batch_size):  # which memory holds
+            images = []
+            for place in places[start : start + batch_size]:
+                with suppress(BadImageError):  # named when it is to be encoded
+                    images.append(read_image(gallery[place].value)[1])
+            encoded += _encode(encoder, images, batch_size, alignment)
         rows = self._store.all() if self._about["dim"] else []
         tokens = [*encoded, *(self._unpack(row) for row in rows)]
         finite = [part[np.isfinite(part).all(axis=1)] for part in tokens]
         if not sum(map(len, finite)):
             return
-        self._fitted = FirstStage.fit(np.concatenate(finite))
+        fitted = FirstStage.fit(np.concatenate(finite))
         if rows:
-            self._add(rows)
+            self._add(rows, fitted)
         with _clear_if_full(self.folder):
-            self._fitted.save(self.folder / FIRST_STAGE_FILE)
+            fitted.save(self.folder / FIRST_STAGE_FILE)
 
     def _first_stage(self) -> FirstStage | None:
         path = self.folder / FIRST_STAGE_FILE
@@ -417,6 +418,10 @@ class PicoIndex:
         with _clear_if_full(self.folder):
             for start in range(0, len(gone), 1000):
                 self._store.delete(gone[start : start + 1000])
+            # Pictures of data sets lie in the folder of the index, by their ids.
+            own = {file.stem: file for file in (self.folder / PICTURES).glob("*")} if gone else {}
+            for id in own.keys() & set(gone):
+                own[id].unlink()
             if gone or grew:
                 self._store.tidy()
 
@@ -430,8 +435,9 @@ class PicoIndex:
         the score, and these are scored exactly; a gallery of no more is scored whole.
 
         Args:
-            query (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`):
-                A text, or an image. A `str` is a text always; give the path of an image as a `Path`.
+            query (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image` or `numpy.ndarray`):
+                A text, an image, or what [`encode_query`] made of them. A `str` is a text always; give the path of an
+                image as a `Path`.
             k (`int`, *optional*, defaults to 10): Images to find; a smaller gallery is returned whole.
             where (`str` or `Mapping[str, Any]`, *optional*):
                 What images must fulfil: `"style = 'ink' and year >= 1990"`, or `{"style": ["ink", "pen"]}`.
@@ -447,13 +453,11 @@ class PicoIndex:
         """
         if k < 1 or candidates < 1:
             raise ValueError(f"k and candidates must be at least 1, got k={k} and candidates={candidates}.")
-        if isinstance(query, str) and not query.strip():
-            raise ValueError("The query is empty. Give a text, or an image as a Path, as bytes or as a PIL image.")
-        encoder = self.encoder
+        tokens = query if isinstance(query, np.ndarray) else self.encode_query(query)
+        is_empty = self._is_empty()
         conditions = parse_where(where, self.columns)
-        if not self._about["dim"] or not (fitting := self._store.count(conditions)):
+        if is_empty or not (fitting := self._store.count(conditions)):
             return []
-        tokens = encoder.encode_texts([query])[0] if isinstance(query, str) else self._image_tokens(query, encoder)
         limit = max(k, candidates)
         first_stage = self._first_stage()
         if first_stage is None or fitting <= limit:
@@ -466,12 +470,22 @@ class PicoIndex:
         best = sorted(range(len(rows)), key=lambda place: (-scores[place], rows[place].id))[:k]
         return [Hit(rows[place].id, float(scores[place]), rows[place].path, rows[place].columns) for place in best]
 
-    def _image_tokens(self, query: Any, encoder: Encoder) -> np.ndarray:
-        id, image = read_image(query)
-        # An image of a moved gallery is where it was moved to; any other stays where it is, as images of training do.
-        if self._about["align"] and (rows := self._store.read([id])):
-            return self._unpack(rows[0])
-        return encoder.encode_images([image])[0]
+    def encode_query(self, query: Any) -> np.ndarray:
+        """The embeddings `(tokens, dim)` in float32 that a query of [`search`] is compared by."""
+        encoder = self.encoder
+        if isinstance(query, str):
+            if not query.strip():
+                raise ValueError("The query is empty. Give a text, or an image as a Path, as bytes or as a PIL image.")
+            tokens = encoder.encode_texts([query])[0]
+        else:
+            id, image = read_image(query)
+            # An image of a moved gallery is where it was moved to; any other stays where it is, as those of training.
+            if self._about["align"] and not self._is_empty() and (rows := self._store.read([id])):
+                return self._unpack(rows[0])
+            tokens = encoder.encode_images([image])[0]
+        if not np.isfinite(tokens).all():
+            raise ValueError("The model gives values for the query that are NaN or infinite: nothing can be ranked.")
+        return tokens
 
     def _unpack(self, row: Row) -> np.ndarray:
         return unpack(row.data, self._about["dim"], self._about["precision"])
@@ -480,29 +494,36 @@ class PicoIndex:
 
     def embeddings(self, id: str) -> np.ndarray:
         """The stored embeddings `(tokens, dim)` of an image in float32; ValueError if there is none of this id."""
-        rows = self._store.read([id]) if self._about["dim"] else []
+        rows = [] if self._is_empty() else self._store.read([id])
         if not rows:
             raise ValueError(f"The index holds no image {id!r}.")
         return self._unpack(rows[0])
 
     def values(self, column: str, limit: int = 200) -> list[Any]:
         """The values of a column in order; none if there are more than `limit`, or none that a filter can name."""
-        if self.columns.get(column) not in KINDS or not self._about["dim"]:
+        if self._is_empty() or self.columns.get(column) not in KINDS:
             return []
         return self._store.values(column, limit)
 
     def __len__(self) -> int:
-        return self._store.count() if self._about["dim"] else 0
+        return 0 if self._is_empty() else self._store.count()
+
+    def _is_empty(self) -> bool:
+        """Whether nothing was added yet; another process may have been the first to add since the index was opened."""
+        if self._about["dim"] is None:
+            self._about = _read_about(self.folder)
+        return self._about["dim"] is None
 
     def info(self) -> dict[str, Any]:
         """
         What the index is: its number of `images`, `bytes` on this disk, `model` (what names it), `precision`, `store`,
         `align`, `columns` with what each holds, and `dim` of the embeddings.
         """
+        images = len(self)
         files = [path for path in self.folder.rglob("*") if path.is_file()]
         return {
             "folder": str(self.folder.resolve()),
-            "images": len(self),
+            "images": images,
             "bytes": sum(path.stat().st_size for path in files),
             **{name: self._about[name] for name in ("model", "precision", "store", "align", "dim", "schema_version")},
             "columns": self.columns,
@@ -608,26 +629,28 @@ class PicoIndex:
         processes.on_main(acquire)
         try:
             # Another process may have been the first to add.
-            self._about = json.loads((self.folder / INDEX_FILE).read_text(encoding="utf-8"))
+            self._about = _read_about(self.folder)
             self.close()
             yield processes
         finally:
             lock.release()
 
 
-def make_encoder(model: Any, processor: Any = None, encoder: str = "model") -> Encoder:
-    """An [`Encoder`] as it is, or that of a model and its processor, or with `"onnx"` that of an exported folder."""
-    if encoder not in ("model", "onnx"):
-        raise ValueError(f"`encoder` must be 'model' or 'onnx', got {encoder!r}.")
+def make_encoder(model: Any, processor: Any = None) -> Encoder:
+    """An [`Encoder`] as it is, or that of a model and its processor, or that of the folder of an ONNX export."""
     if isinstance(model, Encoder):
         return model
-    if encoder == "onnx" or isinstance(model, (str, os.PathLike)):
+    if isinstance(model, (str, os.PathLike)):
         from .encoder_onnx import OnnxEncoder
 
         return OnnxEncoder(model)
     if processor is None:
         raise ValueError("Give the model's processor as well: PicoProcessor.from_pretrained(...).")
     return ModelEncoder(model, processor)
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
 
 
 def _encode(encoder: Encoder, images: list[Image.Image], batch_size: int, alignment: Any) -> list[np.ndarray]:
@@ -637,7 +660,7 @@ def _encode(encoder: Encoder, images: list[Image.Image], batch_size: int, alignm
     return encoder.encode_images(images, batch_size=batch_size, alignment=alignment) if images else []
 
 
-def _take_account(outcomes: list[_Outcome], known: _Known, changes: Changes, stale: set[str]) -> list[Row]:
+def _take_account(outcomes: list[_Outcome], known: _Known, changes: Changes) -> list[Row]:
     """Counts what became of images, the same in all processes; returns the rows to write."""
     rows = []
     for outcome in outcomes:
@@ -646,10 +669,16 @@ def _take_account(outcomes: list[_Outcome], known: _Known, changes: Changes, sta
             changes.skipped[name] = outcome.problem
             continue
         others = known.at.get(outcome.path or "", set()) - {id}
-        stale |= others
+        known.displaced |= others
+        if row is not None and not row.data and id not in known.keys:
+            changes.skipped[name] = "the same image as one that was left out"
+            continue
+        repeated = id in known.given
         first = known.given.setdefault(id, outcome.twin or name)
-        if first != name or (row is not None and not row.data and id not in known.keys):
+        if first != name:
             changes.skipped[name] = f"the same image as {first}"
+        elif repeated:
+            changes.skipped[name] = "given more than once: what came with it first is kept"
         elif row is None:
             changes.unchanged += 1
         else:
@@ -657,6 +686,8 @@ def _take_account(outcomes: list[_Outcome], known: _Known, changes: Changes, sta
                 changes.changed += 1
             else:
                 changes.added += 1
+            if id not in known.keys:
+                known.replaced |= others
             rows.append(row)
             known.keys[id] = (row.path, row.state)
     return rows

@@ -24,9 +24,9 @@ except ImportError as error:
     raise ImportError("The page needs gradio, which is not installed: pip install modeling-pico[demo]") from error
 
 from ..markdown import escape_markdown
-from ..model.image_decoding_pico import BadImageError, decode_image
+from ..model.image_decoding_pico import BadImageError
 from ..plots import NothingToDrawError, patch_grid, shown_image, token_names
-from .contact_sheet import hit_name, hit_picture, picture_file
+from .contact_sheet import find_picture, hit_name, hit_picture
 from .embeddings import exact_scores
 from .encoders import ModelEncoder
 from .heat_map import heat_maps
@@ -70,9 +70,9 @@ _SHOW_DETAIL = "() => { if (innerWidth < 768) document.querySelector('#detail').
 
 @dataclass
 class Found:
-    """A search of one visitor: what was asked, and what was found."""
+    """A search of one visitor: what was asked, a text or the embeddings of a picture, and what was found."""
 
-    query: str | Image.Image
+    query: str | np.ndarray
     hits: list[Hit]
 
 
@@ -93,16 +93,16 @@ def build_page(
     Returns:
         `gradio.Blocks`: for [`serve`], or to be mounted in another application.
     """
-    choices, hidden = filter_choices(index), gradio.update(visible=False)
+    hidden = gradio.update(visible=False)
     folders = [index.folder] if pictures is None else [pictures, index.folder]
 
     @_said
-    def find(query: str | Image.Image, column: str | None, value: Any, where: str | None):
+    def find(query: str | np.ndarray, column: str | None, value: Any, where: str | None):
         hits = index.search(query, k, where=_condition(column, value, where), candidates=candidates)
         items = [(_small(hit_picture(hit, folders), _THUMBNAIL), f"{hit.score:.3f} · {hit_name(hit)}") for hit in hits]
         said = "" if hits else "Nothing was found. Is the filter too narrow?"
         captions = ""
-        if isinstance(query, Image.Image) and (best := best_captions(index, query, hits)):
+        if not isinstance(query, str) and (best := best_captions(index, query, hits)):
             captions = "**Captions of similar pictures, best first**\n\n" + "\n".join(
                 f"1. {escape_markdown(caption)} · {score:.3f}" for caption, score in best
             )
@@ -114,14 +114,14 @@ def build_page(
     def find_similar(path: str | None, *filters: Any):
         if path is None:
             return hidden, None, "", hidden
-        return find(_uploaded(path), *filters)
+        return find(_uploaded(index, path), *filters)
 
     @_said
     def explain(found: Found | None, event: gradio.SelectData):
         if found is None or not 0 <= event.index < len(found.hits):
             raise ValueError("Search first, then choose one of the hits.")
         hit = found.hits[event.index]
-        words, said = matching_patches(index, found.query, hit, picture_file(hit, folders))
+        words, said = matching_patches(index, found.query, hit, find_picture(hit, folders))
         return (
             gradio.update(visible=True),
             _small(hit_picture(hit, folders), _LARGE),
@@ -131,14 +131,17 @@ def build_page(
         )
 
     def offer(column: str | None):
-        return gradio.update(choices=choices.get(column or "", []), value=None)
+        return gradio.update(choices=filter_choices(index).get(column or "", []), value=None)
+
+    def greet():
+        columns = [("any", ""), *((name, name) for name in filter_choices(index))]
+        name = Path(index.model["name"])
+        model = escape_markdown(name.name if name.is_absolute() else name)
+        return f"# Search {len(index):,} pictures\n\nModel: {model}", gradio.update(choices=columns)
 
     with gradio.Blocks(title="Search pictures", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         found = gradio.State()
-        name = Path(index.model["name"])
-        gradio.Markdown(
-            f"# Search {len(index):,} pictures\n\nModel: {escape_markdown(name.name if name.is_absolute() else name)}"
-        )
+        title = gradio.Markdown()
         with gradio.Row():
             with gradio.Column(scale=3, min_width=320):
                 with gradio.Row(equal_height=True):
@@ -165,11 +168,7 @@ def build_page(
                 with gradio.Accordion("Filter", open=False):
                     with gradio.Row():
                         column = gradio.Dropdown(
-                            [("any", ""), *((name, name) for name in choices)],
-                            value="",
-                            label="Column",
-                            min_width=120,
-                            elem_id="column",
+                            [("any", "")], value="", label="Column", min_width=120, elem_id="column"
                         )
                         value = gradio.Dropdown([], label="Value", min_width=120, elem_id="value")
                     where = gradio.Textbox(
@@ -204,6 +203,7 @@ def build_page(
                 )
                 about = gradio.Markdown(elem_id="about")
         filters, results = [column, value, where], [hits, found, said, detail]
+        page.load(greet, None, [title, column], api_visibility="private")
         for trigger in (text.submit, button.click):
             trigger(find_text, [text, *filters], results, api_name="search", show_progress_on=hits)
         picture.change(find_similar, [picture, *filters], results, api_name="similar", show_progress_on=hits)
@@ -276,10 +276,10 @@ def _said(function: Callable) -> Callable:
 
 
 @_said
-def _uploaded(path: str) -> Image.Image:
-    """A visitor's picture, in a size that is worth keeping; its name is not repeated in messages."""
+def _uploaded(index: PicoIndex, path: str) -> np.ndarray:
+    """Embeddings of a visitor's picture; its name is not repeated in messages."""
     try:
-        return _small(decode_image(path), 2 * _LARGE)
+        return index.encode_query(Path(path))
     except BadImageError as error:
         raise ValueError(str(error).replace(repr(path), "that was uploaded")) from error
 
@@ -326,31 +326,29 @@ def describe_hit(hit: Hit) -> str:
     return "\n".join(lines)
 
 
-def best_captions(index: PicoIndex, query: Image.Image, hits: Sequence[Hit]) -> list[tuple[str, float]]:
-    """Captions of similar pictures with their scores for the picture that was asked with, best first."""
+def best_captions(index: PicoIndex, query: np.ndarray, hits: Sequence[Hit]) -> list[tuple[str, float]]:
+    """Captions of similar pictures with their scores for the picture of these embeddings, best first."""
     captions = list(dict.fromkeys(caption for hit in hits[:_CAPTIONED] for caption in captions_of(hit)))
     if not captions:
         return []
-    (picture,), texts = index.encoder.encode_images([query]), index.encoder.encode_texts(captions)
-    scores = exact_scores(picture, np.concatenate(texts), np.array([len(text) for text in texts])).tolist()
+    texts = index.encoder.encode_texts(captions)
+    scores = exact_scores(query, np.concatenate(texts), np.array([len(text) for text in texts])).tolist()
     return sorted(zip(captions, scores, strict=True), key=lambda pair: -pair[1])[:_MAX_CAPTIONS]
 
 
 @torch.no_grad()
 def matching_patches(
-    index: PicoIndex, query: str | Image.Image, hit: Hit, file: str | None
+    index: PicoIndex, query: str | np.ndarray, hit: Hit, picture: Image.Image | None
 ) -> tuple[list[tuple[Image.Image, str]], str]:
     """
-    Maps of where a hit matches each word, or the picture that was asked with, and a sentence on how to read them; no
-    maps and the reason where there are no patches to show.
+    Maps of where a hit, of this picture, matches each word, or the embeddings of the picture that was asked with, and
+    a sentence on how to read them; no maps and the reason where there are no patches to show.
     """
     encoder = index.encoder
     if not isinstance(encoder, ModelEncoder):
         return [], "Words are shown on pictures where the index is opened with its PyTorch model."
     model, processor = encoder.model, encoder.processor
-    try:
-        picture = decode_image({"path": file, "bytes": None})
-    except BadImageError:
+    if picture is None:
         return [], "The picture is no longer there."
     pixels = processor(images=[picture], return_tensors="pt")["pixel_values"][0]
     tokens = index.embeddings(hit.id)
@@ -377,8 +375,7 @@ def matching_patches(
         names, similarity = token_names(processor.tokenizer, [ids[row] for row in chosen]), patches @ words[chosen].T
         said = "Where each word matches: light is high, the best patch is outlined."
     else:
-        (other,) = encoder.encode_images([query])
-        names, similarity = ["your picture"], (patches @ other.T).max(axis=1, keepdims=True)
+        names, similarity = ["your picture"], (patches @ query.T).max(axis=1, keepdims=True)
         said = "Where it is like some part of your picture: light is high, the best patch is outlined."
     best = similarity.max(axis=0)
     maps = heat_maps(picture, similarity, grid)

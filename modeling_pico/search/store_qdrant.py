@@ -39,7 +39,15 @@ class QdrantStore:
     def __init__(self, folder: Path, url: str | None, collection: str, size: int, columns: Mapping[str, str]) -> None:
         self._names = {name: f"column_{place}" for place, name in enumerate(columns)}
         self._collection = collection
-        self._client = QdrantClient(path=str(folder)) if url is None else QdrantClient(url=url)
+        try:
+            self._client = QdrantClient(path=str(folder)) if url is None else QdrantClient(url=url)
+        except RuntimeError as error:
+            if "already accessed" not in str(error):
+                raise
+            raise ValueError(
+                f"The index in {str(folder.parent)!r} is open elsewhere: without a server Qdrant lets in one process, "
+                "and one PicoIndex of it, at a time. Close that one, or use a server (`url`) or the store 'lancedb'."
+            ) from error
         if not self._client.collection_exists(collection):
             self._client.create_collection(
                 collection, vectors_config=models.VectorParams(size=size, distance=models.Distance.DOT, on_disk=True)
@@ -135,9 +143,9 @@ class QdrantStore:
 
 
 def _equal(key: str, value: Any) -> models.FieldCondition:
-    if isinstance(value, (str, bool)):
-        return models.FieldCondition(key=key, match=models.MatchValue(value=value))
-    return models.FieldCondition(key=key, range=models.Range(gte=value, lte=value))
+    if isinstance(value, float):
+        return models.FieldCondition(key=key, range=models.Range(gte=value, lte=value))
+    return models.FieldCondition(key=key, match=models.MatchValue(value=value))
 
 
 def _points(ids: Sequence[str]) -> list[Any]:

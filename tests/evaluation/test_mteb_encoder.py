@@ -189,7 +189,7 @@ def test_results_of_one_way_or_checkpoint_do_not_pass_for_those_of_another(data,
 def test_what_cannot_be_evaluated_is_refused(checkpoint, tiny_clip, monkeypatch):
     with pytest.raises(ValueError, match="scores must be one of late_interaction, pooled, got 'cosine'"):
         MtebEncoder(checkpoint, scores="cosine")
-    with pytest.raises(ValueError, match="is a CLIPModel; checkpoints of this package are evaluated"):
+    with pytest.raises(ValueError, match="is a CLIPModel and no checkpoint of PICO or CDDS"):
         MtebEncoder(tiny_clip.folder)
     batch = {"image": [None], "text": ["a red circle"]}
     with pytest.raises(ValueError, match="CirrIT2I asks for one embedding of image and text together"):

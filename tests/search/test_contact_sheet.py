@@ -11,13 +11,15 @@ from modeling_pico.search.contact_sheet import (
     GAP,
     LABEL,
     MARGIN,
+    SHEET_FORMATS,
     TILE,
     TITLE,
     check_no_sheet,
     contact_sheet,
-    picture_file,
+    find_picture,
     save_sheet,
 )
+from modeling_pico.search.files import content_id
 
 
 COLOURS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0), "orange": (255, 165, 0)}
@@ -27,7 +29,8 @@ COLOURS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255), "black"
 def hits(tmp_path) -> list[Hit]:
     for name in COLOURS:
         Image.new("RGB", (60, 40), name).save(tmp_path / f"{name}.png")
-    return [Hit(name, 0.5, str(tmp_path / f"{name}.png")) for name in COLOURS]
+    paths = [tmp_path / f"{name}.png" for name in COLOURS]
+    return [Hit(content_id(path.read_bytes()), 0.5, str(path)) for path in paths]
 
 
 def middles(sheet: Image.Image, count: int) -> list[tuple[int, ...]]:
@@ -65,13 +68,28 @@ def test_a_picture_that_moved_is_found_inside_of_the_folder_that_is_named(hits, 
     moved = tmp_path / "elsewhere"
     (moved / tmp_path.name).mkdir(parents=True)
     (tmp_path / "red.png").rename(moved / tmp_path.name / "red.png")
-    assert picture_file(hits[0]) is None and picture_file(hits[0], [tmp_path / "blue.png"]) is None
-    assert picture_file(hits[0], [moved]) == str(moved / tmp_path.name / "red.png")
-    assert picture_file(hits[1], [moved]) == hits[1].path  # where it was
-    assert picture_file(Hit("id", 0.5, None), [moved]) is None
+    # Another picture of that name, where it would be looked for last.
+    Image.new("RGB", (60, 40), "black").save(moved / "red.png")
+    assert find_picture(hits[0]) is None and find_picture(hits[0], [tmp_path / "blue.png"]) is None
+    assert find_picture(hits[0], [moved]).getpixel((9, 9)) == COLOURS["red"]
+    (moved / tmp_path.name / "red.png").unlink()
+    assert find_picture(hits[0], [moved]) is None
+    assert find_picture(hits[1], [moved]).getpixel((9, 9)) == COLOURS["lime"]  # where it was
+    assert find_picture(Hit("id", 0.5, None), [moved]) is None
 
 
-@pytest.mark.parametrize("name", ["hits.png", "hits.jpg", "hits.webp"])
+def test_a_picture_that_changed_since_it_was_indexed_is_not_shown_as_the_one_that_was_scored(hits, tmp_path):
+    Image.new("RGB", (60, 40), "blue").save(tmp_path / "red.png")
+    assert find_picture(hits[0]) is None and middles(contact_sheet("q", hits[:1]), 1)[0] != COLOURS["blue"]
+
+
+def test_a_format_without_the_mark_is_refused(hits, tmp_path):
+    for name in ("hits.bmp", "hits.gif", "hits.jp2", "hits.psd", "hits"):
+        with pytest.raises(ValueError, match="must end in one of .jpeg, .jpg, .png"):
+            save_sheet(contact_sheet("q", hits), tmp_path / name)
+
+
+@pytest.mark.parametrize("name", [f"hits{suffix}" for suffix in SHEET_FORMATS])
 def test_a_sheet_is_known(hits, tmp_path, name):
     save_sheet(contact_sheet("q", hits), tmp_path / name)
     with Image.open(tmp_path / name) as sheet, pytest.raises(BadImageError, match="contact sheet"):

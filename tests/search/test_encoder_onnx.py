@@ -103,7 +103,7 @@ def test_many_texts_are_encoded_batch_by_batch(world, monkeypatch):
 
 def test_one_builds_and_the_other_searches(world, tmp_path):
     PicoIndex.create(tmp_path / "by_model", *load(world)).add(world / "pictures", progress=False)
-    PicoIndex.create(tmp_path / "by_onnx", world / "onnx", encoder="onnx").add(world / "pictures", progress=False)
+    PicoIndex.create(tmp_path / "by_onnx", world / "onnx").add(world / "pictures", progress=False)
     picture = world / "pictures" / "3.png"
     answers = []
     for name in ("by_model", "by_onnx"):

@@ -228,8 +228,13 @@ def test_filters(make, tmp_path):
         ("style = 'ink' or year = 1990", "'or' stands where one of and must"),
         ("style = 'ink'; drop table images", "cannot be read"),
         ("style like 'i%'", "'like' stands where"),
-        ("year = 'old'", "'year' holds a integer and cannot be compared with 'old'"),
+        ("year = 'old'", "'year' .integer. cannot be compared with 'old'"),
         ("style > 'ink'", "compared by =, != and in alone"),
+        ("year = 1990.5", "'year' .integer. cannot be compared with 1990.5"),
+        ("year < 9223372036854775808", "cannot be compared with 9223372036854775808"),
+        ("share < 1e400", "'share' .number. cannot be compared with inf"),
+        ({"share": float("nan")}, "cannot be compared with nan"),
+        ({"year": None}, "cannot be compared with None"),
         ({"year": []}, "cannot be compared"),
         ("year =", "a value .* is missing at the end"),
         ("", "a column is missing at the end"),
@@ -237,10 +242,31 @@ def test_filters(make, tmp_path):
 )
 def test_filters_that_cannot_be_read_name_the_columns(tmp_path, where, message):
     index = PicoIndex.create(tmp_path / "index", PlainEncoder())
-    columns = {"style": ["ink"], "year": [1990], "tags": [["a"]]}
+    columns = {"style": ["ink"], "year": [1990], "tags": [["a"]], "share": [0.5]}
     add(index, draw(tmp_path / "pictures", [0]), columns=columns)
     with pytest.raises(ValueError, match=message):
         index.search(QUERY, where=where)
+
+
+def test_values_are_compared_as_the_columns_hold_them(make, tmp_path):
+    columns = {
+        "number": [2**53 + 1, -5, 3, None],
+        "share": [np.nan, np.float32(0.5), 1e-7, 1e22],
+        "text": ["a\\b", "x\ny", "'ü🎉'", np.nan],  # as pandas writes it where there is none
+    }
+    index = make()
+    add(index, draw(tmp_path / "pictures", range(4)), columns=columns)
+
+    def found(where) -> set[int]:
+        return {int(name.split(".")[0]) for name in names(index.search(QUERY, 4, where=where))}
+
+    assert found({"number": 2**53 + 1}) == {0} and found({"number": 2**53}) == set()
+    assert found("number = 3.0") == found({"number": np.int64(3)}) == found("number in (3.0, 4)") == {2}
+    assert found("share > 1e21") == {3} and found("share <= 1e-7") == {2} and found({"share": 0.5}) == {1}
+    assert found("share != 0.5") == {2, 3}  # what is no number is unknown, and differs from nothing
+    for number, text in enumerate(columns["text"][:3]):
+        assert found({"text": text}) == {number}
+    assert found("text != 'a'") == {0, 1, 2}
 
 
 # What an index follows
@@ -302,6 +328,55 @@ def test_same_picture_twice_is_one_and_said(make, tmp_path):
     assert names(index.search(picture(0), 1)) == ["copy.png"]
 
 
+def test_a_file_that_is_given_twice_is_one(make, tmp_path):
+    first, second = draw(tmp_path / "pictures", range(2))
+    index = make()
+    columns = {"caption": ["one", "two", "three"]}
+    for expected in ((2, 0), (0, 2)):
+        changes = add(index, [first, first, second], columns=columns)
+        assert (changes.added, changes.unchanged) == expected
+        assert list(changes.skipped) == [str(first)] and "more than once" in changes.skipped[str(first)]
+    assert index.search(first, 1)[0].columns == {"caption": "one"} and len(index) == 2
+
+
+def test_a_file_that_takes_the_place_of_another_leaves_one_and_removes_one(make, tmp_path):
+    first, second = draw(tmp_path / "pictures", range(2))
+    index = make()
+    add(index, tmp_path / "pictures")
+    second.rename(first)
+    changes = add(index, tmp_path / "pictures")
+    assert (changes.changed, changes.removed, len(index)) == (1, 1, 1)
+    assert names(index.search(picture(1))) == ["0.png"]
+
+
+@pytest.mark.parametrize("exif", [b"garbage", b"MM\0*\0"])
+def test_damaged_metadata_leave_a_picture(make, tmp_path, exif):
+    picture(0).save(tmp_path / "a.png", exif=exif)
+    picture(1).save(tmp_path / "b.webp", exif=exif, lossless=True)
+    assert add(make(), [tmp_path / "a.png", tmp_path / "b.webp"]).added == 2
+
+
+def test_an_index_that_was_opened_empty_sees_what_another_adds(tmp_path):
+    index = PicoIndex.create(tmp_path / "index", PlainEncoder())
+    other = PicoIndex.open(tmp_path / "index", PlainEncoder())
+    assert other.search(QUERY) == [] and len(other) == 0
+    add(index, [picture(0)], columns={"style": ["ink"]})
+    assert len(other.search(QUERY, where="style = 'ink'")) == len(other) == 1
+    assert other.values("style") == ["ink"] and len(other.embeddings(other.search(QUERY)[0].id)) == 4
+
+
+def test_first_stage_holds_one_batch_of_pictures_at_a_time(make, monkeypatch):
+    class Batches(PlainEncoder):
+        def encode_images(self, images, batch_size=32):
+            assert len(images) <= batch_size
+            return super().encode_images(images, batch_size)
+
+    monkeypatch.setattr(index_module, "CANDIDATES", 20)
+    index = make(encoder=Batches())
+    add(index, [picture(number) for number in range(30)], batch_size=7)
+    assert (index.folder / "first_stage.npz").exists()
+
+
 def test_unreadable_pictures_are_counted_and_named(make, tmp_path):
     folder = tmp_path / "pictures"
     draw(folder, range(3))
@@ -340,6 +415,9 @@ def test_pil_images_bytes_and_data_sets(make, tmp_path):
     index = make()
     assert add(index, [picture(0), picture(1), picture(0)]).added == 2
     assert add(index, [picture(0)]).unchanged == 1
+    files = make("files")
+    assert add(files, [path.read_bytes() for path in paths]).added == 4
+    assert files.search(paths[2].read_bytes(), 1)[0].id == files.search(paths[2], 1)[0].id
     assert index.search(picture(1), 1)[0].path is None
     rows = datasets.Dataset.from_dict(
         {
@@ -348,6 +426,7 @@ def test_pil_images_bytes_and_data_sets(make, tmp_path):
             "image_id": [5, 6],
             "style": [0, 1],
             "other": [{"x": 1}, {"x": 2}],
+            "kinds": [[1, 0], [-1]],
         },
         features=datasets.Features(
             image=datasets.Image(),
@@ -355,12 +434,14 @@ def test_pil_images_bytes_and_data_sets(make, tmp_path):
             image_id=datasets.Value("int64"),
             style=datasets.ClassLabel(names=["ink", "pen"]),
             other={"x": datasets.Value("int64")},
+            kinds=datasets.List(datasets.ClassLabel(names=["plant", "animal"])),
         ),
     )
     index = make("rows")
     assert add(index, rows).added == 2
     hits = index.search(picture(1), 2)
-    assert hits[0].columns == {"captions": ["three"], "image_id": 6, "style": "pen"}
+    assert hits[0].columns == {"captions": ["three"], "image_id": 6, "style": "pen", "kinds": [None]}
+    assert hits[1].columns["kinds"] == ["animal", "plant"]
     assert hits[0].path == str(paths[1]) and hits[1].path is None
     assert add(index, rows).unchanged == 2
     changes = add(index, rows.select([1]).map(lambda row: {"image_id": 7}), remove_missing=True)
@@ -390,6 +471,20 @@ def test_delete_and_info(make, tmp_path, store):
 
 
 # What is refused
+
+
+def test_a_model_without_its_processor_is_refused(tmp_path, tiny_model, tiny_processor):
+    PicoIndex.create(tmp_path / "index", tiny_model(), tiny_processor)
+    with pytest.raises(ValueError, match="processor as well"):
+        PicoIndex.open(tmp_path / "index", tiny_model())
+
+
+def test_qdrant_without_a_server_lets_in_one_at_a_time(tmp_path):
+    index = PicoIndex.create(tmp_path / "index", PlainEncoder(), store="qdrant")
+    add(index, [picture(0)])
+    with pytest.raises(ValueError, match="open elsewhere: .*one process"):
+        len(PicoIndex.open(tmp_path / "index"))
+    index.close()
 
 
 def test_another_model_is_refused_by_name(tmp_path, tiny_model, tiny_processor):
@@ -432,6 +527,13 @@ def test_bad_input_is_refused(make, tmp_path):
     add(index, [picture(0)], columns={"style": ["a"]})
     with pytest.raises(ValueError, match="'look' .text. is none of the index.*style .text."):
         add(index, [picture(1)], columns={"look": ["a"]})
+    with pytest.raises(ValueError, match="integers of more than 64 bits"):
+        add(index, [picture(1)], columns={"style": [2**63]})
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        Nowhere = type("Nowhere", (PlainEncoder,), {"encode_texts": lambda self, texts: [np.full((1, DIM), np.nan)]})
+        index._encoder, kept = Nowhere(), index._encoder
+        index.search(QUERY)
+    index._encoder = kept
     for query in ("", "  \n"):
         with pytest.raises(ValueError, match="query is empty"):
             index.search(query)

@@ -19,6 +19,7 @@ from readme_blocks import ROOT, extras, pins
 
 from modeling_pico import PicoModel
 from modeling_pico.search import Hit, PicoIndex
+from modeling_pico.search.contact_sheet import find_picture
 
 
 gradio = pytest.importorskip("gradio", reason="the page needs gradio")
@@ -166,13 +167,13 @@ def test_an_index_tells_its_values_and_embeddings(gallery, tmp_path, store):
 def test_maps_are_of_the_similarities_that_the_score_is_made_of(gallery):
     index = gallery.index
     (hit,) = index.search("red star", k=1)
-    maps, said = page.matching_patches(index, "red star", hit, hit.path)
+    maps, said = page.matching_patches(index, "red star", hit, find_picture(hit))
     patches = index.embeddings(hit.id)[-4:]  # without [CLS]
     words = index.encoder.encode_texts(["red star"])[0][1:-1]  # without [CLS] and [SEP]
     best = (patches @ words.T).max(axis=0)
     assert [label for _, label in maps] == [f"red {best[0]:.2f}", f"star {best[1]:.2f}"]
     assert "light is high" in said
-    maps, _ = page.matching_patches(index, Image.open(gallery.paths[0]), hit, hit.path)
+    maps, _ = page.matching_patches(index, index.encode_query(gallery.paths[0]), hit, find_picture(hit))
     assert [label.rsplit(" ", 1)[0] for _, label in maps] == ["your picture"]
     assert page.matching_patches(index, "red star", hit, None)[0] == []
 
@@ -181,7 +182,7 @@ def test_captions_of_a_picture_are_ordered_by_their_scores(gallery):
     index = gallery.index
     picture = Image.open(gallery.paths[5]).convert("RGB")
     hits = index.search(picture)
-    found = page.best_captions(index, picture, hits)
+    found = page.best_captions(index, index.encode_query(picture), hits)
     captions = {CAPTION, *map(str, range(8))}
     processor, model = index.encoder.processor, index.encoder.model
     texts = sorted(captions)
@@ -280,6 +281,28 @@ def test_a_mistake_is_told_as_text(tab):
     toast = tab.locator(".toast-body")
     toast.wait_for()
     assert "<img src=x>" in toast.inner_text() and toast.locator("img").count() == 0
+
+
+def test_a_page_that_was_opened_on_an_empty_index_shows_what_was_added(gallery, tmp_path, browser):
+    index = PicoIndex.create(tmp_path / "index", gallery.index.encoder)
+    served = page.serve(index, wait=False)
+    try:
+        tab = browser.new_page()
+        tab.goto(served.local_url)
+        tab.get_by_text("Search 0 pictures").wait_for()
+        index.add(gallery.paths[:3], columns={"style": ["ink", "oil", "ink"]}, progress=False)
+        tab.reload()
+        tab.get_by_text("Search 3 pictures").wait_for()
+        tab.get_by_text("Filter", exact=True).click()
+        for name, choice in (("column", "style"), ("value", "oil")):
+            tab.locator(f"#{name} input").click()
+            tab.get_by_role("option", name=choice).click()
+        search(tab, "a red star")
+        tab.wait_for_selector("#hits img")
+        assert tab.locator("#hits img").count() == 1
+        tab.close()
+    finally:
+        served.close()
 
 
 # As a Space

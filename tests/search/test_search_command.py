@@ -119,6 +119,7 @@ def test_a_data_set_brings_columns_and_pictures(tmp_path, tiny_checkpoint, own_c
         "captions": [[f"picture {number}", "a red star"] for number in range(6)],
         "style": ["ink", "oil"] * 3,
         "year": [1990 + number for number in range(6)],
+        "kind": [0, 1] * 3,
     }
     features = datasets.Features(
         {
@@ -126,11 +127,12 @@ def test_a_data_set_brings_columns_and_pictures(tmp_path, tiny_checkpoint, own_c
             "captions": datasets.List(datasets.Value("string")),
             "style": datasets.Value("string"),
             "year": datasets.Value("int64"),
+            "kind": datasets.ClassLabel(names=["plant", "animal"]),
         }
     )
     datasets.DatasetDict({"test": datasets.Dataset.from_dict(rows, features)}).save_to_disk(tmp_path / "data")
     index = tmp_path / "index"
-    options = ["--split", "test", "--columns", "year", "--model", str(tiny_checkpoint)]
+    options = ["--split", "test", "--columns", "year", "kind", "--model", str(tiny_checkpoint)]
     assert main(["build", str(index), str(tmp_path / "data"), *options])["added"] == 6
     moved = tmp_path / "moved"
     index.rename(moved)
@@ -140,14 +142,18 @@ def test_a_data_set_brings_columns_and_pictures(tmp_path, tiny_checkpoint, own_c
     hits = main(query)["hits"]
     assert sorted(hit["columns"]["year"] for hit in hits) == [1992, 1994]
     assert {hit["columns"]["style"] for hit in hits} == {"ink"}
+    assert {hit["columns"]["kind"] for hit in hits} == {"plant"}
     assert sorted(hit["columns"]["captions"] for hit in hits) == [[f"picture {n}", "a red star"] for n in (2, 4)]
-    # Their pictures went with the index.
+    # Their pictures went with the index, and leave with what is deleted.
     from modeling_pico.search.contact_sheet import GAP, MARGIN, TILE, TITLE
 
     with Image.open(sheet) as drawn:
         for column in range(2):
             x = MARGIN + column * (TILE + GAP)
             assert len(drawn.crop((x, MARGIN + TITLE, x + TILE, MARGIN + TITLE + TILE)).getcolors(10**6)) > 500
+    main(["delete", str(moved), hits[0]["id"]])
+    left = {file.stem for file in (moved / "pictures").iterdir()}
+    assert len(left) == 5 and hits[0]["id"] not in left and hits[1]["id"] in left
 
 
 @pytest.mark.parametrize(
@@ -157,7 +163,7 @@ def test_a_data_set_brings_columns_and_pictures(tmp_path, tiny_checkpoint, own_c
         (["query", "{index}", "a", "--image", "b.png"], "either a text or --image FILE"),
         (["query", "{index}", " "], "The query is empty"),
         (["query", "{index}", "a", "--where", "colour = 'red'"], "There is no column 'colour'"),
-        (["query", "{index}", "a", "--sheet", "hits.pdf2"], "must end as pictures do"),
+        (["query", "{index}", "a", "--sheet", "hits.pdf2"], "must end in one of .jpeg, .jpg, .png"),
         (["query", "{index}", "--image", "{index}/gone.png"], "does not exist"),
         (["query", "{index}", "a", "--k", "0"], "at least 1, got k=0"),
         (["query", "{index}", "a", "--kk", "1"], "unrecognized arguments: --kk 1"),
@@ -187,6 +193,29 @@ def test_mistakes_are_named(index, tmp_path, tiny_checkpoint, tiny_model, tiny_p
         main([word.format(**names) for word in words])
     assert "\n" not in str(error.value)
     assert not Path(f"{index}_2").exists()  # nothing that a second try would stumble over
+
+
+def test_a_picture_of_a_moved_gallery_is_asked_for_as_it_was_moved(tmp_path, tiny_model, tiny_processor):
+    model = tiny_model()
+    colours = [Image.new("RGB", (16, 16), (6 * number, 90, 200)) for number in range(40)]
+    model.fit_alignment([tiny_processor(images=colours, return_tensors="pt")])
+    model.save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    (tmp_path / "pictures").mkdir()
+    for number in range(36):
+        noise(number).save(tmp_path / "pictures" / f"{number}.png")
+    main(["build", str(tmp_path / "index"), str(tmp_path / "pictures"), "--model", str(tmp_path / "model"), "--align"])
+    asked = tmp_path / "pictures" / "7.png"
+    first, *others = main(["query", str(tmp_path / "index"), "--image", str(asked)])["hits"]
+    (tokens,) = tiny_processor.encode_images(model, [asked], convert_to_numpy=True)
+    assert first["path"] == str(asked) and first["score"] > others[0]["score"]
+    from modeling_pico.search import PicoIndex
+    from modeling_pico.search.embeddings import exact_scores
+
+    index = PicoIndex.open(tmp_path / "index")
+    moved = index.embeddings(first["id"])
+    assert first["score"] == pytest.approx(exact_scores(moved, moved, np.array([len(moved)]))[0], abs=1e-4)
+    assert first["score"] != pytest.approx(exact_scores(tokens, moved, np.array([len(moved)]))[0], abs=1e-3)
 
 
 def test_k_may_exceed_the_gallery(index):
