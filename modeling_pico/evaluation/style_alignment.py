@@ -51,9 +51,9 @@ def measure_gallery(
         [`ImageMoments.fit`] and [`ImageMoments.align`] take it.
     """
     tower = _pico_model(model).vision_model
-    size = getattr(batches, "batch_size", None)
+    size: int = getattr(batches, "batch_size", None) or 0
     # Other processes must know how many batches are joined, and a list does not say that before it is read.
-    if target is not None and moved_layers(tower) and (num_batches is None or size is not None):
+    if target is not None and moved_layers(tower) and (num_batches is None or size):
         num_batches = None if num_batches is None else -(-num_batches // num_together(size))
         batches = together(batches)
     states = (outputs.image_states for outputs in _run(model, batches, num_batches, return_states=True))
