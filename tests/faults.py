@@ -440,8 +440,8 @@ FAULTS = (
         "index_first_stage",
         "images of before the first stage was fitted have no vector",
         "modeling_pico/search/index.py",
-        "        if rows:\n            self._add(rows, fitted)\n",
-        "",
+        "            self._add(self._store.read(ids[start : start + COMMIT_IMAGES]), fitted)\n",
+        "            pass\n",
         ("tests/search/test_index.py::test_first_stage_of_a_gallery_that_grows_sees_what_was_there_before",),
     ),
     Fault(

@@ -34,13 +34,15 @@ class FirstStage:
     Attributes:
         centroids (`numpy.ndarray` of shape `(centroids, dim)`): K-means of image tokens.
         shares (`numpy.ndarray` of shape `(centroids,)`): The share of the tokens that each stands for.
+        size (`int`): Number of images in the index that it was fitted to.
     """
 
     centroids: np.ndarray
     shares: np.ndarray
+    size: int
 
     @classmethod
-    def fit(cls, tokens: np.ndarray) -> FirstStage:
+    def fit(cls, tokens: np.ndarray, size: int) -> FirstStage:
         """Fits it to image tokens `(tokens, dim)` in float32; the same for the same tokens."""
         rng = np.random.default_rng(0)
         tokens = tokens[rng.permutation(len(tokens))[: _TOKENS_EACH * CENTROIDS]]
@@ -52,26 +54,26 @@ class FirstStage:
             sums = np.zeros_like(centroids)
             np.add.at(sums, nearest, tokens)
             centroids = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centroids)
-        return cls(centroids, _shares(_nearest(tokens, centroids)))
+        return cls(centroids, _shares(_nearest(tokens, centroids)), size)
 
     @staticmethod
-    def size(dim: int) -> int:
+    def length(dim: int) -> int:
         """Numbers of a vector."""
         return 2 * CENTROIDS + dim
 
     def of_image(self, tokens: np.ndarray) -> np.ndarray:
-        """The vector `(size,)` of an image's tokens `(tokens, dim)`; zeros without any."""
+        """The vector `(length,)` of an image's tokens `(tokens, dim)`; zeros without any."""
         if not len(tokens):
-            return np.zeros(self.size(tokens.shape[1]), np.float32)
+            return np.zeros(self.length(tokens.shape[1]), np.float32)
         nearest = _nearest(tokens, self.centroids)
         rest = (tokens - self.centroids[nearest]).mean(axis=0)
         best = (self.centroids @ tokens.T).max(axis=1)
         return np.concatenate([_shares(nearest), rest, best]).astype(np.float32)
 
     def of_query(self, tokens: np.ndarray) -> np.ndarray:
-        """The vector `(size,)` of a query's tokens `(tokens, dim)`, of an image as of a text; zeros without any."""
+        """The vector `(length,)` of a query's tokens `(tokens, dim)`, of an image as of a text; zeros without any."""
         if not len(tokens):
-            return np.zeros(self.size(tokens.shape[1]), np.float32)
+            return np.zeros(self.length(tokens.shape[1]), np.float32)
         similarity = self.centroids @ tokens.T
         # An image's mean difference counts with the tokens that its centroids will meet on average.
         met = self.shares @ tokens[similarity.argmax(axis=1)]
@@ -81,13 +83,13 @@ class FirstStage:
     def save(self, path: Path) -> None:
         """Writes it, complete or not at all."""
         with written_whole(path) as part, part.open("wb") as file:
-            np.savez(file, centroids=self.centroids, shares=self.shares)
+            np.savez(file, centroids=self.centroids, shares=self.shares, size=self.size)
 
     @classmethod
     def load(cls, path: Path) -> FirstStage:
         """Reads what [`save`] wrote."""
         with np.load(path, allow_pickle=False) as arrays:
-            return cls(arrays["centroids"], arrays["shares"])
+            return cls(arrays["centroids"], arrays["shares"], int(arrays["size"]))
 
 
 def _shares(nearest: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ from .store import NO_VECTOR, Row, Store
 
 
 # Raised whenever what lies on disk changes: an index of another version is refused.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 INDEX_FILE, ALIGNMENT_FILE, LOCK_FILE = "index.json", "alignment.safetensors", "_lock"
 FIRST_STAGE_FILE = "first_stage.npz"
 STORES = ("lancedb", "qdrant")
@@ -39,8 +39,9 @@ STORES = ("lancedb", "qdrant")
 COMMIT_IMAGES = 512
 # Images that are scored exactly. Up to so many are all scored, and need no first stage.
 CANDIDATES = 500
-# Images that the first stage is fitted to, spread over those that are added first.
-_FITTED_IMAGES = 512
+# Images that the first stage is fitted to, spread over all. It is fitted anew when there are so many times as many: of
+# images of a kind that it has not seen it finds few.
+_FITTED_IMAGES, _GROWTH = 512, 1.25
 
 
 @dataclass
@@ -132,7 +133,7 @@ class PicoIndex:
         self.folder, self.url = folder, url
         self._about, self._encoder = about, encoder
         self._opened: Store | None = None
-        self._fitted: FirstStage | None = None
+        self._fitted: tuple[tuple[int, int], FirstStage] | None = None
 
     @classmethod
     def create(
@@ -279,7 +280,8 @@ class PicoIndex:
             before = dict(known.keys)
             alignment = self._alignment(gallery, processes) if self._about["align"] else None
             if len(known.keys) + len(gallery) > CANDIDATES:
-                processes.on_main(partial(self._fit_first_stage, gallery, encoder, batch_size, alignment))
+                ids = sorted(known.keys)
+                processes.on_main(partial(self._fit_to_gallery, gallery, ids, encoder, batch_size, alignment))
             bar = logging.tqdm(total=len(gallery), desc="Indexing", disable=not (progress and processes.is_main))
             round_size = COMMIT_IMAGES * processes.count
             for start in range(0, len(gallery), round_size):
@@ -297,7 +299,8 @@ class PicoIndex:
             if remove_missing:
                 gone |= {id for id, (path, _) in before.items() if gallery.covers(path)} - known.given.keys()
             changes.removed = len(gone - known.replaced)
-            processes.on_main(lambda: self._finish(sorted(gone), bool(changes.added + changes.changed)))
+            ids = sorted(known.keys.keys() - gone) if changes.added + changes.changed else []
+            processes.on_main(partial(self._finish, sorted(gone), ids))
         return changes
 
     def delete(self, ids: str | Sequence[str]) -> int:
@@ -305,7 +308,7 @@ class PicoIndex:
         with self._sole_writer(alone=True):
             before = len(self)
             if before:
-                self._finish([ids] if isinstance(ids, str) else list(ids), False)
+                self._finish([ids] if isinstance(ids, str) else list(ids), [])
             return before - len(self)
 
     def _look_at(
@@ -375,46 +378,57 @@ class PicoIndex:
     def _add(self, rows: list[Row], first_stage: FirstStage | None) -> None:
         for row in rows:
             if first_stage is None:
-                row.vector = np.zeros(FirstStage.size(self._about["dim"]), np.float32)
+                row.vector = np.zeros(FirstStage.length(self._about["dim"]), np.float32)
             else:
                 row.vector = first_stage.of_image(self._unpack(row))
         with _clear_if_full(self.folder):
             self._store.add(rows)
 
-    def _fit_first_stage(self, gallery: Gallery, encoder: Encoder, batch_size: int, alignment: Any) -> None:
-        """
-        Fits the first stage when the gallery outgrows `CANDIDATES`, once for all. What is there already gets its
-        vectors before the first stage is written: without it nobody looks at them.
-        """
+    def _fit_to_gallery(
+        self, gallery: Gallery, ids: list[str], encoder: Encoder, batch_size: int, alignment: Any
+    ) -> None:
+        """Fits the first stage when the gallery outgrows `CANDIDATES`; `ids` are those that are there already."""
         if self._first_stage() is not None:
             return
-        count = min(len(gallery), _FITTED_IMAGES)
-        places = [index * len(gallery) // count for index in range(count)]
+        places = _spread(range(len(gallery)))
         encoded: list[np.ndarray] = []
-        for start in range(0, count, batch_size):  # which memory holds
+        for start in range(0, len(places), batch_size):  # which memory holds
             images = []
             for place in places[start : start + batch_size]:
                 with suppress(BadImageError):  # named when it is to be encoded
                     images.append(read_image(gallery[place].value)[1])
             encoded += _encode(encoder, images, batch_size, alignment)
-        rows = self._store.all() if self._about["dim"] else []
-        tokens = [*encoded, *(self._unpack(row) for row in rows)]
+        self._fit(encoded, ids, max(len(gallery), len(ids)))
+
+    def _fit(self, encoded: list[np.ndarray], ids: list[str], size: int) -> None:
+        """
+        Fits the first stage to embeddings and to images that are there, in an index of this size. The latter get their
+        vectors before the first stage is written: without it nobody looks at them.
+        """
+        (self.folder / FIRST_STAGE_FILE).unlink(missing_ok=True)
+        tokens = [*encoded, *(self._unpack(row) for row in (self._store.read(_spread(ids)) if ids else ()))]
         finite = [part[np.isfinite(part).all(axis=1)] for part in tokens]
         if not sum(map(len, finite)):
             return
-        fitted = FirstStage.fit(np.concatenate(finite))
-        if rows:
-            self._add(rows, fitted)
+        fitted = FirstStage.fit(np.concatenate(finite), size)
+        for start in range(0, len(ids), COMMIT_IMAGES):
+            self._add(self._store.read(ids[start : start + COMMIT_IMAGES]), fitted)
         with _clear_if_full(self.folder):
             fitted.save(self.folder / FIRST_STAGE_FILE)
 
     def _first_stage(self) -> FirstStage | None:
+        """The first stage that vectors are made by now; another process may fit it anew."""
         path = self.folder / FIRST_STAGE_FILE
-        if self._fitted is None and path.exists():
-            self._fitted = FirstStage.load(path)
-        return self._fitted
+        try:
+            state = path.stat()
+            if self._fitted is None or self._fitted[0] != (state.st_ino, state.st_mtime_ns):
+                self._fitted = (state.st_ino, state.st_mtime_ns), FirstStage.load(path)
+        except FileNotFoundError:
+            self._fitted = None
+        return None if self._fitted is None else self._fitted[1]
 
-    def _finish(self, gone: Sequence[str], grew: bool) -> None:
+    def _finish(self, gone: list[str], ids: list[str]) -> None:
+        """Removes images, and fits the first stage anew where the index outgrew it; `ids` are all, if some came."""
         with _clear_if_full(self.folder):
             for start in range(0, len(gone), 1000):
                 self._store.delete(gone[start : start + 1000])
@@ -422,7 +436,9 @@ class PicoIndex:
             own = {file.stem: file for file in (self.folder / PICTURES).glob("*")} if gone else {}
             for id in own.keys() & set(gone):
                 own[id].unlink()
-            if gone or grew:
+            if (first_stage := self._first_stage()) is not None and len(ids) > _GROWTH * first_stage.size:
+                self._fit([], ids, len(ids))
+            if gone or ids:
                 self._store.tidy()
 
     # Searching
@@ -464,6 +480,8 @@ class PicoIndex:
             rows = self._store.all(conditions)
         else:
             rows = self._store.nearest(first_stage.of_query(tokens), limit, conditions)
+            if self._first_stage() is not first_stage:  # some of the vectors may have been those of another
+                rows = self._store.all(conditions)
         dim, precision = self._about["dim"], self._about["precision"]
         counts = np.array([len(row.data) for row in rows], np.int64) // token_bytes(dim, precision)
         scores = exact_scores(tokens, unpack(b"".join(row.data for row in rows), dim, precision), counts)
@@ -550,7 +568,7 @@ class PicoIndex:
     @property
     def _store(self) -> Store:
         if self._opened is None:
-            size, columns = FirstStage.size(self._about["dim"]), self.columns
+            size, columns = FirstStage.length(self._about["dim"]), self.columns
             if self._about["store"] == "lancedb":
                 from .store_lancedb import LanceStore
 
@@ -647,6 +665,11 @@ def make_encoder(model: Any, processor: Any = None) -> Encoder:
     if processor is None:
         raise ValueError("Give the model's processor as well: PicoProcessor.from_pretrained(...).")
     return ModelEncoder(model, processor)
+
+
+def _spread(items: Sequence[Any]) -> list[Any]:
+    count = min(len(items), _FITTED_IMAGES)
+    return [items[place * len(items) // count] for place in range(count)]
 
 
 def _read_about(folder: Path) -> dict[str, Any]:

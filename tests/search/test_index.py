@@ -113,6 +113,35 @@ def test_first_stage_of_a_gallery_that_grows_sees_what_was_there_before(make, tm
         assert names(index.search(picture(number), 1, candidates=5)) == [f"{number}.png"]
 
 
+class Kinds(PlainEncoder):
+    """Images of two kinds that have nothing in common: the tokens of pictures from 1,000 on lie elsewhere."""
+
+    def encode_images(self, images, batch_size=32):
+        encoded = super().encode_images(images, batch_size)
+        return [
+            tokens if image.width == DIM else 0.2 * tokens + 3 for image, tokens in zip(images, encoded, strict=True)
+        ]
+
+
+def test_first_stage_is_fitted_to_another_kind_of_images_that_came_later(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "CANDIDATES", 40)
+    index = make(encoder=Kinds())
+    add(index, draw(tmp_path / "early", range(100)))
+    other = [picture(number).resize((DIM + 8, 4)) for number in range(1000, 1200)]
+    first_stage = index._first_stage()
+    add(index, other[:20])
+    assert index._first_stage() is first_stage and first_stage.size == 100
+    add(index, other)
+    assert index._first_stage().size == len(index) == 300
+    shares = []
+    for number in range(0, 200, 10):
+        best = {hit.id for hit in index.search(other[number], 10, candidates=1000)}
+        shares.append(len(best & {hit.id for hit in index.search(other[number], 10, candidates=40)}) / 10)
+    (index.folder / "first_stage.npz").unlink()
+    assert index._first_stage() is None
+    assert np.mean(shares) >= 0.9
+
+
 def test_processes_meet_equally_often_whatever_lies_on_the_disk(tmp_path, monkeypatch):
     met = []
     from_main = index_module.Processes.from_main
@@ -132,7 +161,7 @@ def test_processes_meet_equally_often_whatever_lies_on_the_disk(tmp_path, monkey
 def test_first_stage_is_exact_where_tokens_are_centroids():
     rng = np.random.default_rng(0)
     centroids = rng.standard_normal((5, DIM)).astype(np.float32)
-    stage = FirstStage.fit(np.repeat(centroids, 60, axis=0))
+    stage = FirstStage.fit(np.repeat(centroids, 60, axis=0), 6)
     image, query = centroids[[0, 3, 3]], centroids[[1, 3, 4, 4]]
     expected = exact_scores(query, image, np.array([3]))[0]
     assert stage.of_image(image) @ stage.of_query(query) == pytest.approx(expected, rel=1e-5)
@@ -597,7 +626,7 @@ def test_interrupted_build_continues_and_ends_equal(make, tmp_path, monkeypatch)
     draw(folder, range(50))
     whole = make("whole")
     add(whole, folder)
-    broken = make("broken", Interrupted(5))
+    broken = make("broken", Interrupted(13 + 4))  # of those that fit the first stage, and of two commits
     with pytest.raises(KeyboardInterrupt):
         add(broken, folder, batch_size=4)
     held = len(broken)
