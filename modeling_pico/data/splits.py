@@ -119,8 +119,9 @@ def check_distinct(splits: Mapping[str, datasets.Dataset]) -> None:
     Raises:
         ValueError: names both splits.
     """
-    outlines = {name: set(_outlines(rows)) for name, rows in splits.items() if len(rows)}
-    images = {name: set(image_keys(splits[name].select_columns("image"))) for name in outlines}
+    outline_rows = {name: list(_outlines(rows)) for name, rows in splits.items() if len(rows)}
+    outlines = {name: set(rows) for name, rows in outline_rows.items()}
+    sizes = {name: {size for size, *_ in rows} for name, rows in outlines.items()}
     for pair in itertools.combinations(outlines, 2):
         small, large = sorted(pair, key=lambda name: len(outlines[name]))
         # Pictures are read only where captions and sizes already agree.
@@ -131,11 +132,17 @@ def check_distinct(splits: Mapping[str, datasets.Dataset]) -> None:
                 f"{small!r} is also a row of {large!r}, so that one says nothing that the other does not. Name splits "
                 "of different rows."
             )
-        small, large = sorted(pair, key=lambda name: len(images[name]))
-        shared = sum(kind != "row" for kind, _ in images[small] & images[large])
+        # Of pictures that are in the data, only those of equal size are read.
+        both = sizes[small] & sizes[large]
+        images = []
+        for name in pair:
+            rows = [row for row, (size, *_) in enumerate(outline_rows[name]) if size in both]
+            images.append(set(image_keys(splits[name].select_columns("image").select(rows))))
+        shared = sum(kind != "row" for kind, _ in images[0] & images[1])
         if shared:
+            small, large = sorted(pair, key=lambda name: len(splits[name]))
             logger.warning(
-                f"{shared} of {len(images[small])} images of the split {small!r} are also images of {large!r}: what "
+                f"{shared} of {len(splits[small])} images of the split {small!r} are also images of {large!r}: what "
                 "is measured on these is not measured on new images."
             )
 

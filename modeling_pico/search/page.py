@@ -131,7 +131,7 @@ def build_page(
         )
 
     def offer(column: str | None):
-        return gradio.update(choices=filter_choices(index).get(column or "", []), value=None)
+        return gradio.update(choices=_values(index, column), value=None)
 
     def greet():
         columns = [("any", ""), *((name, name) for name in filter_choices(index))]
@@ -291,12 +291,11 @@ def _small(picture: Image.Image, side: int) -> Image.Image:
 
 def filter_choices(index: PicoIndex) -> dict[str, list[Any]]:
     """The columns that can be chosen from, each with its values in order."""
-    choices = {}
-    for column in index.columns:
-        values = [] if column in ("id", "path") else index.values(column, _MAX_VALUES)
-        if values:
-            choices[column] = values
-    return choices
+    return {column: values for column in index.columns if (values := _values(index, column))}
+
+
+def _values(index: PicoIndex, column: str | None) -> list[Any]:
+    return index.values(column, _MAX_VALUES) if column and column not in ("id", "path") else []
 
 
 def _condition(column: str | None, value: Any, where: str | None) -> str | None:
